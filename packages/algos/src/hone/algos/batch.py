@@ -1,0 +1,163 @@
+"""The stages of the data: Trajectory (one sampled segment) -> Batch (packed rows) -> Scored (judged; the only type a loss takes).
+
+Shapes: T packed tokens, N sequences (rows), P prompts, n samples per prompt. Rows lie end to end in `[T]`; row i is
+`[cu_seqlens[i], cu_seqlens[i + 1])`. Everything is aligned with its own token: `logp[t]` is the log-probability [nats]
+of `tokens[t]` given what stands before it in its row (a row's first token has none), `values[t]` the value of the state
+before `tokens[t]`. Entries where `action_mask` is False carry no meaning; no function may let them change a result.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerContract:
+    """How a sample was drawn; the learner recomputes log-probabilities under exactly this, or refuses.
+
+    `top_k` 0 and `top_p` 1 mean no truncation. `engine` names the engine and its version; `tokenizer` and `template`
+    are hashes (empty where none was used).
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    engine: str
+    tokenizer: str
+    template: str
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; log-probabilities need one above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """One sampled segment: what the policy saw and what it chose, as it was sampled (never tokenised twice).
+
+    `rewards` is sparse: a turn's reward stands on its last action token. `version` is the policy version that was
+    serving when the token was fed or sampled. `score` is the ungraded quality in [0, 1] used for filters and metrics.
+    """
+
+    prompt_id: str
+    sample: int
+    tokens: Int[Tensor, " T"]
+    action_mask: Bool[Tensor, " T"]
+    rollout_logp: Float[Tensor, " T"]
+    rewards: Float[Tensor, " T"]
+    version: Int[Tensor, " T"]
+    truncated: bool
+    score: float
+    contract: SamplerContract
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Packed rows, nothing judged yet.
+
+    `group[i]` is the index of row i's prompt within the batch. `old_logp`, `ref_logp` and `values` are filled by the
+    learner when an algorithm's `needs` asks for them; reading one that is missing is an error (`require`).
+    """
+
+    tokens: Int[Tensor, " T"]
+    cu_seqlens: Int[Tensor, " N_plus_1"]
+    position_ids: Int[Tensor, " T"]
+    action_mask: Bool[Tensor, " T"]
+    rollout_logp: Float[Tensor, " T"]
+    rewards: Float[Tensor, " T"]
+    version: Int[Tensor, " T"]
+    group: Int[Tensor, " N"]
+    truncated: Bool[Tensor, " N"]
+    temperature: float = 1.0
+    old_logp: Float[Tensor, " T"] | None = None
+    ref_logp: Float[Tensor, " T"] | None = None
+    values: Float[Tensor, " T"] | None = None
+
+    def __post_init__(self) -> None:
+        tokens = self.tokens.shape[0]
+        if self.cu_seqlens.numel() < 1 or int(self.cu_seqlens[0]) != 0 or int(self.cu_seqlens[-1]) != tokens:
+            raise ValueError(f"cu_seqlens must run from 0 to the {tokens} packed tokens, got {self.cu_seqlens.tolist()[:8]}")
+        if bool((self.cu_seqlens.diff() < 0).any()):
+            raise ValueError("cu_seqlens must not fall")
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences N."""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def lengths(self) -> Int[Tensor, " N"]:
+        """Tokens of each row."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def row_of_token(self) -> Int[Tensor, " T"]:
+        """Index of the row each token belongs to."""
+        return torch.repeat_interleave(torch.arange(self.rows, device=self.tokens.device), self.lengths.long())
+
+    def require(self, name: str) -> Float[Tensor, " T"]:
+        """The per-token field `name`, or a ValueError that says who fills it."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"the batch has no {name}; the learner fills it when the algorithm's `needs` contains {name!r}")
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored(Batch):
+    """A judged batch: every action token has an advantage and a weight; `returns` are the critic's targets, if any."""
+
+    advantages: Float[Tensor, " T"]
+    weights: Float[Tensor, " T"]
+    returns: Float[Tensor, " T"] | None = None
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+
+
+def pack(trajectories: Sequence[Trajectory]) -> Batch:
+    """Trajectories end to end, in the order given; rows with the same `prompt_id` form a group.
+
+    Raises ValueError for an empty list, or for trajectories drawn at different temperatures.
+    """
+    if not trajectories:
+        raise ValueError("no trajectories to pack: every prompt of the step was dropped")
+    temperatures = {trajectory.contract.temperature for trajectory in trajectories}
+    if len(temperatures) > 1:
+        raise ValueError(f"trajectories sampled at different temperatures {sorted(temperatures)} cannot share a batch")
+    lengths = [trajectory.tokens.numel() for trajectory in trajectories]
+    group_of = {prompt_id: index for index, prompt_id in enumerate(dict.fromkeys(t.prompt_id for t in trajectories))}
+    return Batch(
+        tokens=torch.cat([t.tokens.long() for t in trajectories]),
+        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        action_mask=torch.cat([t.action_mask for t in trajectories]),
+        rollout_logp=torch.cat([t.rollout_logp.float() for t in trajectories]),
+        rewards=torch.cat([t.rewards.float() for t in trajectories]),
+        version=torch.cat([t.version.long() for t in trajectories]),
+        group=torch.tensor([group_of[t.prompt_id] for t in trajectories]),
+        truncated=torch.tensor([t.truncated for t in trajectories]),
+        temperature=temperatures.pop(),
+    )
+
+
+def select(batch: AnyBatch, rows: Sequence[int]) -> AnyBatch:
+    """The given rows, in the given order, as a batch of the same stage (weights are taken along unchanged)."""
+    starts = batch.cu_seqlens.tolist()
+    index = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows]) if rows else torch.zeros(0, dtype=torch.long)
+    row_index = torch.tensor(list(rows), dtype=torch.long)
+    lengths = [starts[row + 1] - starts[row] for row in rows]
+    changes: dict[str, Tensor] = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if not isinstance(value, Tensor) or field.name == "cu_seqlens":
+            continue
+        changes[field.name] = value[row_index] if field.name in ("group", "truncated") else value[index]
+    changes["cu_seqlens"] = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    return dataclasses.replace(batch, **changes)

@@ -1,0 +1,69 @@
+"""What an algorithm is: a frozen dataclass of hyper-parameters with pure methods over the stages of the data.
+
+Flow: Batch --advantages--> Advantages --score--> Scored --loss--> Loss. Nothing here knows a model, a device or a rank.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hone.algos.batch import Batch, Scored
+from hone.algos.reduce import Reduction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What the policy says now, with gradient: `logp` [nats] and, where asked for, `entropy` [nats] of each token's distribution."""
+
+    logp: Float[Tensor, " T"]
+    entropy: Float[Tensor, " T"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advantages:
+    """Advantages per token, zero off the action mask; `returns` are the critic's targets where a critic exists."""
+
+    advantages: Float[Tensor, " T"]
+    returns: Float[Tensor, " T"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A weighted sum to minimise, and figures that add up over micro-batches and ranks just as it does (detached)."""
+
+    total: Float[Tensor, ""]
+    metrics: dict[str, Float[Tensor, ""]]
+
+
+class Algorithm(Protocol):
+    """The two pure methods of a policy-gradient algorithm, and what it needs computed beforehand."""
+
+    name: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Per-token fields of `Batch` to fill before judging: "old_logp", "ref_logp", "values"."""
+        ...
+
+    @property
+    def reduction(self) -> Reduction:
+        """How the action tokens of one optimiser step are weighted."""
+        ...
+
+    def advantages(self, batch: Batch) -> Advantages:
+        """Judge a whole rollout."""
+        ...
+
+    def loss(self, outputs: Outputs, scored: Scored) -> Loss:
+        """The policy's loss over any part of an optimiser step."""
+        ...
+
+
+class ActorCritic(Algorithm, Protocol):
+    """An algorithm whose `needs` contains "values": it also trains a critic."""
+
+    def value_loss(self, values: Float[Tensor, " T"], scored: Scored) -> Loss:
+        """The critic's loss over any part of an optimiser step."""
+        ...

@@ -1,0 +1,26 @@
+"""Settings of the data."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from hone.algos.ranges import Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Prompts and how they are rendered."""
+
+    prompt_dataset: str | None = None
+    """A JSON-lines file of prompts; without one, the built-in arithmetic task."""
+    input_key: str = "input"
+    """Column of the prompt: a string, or a list of chat messages."""
+    label_key: str | None = None
+    """Column handed to the reward function as the label."""
+    input_template: str | None = None
+    """Text with one {} that a string prompt is put into; other braces stand for themselves."""
+    apply_chat_template: bool = False
+    """Render prompts with the tokenizer's chat template; a string becomes one user message."""
+    max_len: Annotated[int, Range(low=2)] = 2048
+    """Longest prompt and response together [tokens]."""
+    max_samples: Annotated[int, Range(low=1)] = 100_000_000
+    """Rows used, from the start of the file."""

@@ -1,0 +1,96 @@
+"""Settings of the learner: models, optimisers, sharding."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from hone.algos.ranges import Range
+
+Schedule = Literal["constant", "linear", "cosine_with_min_lr"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig:
+    """AdamW."""
+
+    lr: Annotated[float, Range(low=0, high=1, open_high=True)] = 1e-6
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Range(low=0, high=1, open_high=True)], Annotated[float, Range(low=0, high=1, open_high=True)]] = (0.9, 0.95)
+    """Decay of the first and of the second moment, each in [0, 1)."""
+    eps: Annotated[float, Range(low=0, open_low=True)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Range(low=0)] = 0.0
+    """Decoupled weight decay; biases and norms are exempt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig:
+    """The policy."""
+
+    model_name_or_path: str | None = None
+    """A Hugging Face model directory or hub id; without one, the small model that ships as a recipe with this project."""
+    num_nodes: Annotated[int, Range(low=1)] = 1
+    """Machines the role's group spans."""
+    num_gpus_per_node: Annotated[int, Range(low=1)] = 1
+    """Learner ranks on each machine: GPUs, or worker processes where there is no GPU."""
+    adam: AdamConfig = field(default_factory=AdamConfig)
+    """Optimiser."""
+    lr_scheduler: Schedule = "cosine_with_min_lr"
+    """Shape of the learning rate over the run's optimiser steps, after warm-up."""
+    lr_warmup_ratio: Annotated[float, Range(low=0, high=1)] = 0.03
+    """Share of the optimiser steps spent on linear warm-up."""
+    min_lr_ratio: Annotated[float, Range(low=0, high=1)] = 0.1
+    """Lowest learning rate, as a share of the peak."""
+    max_norm: Annotated[float, Range(low=0, open_low=True)] = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    gradient_checkpointing_enable: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The critic: the policy's architecture with a value head."""
+
+    model_name_or_path: str | None = None
+    """A Hugging Face model directory or hub id; without one, the policy's."""
+    num_nodes: Annotated[int, Range(low=1)] = 1
+    """Machines the role's group spans."""
+    num_gpus_per_node: Annotated[int, Range(low=1)] = 1
+    """Learner ranks on each machine, where the critic has a group of its own."""
+    adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=9e-6))
+    """Optimiser."""
+    lr_scheduler: Schedule = "cosine_with_min_lr"
+    """Shape of the learning rate over the run's optimiser steps, after warm-up."""
+    lr_warmup_ratio: Annotated[float, Range(low=0, high=1)] = 0.03
+    """Share of the optimiser steps spent on linear warm-up."""
+    min_lr_ratio: Annotated[float, Range(low=0, high=1)] = 0.1
+    """Lowest learning rate, as a share of the peak."""
+    max_norm: Annotated[float, Range(low=0, open_low=True)] = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    gradient_checkpointing_enable: bool = False
+    """Recompute activations in the backward pass."""
+    freezing_steps: Annotated[int, Range(low=0)] = 0
+    """Steps at the start during which only the critic learns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefConfig:
+    """The frozen reference model of the KL penalty."""
+
+    model_name_or_path: str | None = None
+    """A Hugging Face model directory or hub id; without one, the policy as it was at the start."""
+    num_nodes: Annotated[int, Range(low=1)] = 1
+    """Machines the role's group spans."""
+    num_gpus_per_node: Annotated[int, Range(low=1)] = 1
+    """Learner ranks on each machine, where the reference has a group of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """How models are held and sharded."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimiser states, 2 and gradients, 3 and parameters."""
+    param_dtype: Literal["fp32", "bf16"] = "bf16"
+    """Number format of the parameters in forward and backward; optimiser states are fp32 always."""
+    value_head_prefix: str = "score"
+    """Name of the critic's head in its checkpoint."""

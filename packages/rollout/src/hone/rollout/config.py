@@ -1,0 +1,54 @@
+"""Settings of rollout: sampling, engines, rewards."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from hone.algos.ranges import Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How the policy acts."""
+
+    batch_size: Annotated[int, Range(low=1)] = 1024
+    """Prompts drawn for one step."""
+    n_samples_per_prompt: Annotated[int, Range(low=1)] = 1
+    """Responses sampled for each prompt; they form its group."""
+    max_new_tokens: Annotated[int, Range(low=1)] = 1024
+    """Longest response [tokens]; a longer one is cut and counted as truncated."""
+    temperature: Annotated[float, Range(low=0.01, high=2)] = 1.0
+    """Sampling temperature; the learner recomputes log-probabilities under the same."""
+    timeout_s: Annotated[float, Range(low=0, open_low=True)] = 1800.0
+    """Deadline for all samples of one prompt [s]; an engine that misses it ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMConfig:
+    """The vLLM engines."""
+
+    num_engines: Annotated[int, Range(low=1)] = 1
+    """Engines; each serves a part of every step's prompts."""
+    tensor_parallel_size: Annotated[int, Range(low=1)] = 1
+    """Devices one engine spans."""
+    gpu_memory_utilization: Annotated[float, Range(low=0, high=1, open_low=True)] = 0.9
+    """Share of a GPU's memory an engine may take."""
+    kv_cache_gib: Annotated[float, Range(low=0, open_low=True)] = 1.0
+    """Key-value cache of an engine where there is no GPU [GiB]."""
+    enforce_eager: bool = True
+    """Skip graph capture and compilation: minutes less at start, slower decoding on a GPU."""
+    sync_backend: Literal["auto", "shared_memory", "ipc", "nccl"] = "auto"
+    """How weights travel to the engines; auto: shared_memory without GPUs, ipc on a shared GPU, nccl across GPUs."""
+    sync_tolerance: Annotated[float, Range(low=0, open_low=True)] | None = None
+    """Largest difference of the canary's log-probabilities between engine and learner [nats]; default 1e-3 in fp32, 0.1 in bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The judge."""
+
+    remote_url: str | None = None
+    """A Python file with `reward_func(queries, prompts, labels) -> {"rewards", "scores", "extra_logs"}`; without one, the task's own."""
+    timeout_s: Annotated[float, Range(low=0, open_low=True)] = 60.0
+    """Deadline for judging one response [s]; a reward that misses it ends the run."""
+    num_workers: Annotated[int, Range(low=1)] = 2
+    """Processes that run the reward function."""
