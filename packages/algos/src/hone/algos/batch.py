@@ -9,11 +9,18 @@ before `tokens[t]`. Entries where `action_mask` is False carry no meaning; no fu
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+def rows_of_tokens(cu_seqlens: Int[Tensor, " N_plus_1"]) -> Int[Tensor, " T"]:
+    """Index of the row each packed token belongs to."""
+    rows = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)
+    return torch.repeat_interleave(rows, cu_seqlens.diff().long())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class Batch:
     def __post_init__(self) -> None:
         tokens = self.tokens.shape[0]
         if self.cu_seqlens.numel() < 1 or int(self.cu_seqlens[0]) != 0 or int(self.cu_seqlens[-1]) != tokens:
-            raise ValueError(f"cu_seqlens must run from 0 to the {tokens} packed tokens, got {self.cu_seqlens.tolist()[:8]}")
+            raise ValueError(f"cu_seqlens must run from 0 to the {tokens} packed tokens, got {self.cu_seqlens}")
         if bool((self.cu_seqlens.diff() < 0).any()):
             raise ValueError("cu_seqlens must not fall")
 
@@ -99,7 +106,7 @@ class Batch:
     @property
     def row_of_token(self) -> Int[Tensor, " T"]:
         """Index of the row each token belongs to."""
-        return torch.repeat_interleave(torch.arange(self.rows, device=self.tokens.device), self.lengths.long())
+        return rows_of_tokens(self.cu_seqlens)
 
     def require(self, name: str) -> Float[Tensor, " T"]:
         """The per-token field `name`, or a ValueError that says who fills it."""
@@ -135,7 +142,7 @@ def pack(trajectories: Sequence[Trajectory]) -> Batch:
     group_of = {prompt_id: index for index, prompt_id in enumerate(dict.fromkeys(t.prompt_id for t in trajectories))}
     return Batch(
         tokens=torch.cat([t.tokens.long() for t in trajectories]),
-        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         action_mask=torch.cat([t.action_mask for t in trajectories]),
         rollout_logp=torch.cat([t.rollout_logp.float() for t in trajectories]),
@@ -149,15 +156,14 @@ def pack(trajectories: Sequence[Trajectory]) -> Batch:
 
 def select(batch: AnyBatch, rows: Sequence[int]) -> AnyBatch:
     """The given rows, in the given order, as a batch of the same stage (weights are taken along unchanged)."""
-    starts = batch.cu_seqlens.tolist()
-    index = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows]) if rows else torch.zeros(0, dtype=torch.long)
     row_index = torch.tensor(list(rows), dtype=torch.long)
-    lengths = [starts[row + 1] - starts[row] for row in rows]
-    changes: dict[str, Tensor] = {}
+    cu_seqlens = torch.tensor([0, *accumulate(int(length) for length in batch.lengths[row_index])], dtype=torch.int32)
+    shift = batch.cu_seqlens[row_index] - cu_seqlens[:-1]
+    index = torch.arange(int(cu_seqlens[-1])) + shift[rows_of_tokens(cu_seqlens)]
+    changes: dict[str, Tensor] = {"cu_seqlens": cu_seqlens}
     for field in dataclasses.fields(batch):
         value = getattr(batch, field.name)
         if not isinstance(value, Tensor) or field.name == "cu_seqlens":
             continue
         changes[field.name] = value[row_index] if field.name in ("group", "truncated") else value[index]
-    changes["cu_seqlens"] = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     return dataclasses.replace(batch, **changes)

@@ -4,7 +4,7 @@ Flow: Batch --advantages--> Advantages --score--> Scored --loss--> Loss. Nothing
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -36,7 +36,15 @@ class Loss:
     total: Float[Tensor, ""]
     metrics: dict[str, Float[Tensor, ""]]
 
+    def __add__(self, other: "Loss") -> "Loss":
+        """Two terms of one objective, or two parts of one step: totals add, and so do figures of the same name."""
+        metrics = dict(self.metrics)
+        for name, value in other.metrics.items():
+            metrics[name] = metrics[name] + value if name in metrics else value
+        return Loss(total=self.total + other.total, metrics=metrics)
 
+
+@runtime_checkable
 class Algorithm(Protocol):
     """The two pure methods of a policy-gradient algorithm, and what it needs computed beforehand."""
 
@@ -61,6 +69,7 @@ class Algorithm(Protocol):
         ...
 
 
+@runtime_checkable
 class ActorCritic(Algorithm, Protocol):
     """An algorithm whose `needs` contains "values": it also trains a critic."""
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 class Range:
     """An interval; a missing end is open to infinity, `open_low`/`open_high` exclude the end itself."""
 
-    low: float | None = None
-    high: float | None = None
+    low: int | float | None = None
+    high: int | float | None = None
     open_low: bool = False
     open_high: bool = False
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: int | float) -> bool:
         if math.isnan(value):
             return False
         above = self.low is None or (value > self.low if self.open_low else value >= self.low)
@@ -36,7 +36,7 @@ class Range:
 def range_of(annotation: object) -> Range | None:
     """The Range in `Annotated[..., Range(...)]`, looked for through unions such as `Annotated[...] | None`."""
     if typing.get_origin(annotation) is typing.Annotated:
-        return next((meta for meta in annotation.__metadata__ if isinstance(meta, Range)), None)  # pyright: ignore[reportAttributeAccessIssue] - Annotated carries it
+        return next((meta for meta in typing.get_args(annotation)[1:] if isinstance(meta, Range)), None)
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return next((found for part in typing.get_args(annotation) if (found := range_of(part))), None)
     return None
@@ -51,5 +51,5 @@ def violations(config: object, prefix: str = "") -> Iterator[tuple[str, object, 
         if dataclasses.is_dataclass(value):
             yield from violations(value, f"{name}.")
         elif (limit := range_of(hints[field.name])) is not None and value is not None:
-            values = value if isinstance(value, tuple) else (value,)
+            values = typing.cast("tuple[int | float, ...]", value if isinstance(value, tuple) else (value,))
             yield from ((name, one, limit) for one in values if one not in limit)

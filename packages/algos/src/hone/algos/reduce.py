@@ -6,11 +6,15 @@ Reference: the three means compared in arXiv 2503.14476 (token), 2402.03300 (seq
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from hone.algos.batch import rows_of_tokens
+from hone.algos.masking import on_mask
+from hone.algos.ranges import Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,9 @@ class Reduction:
     """
 
     over: Literal["token", "sequence", "constant"] = "token"
-    length: int | None = None
+    """What weighs the same within an optimiser step: every action token, every sequence, or every slot of `length`."""
+    length: Annotated[int, Range(low=1)] | None = None
+    """Constant divisor C [tokens], at least 1; given with "constant" and only there. The longest response is usual."""
 
     def __post_init__(self) -> None:
         if (self.over == "constant") != (self.length is not None):
@@ -41,10 +47,15 @@ def token_weights(action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_p
     if reduction.over == "token":
         return (mask / mask.sum().clamp(min=1)).float()
     rows = cu_seqlens.numel() - 1
-    row_of_token = torch.repeat_interleave(torch.arange(rows, device=mask.device), cu_seqlens.diff().long())
+    row_of_token = rows_of_tokens(cu_seqlens)
     per_row = torch.zeros(rows, dtype=torch.float64, device=mask.device).index_add_(0, row_of_token, mask)
     live_rows = (per_row > 0).sum().clamp(min=1)
     if reduction.over == "sequence":
         return (mask / (per_row.clamp(min=1)[row_of_token] * live_rows)).float()
     assert reduction.length is not None
     return (mask / (live_rows * reduction.length)).float()
+
+
+def weighted_sum(per_token: Float[Tensor, " T"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, ""]:
+    """sum_t w_t x_t over the action tokens; zero, and still attached to the graph, where there are none."""
+    return (on_mask(weights, action_mask) * on_mask(per_token, action_mask)).sum()

@@ -1,0 +1,1 @@
+"""Learning: engines, packing, log-probabilities, heads; see `learner.py`."""

@@ -14,7 +14,10 @@ class AdamConfig:
 
     lr: Annotated[float, Range(low=0, high=1, open_high=True)] = 1e-6
     """Peak learning rate."""
-    betas: tuple[Annotated[float, Range(low=0, high=1, open_high=True)], Annotated[float, Range(low=0, high=1, open_high=True)]] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Range(low=0, high=1, open_high=True)], Annotated[float, Range(low=0, high=1, open_high=True)]] = (
+        0.9,
+        0.95,
+    )
     """Decay of the first and of the second moment, each in [0, 1)."""
     eps: Annotated[float, Range(low=0, open_low=True)] = 1e-8
     """Added to the root of the second moment."""

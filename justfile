@@ -1,0 +1,57 @@
+# The front door. `uv run just` lists the recipes; .ci/run calls the same ones.
+
+packages := "algos datasets rollout learner launch"
+
+default:
+    @just --list --unsorted
+
+# Create the environment from uv.lock.
+setup:
+    uv sync --locked
+
+# Format, and mend what ruff can mend.
+fmt:
+    uv run ruff format packages tests benchmarks examples
+    uv run ruff check --fix packages tests benchmarks examples
+
+# Formatting and lint rules.
+lint:
+    uv lock --check
+    uv run ruff format --check packages tests benchmarks examples
+    uv run ruff check packages tests benchmarks examples
+
+# Static types: strict for algos, standard elsewhere.
+types:
+    uv run basedpyright
+
+# The arrows between packages.
+contracts:
+    uv run lint-imports
+
+# Every package installs and imports alone, with only what it declares.
+isolated:
+    for name in {{packages}}; do \
+        echo "== hone-$name alone" && \
+        uv run --isolated --exact --package "hone-$name" --no-default-groups python -W error::ImportWarning -c "import hone.$name" || exit 1; \
+    done
+
+# The whole test suite.
+test *args:
+    uv run pytest {{args}}
+
+# Benchmarks: ours beside a peer, ratios and shares of a roof. Refuses a dirty tree.
+bench *args:
+    git diff --quiet HEAD
+    uv run pytest benchmarks --benchmark-only {{args}}
+
+# The main job, three seeds of each algorithm, judged against what it must reach.
+smoke:
+    uv run python benchmarks/main_job.py
+
+# Rewrite the golden curves after a change of numerics that was meant (the diff goes into the commit).
+golden:
+    uv run python -m tests.golden.rewrite
+
+# Rewrite the generated pages.
+docs:
+    uv run python -m hone.launch.observe.metrics > docs/metrics.md

@@ -1,0 +1,118 @@
+"""Rendering: a prompt into the one text that is tokenised, by a chat template, by an input template, or as it stands."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from hone.datasets.config import DataConfig
+from hone.datasets.errors import BadRow, DataError, TokenizerError, bad_rows_error, shown
+from hone.datasets.records import Message, PromptRow, PromptSet
+
+if TYPE_CHECKING:
+    import transformers
+
+SLOT = "{}"
+# What a template does with a tool's answer is its own affair (some re-encode it); everything else must reach the policy.
+KEPT_ROLES = ("system", "user", "assistant")
+
+
+def template_problems(config: DataConfig) -> tuple[str, ...]:
+    """What is wrong with the two template settings, one message each; nothing when they are sound. Needs no tokenizer."""
+    template = config.input_template
+    if template is None:
+        return ()
+    problems: list[str] = []
+    if config.apply_chat_template:
+        problems.append("--data.input-template and --data.apply-chat-template exclude one another; drop one of them")
+    if template.count(SLOT) != 1:
+        problems.append(f"--data.input-template {template!r} has {template.count(SLOT)} places {{}} for the prompt; write exactly one")
+    if "\\n" in template:
+        # A shell hands "\n" over as two characters; the peers train on them without a word.
+        problems.append(
+            f"--data.input-template {template!r} holds a backslash and an n; for a line break, quote it as $'...' or set it in a file"
+        )
+    return tuple(problems)
+
+
+def render(prompts: PromptSet, tokenizer: "transformers.PreTrainedTokenizerBase", *, config: DataConfig) -> list[str]:
+    """The text of every prompt, in order.
+
+    With a chat template, a plain string becomes one user message. Raises TokenizerError when the tokenizer has no chat
+    template, DataError for unsound settings (`template_problems`), and one for all rows the template fails on or drops part of.
+    """
+    problems = template_problems(config)
+    if problems:
+        raise DataError("\n".join(problems))
+    if not config.apply_chat_template:
+        return [_fill(config.input_template, row.prompt) for row in prompts.rows]
+    if tokenizer.chat_template is None:
+        raise TokenizerError(
+            f"--data.apply-chat-template is on, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
+            "use an instruction-tuned model, put a chat_template.jinja beside the tokenizer, or use --data.input-template"
+        )
+    texts: list[str] = []
+    bad: list[BadRow] = []
+    for row in prompts.rows:
+        text = _apply(row, tokenizer)
+        if isinstance(text, BadRow):
+            bad.append(text)
+        else:
+            bad += _lost_messages(row, text)
+            texts.append(text)
+    if bad:
+        raise bad_rows_error(prompts.name, bad, rows=len(prompts.rows))
+    return texts
+
+
+def template_text(tokenizer: "transformers.PreTrainedTokenizerBase", *, config: DataConfig) -> str:
+    """The template that `render` uses, or an empty text where it uses none."""
+    if config.apply_chat_template:
+        template = tokenizer.chat_template
+        return template if isinstance(template, str) else repr(template)
+    return config.input_template or ""
+
+
+def _fill(template: str | None, prompt: object) -> str:
+    assert isinstance(prompt, str), "messages are refused without a chat template when the rows are validated"
+    # No str.format: a prompt or template may hold braces, and "{0.__class__}" must stay text.
+    return prompt if template is None else template.replace(SLOT, prompt)
+
+
+def _as_messages(prompt: str | Sequence[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def _apply(row: PromptRow, tokenizer: "transformers.PreTrainedTokenizerBase") -> str | BadRow:
+    from jinja2.exceptions import TemplateError
+
+    # The annotation of apply_chat_template knows text values only; templates take any (tool calls are lists).
+    messages = cast("list[dict[str, str]]", [dict(message) for message in _as_messages(row.prompt)])
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        return BadRow(
+            what=f"the chat template of {tokenizer.name_or_path!r} fails",
+            remedy="mend the rows, or put a chat_template.jinja that takes them beside the tokenizer",
+            line=row.line,
+            detail=f"{type(error).__name__}: {error}; messages {shown(messages)}",
+        )
+    assert isinstance(text, str)
+    return text
+
+
+def _lost_messages(row: PromptRow, text: str) -> list[BadRow]:
+    """Messages whose content does not stand in the rendered text: what the policy would never see."""
+    lost: list[BadRow] = []
+    for index, message in enumerate(_as_messages(row.prompt)):
+        content = str(message["content"]).strip()
+        if message["role"] not in KEPT_ROLES or content in text:
+            continue
+        thoughts = "delete the <think> parts from the rows" if "<think>" in content else "move the text to a role that it keeps"
+        lost.append(
+            BadRow(
+                what="the chat template drops a message, or part of it",
+                remedy=f"{thoughts}, or use a template that renders all of it",
+                line=row.line,
+                detail=f"message {index} ({message['role']}) is {shown(content)}, rendered {shown(text)}",
+            )
+        )
+    return lost

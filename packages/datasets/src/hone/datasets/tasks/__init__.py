@@ -1,0 +1,1 @@
+"""Tasks that come with the project: prompts, labels and the reward function that judges them."""

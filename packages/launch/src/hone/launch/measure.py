@@ -1,0 +1,53 @@
+"""Figures of one step, computed on the controller from what the loop already holds; names are those of `observe/metrics.py`."""
+
+from collections.abc import Sequence
+
+import torch
+
+from hone.algos.batch import Batch
+from hone.rollout.executor import Group
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards, lengths [tokens] and truncation over every sample; the spread of rewards within a group, averaged."""
+    samples = [sample for group in groups for sample in group.samples]
+    rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
+    lengths = torch.tensor([int(sample.trajectory.action_mask.sum()) for sample in samples], dtype=torch.float64)
+    within = [torch.tensor([sample.reward for sample in group.samples], dtype=torch.float64) for group in groups]
+    spreads = [float(one.std()) if one.numel() > 1 else 0.0 for one in within]
+    metrics = {
+        "rollout/reward_mean": float(rewards.mean()),
+        "rollout/reward_std": float(rewards.std(correction=0)),
+        "rollout/score_mean": sum(sample.score for sample in samples) / len(samples),
+        "rollout/response_length_mean": float(lengths.mean()),
+        "rollout/truncated_rate": sum(sample.trajectory.truncated for sample in samples) / len(samples),
+        "rollout/group_reward_std": sum(spreads) / len(spreads),
+        "rollout/num_samples": float(len(samples)),
+    }
+    for key in sorted({key for sample in samples for key in sample.extra_logs}):
+        values = [sample.extra_logs[key] for sample in samples if key in sample.extra_logs]
+        metrics[f"rollout/extra/{key}"] = sum(values) / len(values)
+    return metrics
+
+
+def mismatch_metrics(batch: Batch) -> dict[str, float]:
+    """How far the learner's log-probabilities [nats] are from those the engine sampled with, on the same policy version."""
+    gap = (batch.require("old_logp") - batch.rollout_logp)[batch.action_mask].double()
+    return {
+        "mismatch/logp_abs_diff_mean": float(gap.abs().mean()),
+        "mismatch/logp_abs_diff_max": float(gap.abs().max()),
+        "mismatch/kl": float(-gap.mean()),
+    }
+
+
+def staleness_metrics(batch: Batch, *, version: int) -> dict[str, float]:
+    """Most policy versions a sampled token is behind the one that is learning."""
+    return {"staleness/version_lag_max": float(version - int(batch.version[batch.action_mask].min()))}
+
+
+def training_metrics(learned: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Averages over the optimiser steps of one rollout; a figure that some steps lack is averaged over those that have it."""
+    names = sorted({name for metrics in learned for name in metrics})
+    per_name = {name: [metrics[name] for metrics in learned if name in metrics] for name in names}
+    averages = {f"train/{name}": sum(values) / len(values) for name, values in per_name.items()}
+    return {**averages, "train/optimizer_steps": float(len(learned))}

@@ -1,0 +1,235 @@
+"""Names that users' fingers know: OpenRLHF's that live elsewhere here, flat and foreign names, and the closest of ours.
+
+Three kinds: an alias is translated and used; a renamed flag is answered with its new name; a flag without counterpart is
+answered with the reason. Reference: OpenRLHF 0.11 and its flat names up to 0.9, verl, TRL.
+"""
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+REPLACED_BY_PACKING = "samples are always packed, without padding; train.max_tokens_per_gpu caps a micro-batch"
+PLACEMENT = "say which roles share processes with --placement.policy, .critic, .reference and .engine"
+VERB = "the algorithm is the command: `launch ppo`, `launch grpo`"
+RECORDED = "every run records all metrics in its own directory, offline; see --run.dir"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alias:
+    """Another name for one setting or several; `spread` hands the i-th value to the i-th target instead of each value to all."""
+
+    targets: tuple[str, ...]
+    spread: bool = False
+
+
+ALIASES = {
+    "actor.eps_clip": Alias(targets=("algo.eps_clip_low", "algo.eps_clip_high")),
+    "actor.eps_clip_low_high": Alias(targets=("algo.eps_clip_low", "algo.eps_clip_high"), spread=True),
+    "actor.dual_clip": Alias(targets=("algo.dual_clip",)),
+    "actor.entropy_coef": Alias(targets=("algo.entropy_coef",)),
+    "critic.value_clip": Alias(targets=("algo.value_clip",)),
+    "debug": Alias(targets=("run.debug",)),
+}
+
+RENAMED = {
+    # OpenRLHF up to 0.9, flat
+    "pretrain": "actor.model_name_or_path",
+    "critic_pretrain": "critic.model_name_or_path",
+    "ref_pretrain": "ref.model_name_or_path",
+    "prompt_data": "data.prompt_dataset",
+    "input_key": "data.input_key",
+    "label_key": "data.label_key",
+    "apply_chat_template": "data.apply_chat_template",
+    "input_template": "data.input_template",
+    "max_len": "data.max_len",
+    "max_samples": "data.max_samples",
+    "max_new_tokens": "rollout.max_new_tokens",
+    "generate_max_len": "rollout.max_new_tokens",
+    "rollout_batch_size": "rollout.batch_size",
+    "n_samples_per_prompt": "rollout.n_samples_per_prompt",
+    "temperature": "rollout.temperature",
+    "train_batch_size": "train.batch_size",
+    "train_max_tokens_per_gpu": "train.max_tokens_per_gpu",
+    "max_epochs": "train.max_epochs",
+    "num_episodes": "train.num_episodes",
+    "seed": "train.seed",
+    "gamma": "algo.advantage.gamma",
+    "lambd": "algo.advantage.lambd",
+    "eps_clip": "actor.eps_clip",
+    "eps_clip_low_high": "actor.eps_clip_low_high",
+    "dual_clip": "actor.dual_clip",
+    "value_clip": "critic.value_clip",
+    "freezing_actor_steps": "critic.freezing_steps",
+    "init_kl_coef": "algo.kl.init_coef",
+    "kl_estimator": "algo.kl.estimator",
+    "use_kl_loss": "algo.kl.use_loss",
+    "entropy_loss_coef": "actor.entropy_coef",
+    "remote_rm_url": "reward.remote_url",
+    "vllm_num_engines": "vllm.num_engines",
+    "vllm_tensor_parallel_size": "vllm.tensor_parallel_size",
+    "vllm_gpu_memory_utilization": "vllm.gpu_memory_utilization",
+    "vllm_sync_backend": "vllm.sync_backend",
+    "enforce_eager": "vllm.enforce_eager",
+    "actor_num_nodes": "actor.num_nodes",
+    "actor_num_gpus_per_node": "actor.num_gpus_per_node",
+    "critic_num_nodes": "critic.num_nodes",
+    "critic_num_gpus_per_node": "critic.num_gpus_per_node",
+    "ref_num_nodes": "ref.num_nodes",
+    "ref_num_gpus_per_node": "ref.num_gpus_per_node",
+    "zero_stage": "ds.zero_stage",
+    "bf16": "ds.param_dtype",
+    "param_dtype": "ds.param_dtype",
+    "value_head_prefix": "ds.value_head_prefix",
+    "gradient_checkpointing": "actor.gradient_checkpointing_enable",
+    "actor_learning_rate": "actor.adam.lr",
+    "critic_learning_rate": "critic.adam.lr",
+    "learning_rate": "actor.adam.lr",
+    "adam_betas": "actor.adam.betas",
+    "l2": "actor.adam.weight_decay",
+    "lr_scheduler": "actor.lr_scheduler",
+    "lr_warmup_ratio": "actor.lr_warmup_ratio",
+    "max_norm": "actor.max_norm",
+    "save_path": "run.dir",
+    "ckpt_path": "run.dir",
+    "save_steps": "ckpt.save_steps",
+    # OpenRLHF 0.10 and later, dotted
+    "ckpt.output_dir": "run.dir",
+    "ckpt.path": "run.dir",
+    "logger.tensorboard_dir": "run.dir",
+    "actor.lr": "actor.adam.lr",
+    "actor.learning_rate": "actor.adam.lr",
+    "critic.lr": "critic.adam.lr",
+    "critic.learning_rate": "critic.adam.lr",
+    # TRL
+    "model_name_or_path": "actor.model_name_or_path",
+    "dataset_name": "data.prompt_dataset",
+    "num_generations": "rollout.n_samples_per_prompt",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_length": "data.max_len",
+    "num_iterations": "train.max_epochs",
+    "num_train_epochs": "train.num_episodes",
+    "max_steps": "train.max_steps",
+    "reward_funcs": "reward.remote_url",
+    "epsilon": "algo.eps_clip_low",
+    "epsilon_high": "algo.eps_clip_high",
+    "delta": "algo.dual_clip",
+    "beta": "algo.kl.init_coef",
+    "entropy_coef": "algo.entropy_coef",
+    "max_grad_norm": "actor.max_norm",
+    "lr_scheduler_type": "actor.lr_scheduler",
+    "output_dir": "run.dir",
+    # verl
+    "actor_rollout_ref.model.path": "actor.model_name_or_path",
+    "critic.model.path": "critic.model_name_or_path",
+    "data.train_files": "data.prompt_dataset",
+    "data.prompt_key": "data.input_key",
+    "data.train_batch_size": "rollout.batch_size",
+    "data.max_response_length": "rollout.max_new_tokens",
+    "actor_rollout_ref.rollout.n": "rollout.n_samples_per_prompt",
+    "actor_rollout_ref.rollout.temperature": "rollout.temperature",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": "vllm.tensor_parallel_size",
+    "actor_rollout_ref.rollout.gpu_memory_utilization": "vllm.gpu_memory_utilization",
+    "actor_rollout_ref.actor.optim.lr": "actor.adam.lr",
+    "actor_rollout_ref.actor.clip_ratio": "actor.eps_clip",
+    "actor_rollout_ref.actor.ppo_epochs": "train.max_epochs",
+    "actor_rollout_ref.actor.entropy_coeff": "actor.entropy_coef",
+    "actor_rollout_ref.actor.kl_loss_coef": "algo.kl.init_coef",
+    "actor_rollout_ref.actor.use_kl_loss": "algo.kl.use_loss",
+    "critic.optim.lr": "critic.adam.lr",
+    "critic.cliprange_value": "critic.value_clip",
+    "algorithm.gamma": "algo.advantage.gamma",
+    "algorithm.lam": "algo.advantage.lambd",
+    "custom_reward_function.path": "reward.remote_url",
+    "trainer.nnodes": "actor.num_nodes",
+    "trainer.n_gpus_per_node": "actor.num_gpus_per_node",
+    "trainer.total_epochs": "train.num_episodes",
+    "trainer.save_freq": "ckpt.save_steps",
+    "trainer.default_local_dir": "run.dir",
+}
+
+WITHOUT_COUNTERPART = {
+    "algo.advantage.estimator": VERB,
+    "advantage_estimator": VERB,
+    "algorithm.adv_estimator": VERB,
+    "actor.policy_loss_type": VERB,
+    "policy_loss_type": VERB,
+    "actor.optim": "the optimiser is AdamW, set under actor.adam",
+    "critic.optim": "the optimiser is AdamW, set under critic.adam",
+    "train.micro_batch_size": REPLACED_BY_PACKING,
+    "rollout.micro_batch_size": REPLACED_BY_PACKING,
+    "micro_train_batch_size": REPLACED_BY_PACKING,
+    "micro_rollout_batch_size": REPLACED_BY_PACKING,
+    "per_device_train_batch_size": REPLACED_BY_PACKING,
+    "ppo_micro_batch_size_per_gpu": REPLACED_BY_PACKING,
+    "train.dynamic_batch_enable": REPLACED_BY_PACKING,
+    "use_dynamic_batch": REPLACED_BY_PACKING,
+    "rollout.max_tokens_per_gpu": REPLACED_BY_PACKING,
+    "ds.packing_samples": REPLACED_BY_PACKING,
+    "packing_samples": REPLACED_BY_PACKING,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": "it counts prompts; train.batch_size counts samples: prompts times samples per prompt",
+    "prompt_max_len": "give data.max_len, prompt and response together, and rollout.max_new_tokens, the response alone",
+    "data.max_prompt_length": "give data.max_len, prompt and response together, and rollout.max_new_tokens, the response alone",
+    "train.colocate_all": PLACEMENT,
+    "train.colocate_actor_ref": PLACEMENT,
+    "train.colocate_critic_reward": PLACEMENT,
+    "colocate_all_models": PLACEMENT,
+    "colocate_actor_ref": PLACEMENT,
+    "colocate_critic_reward": PLACEMENT,
+    "logger.logging_steps": RECORDED,
+    "logger.wandb.project": RECORDED,
+    "logger.wandb.run_name": RECORDED,
+    "logging_steps": RECORDED,
+    "use_tensorboard": RECORDED,
+}
+
+SECRETS = ("logger.wandb.key", "use_wandb", "wandb_key", "wandb.key", "hf_token", "token", "api_key")
+"""Flags that carried a secret elsewhere: what is typed on a command line is seen by every process of the machine."""
+
+
+def plain(name: str) -> str:
+    """A name as typed, without its leading hyphens and with underscores."""
+    return name.lstrip("-").replace("-", "_")
+
+
+def flag(name: str) -> str:
+    """A dotted name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def unknown(name: str, known: Collection[str], elsewhere: Mapping[str, str]) -> tuple[str, str]:
+    """What is wrong with an unknown name and how to mend it. `elsewhere` tells which other command a setting belongs to."""
+    typed = plain(name)
+    if typed in SECRETS:
+        return f"{name} would put a secret on the command line, where every process of this machine can read it", f"drop it; {RECORDED}"
+    if typed in RENAMED and _reaches(RENAMED[typed], known):
+        return f"{name} has another name here", f"use {flag(RENAMED[typed])}"
+    if typed in WITHOUT_COUNTERPART:
+        return f"{name} has no counterpart here", f"drop it: {WITHOUT_COUNTERPART[typed]}"
+    target = RENAMED.get(typed, typed)
+    for owned in ALIASES[target].targets if target in ALIASES else (target,):
+        if owned in elsewhere:
+            return f"{name} has no effect in this command", f"drop it: it belongs to `launch {elsewhere[owned]}`"
+    return f"unknown option {name}", _suggest(typed, known)
+
+
+def closest(name: str, names: Collection[str], *, at_most: int = 1) -> list[str]:
+    """The most similar names, best first; none if none is near."""
+    return difflib.get_close_matches(name, names, n=at_most, cutoff=0.6)
+
+
+def _reaches(target: str, known: Collection[str]) -> bool:
+    return all(one in known for one in (ALIASES[target].targets if target in ALIASES else (target,)))
+
+
+def _suggest(typed: str, known: Collection[str]) -> str:
+    group, _, last = typed.rpartition(".")
+    same = [name for name in known if name.rpartition(".")[2] == last and name.startswith(group.partition(".")[0])]
+    if not same:
+        # Dots and underscores are one thing to a tired eye: `actor.learing_rate` is near the old `actor_learning_rate`.
+        reachable = {old: new for old, new in RENAMED.items() if _reaches(new, known)}
+        reachable |= {name: name for name in (*(alias for alias in ALIASES if _reaches(alias, known)), *known)}
+        spelt = {name.replace(".", "_"): target for name, target in reachable.items()}
+        same = list(dict.fromkeys(spelt[near] for near in closest(typed.replace(".", "_"), spelt, at_most=2)))[:1]
+    if not same:
+        return "`--help` lists every option; `--help WORD` those with a word in them"
+    return "did you mean " + " or ".join(flag(name) for name in same[:3]) + "?"

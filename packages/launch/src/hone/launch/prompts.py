@@ -1,0 +1,60 @@
+"""The run's prompts: from the configuration to what the loop draws, with the tokenizer the model comes with."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hone.datasets.config import DataConfig
+from hone.datasets.schemas import load_prompts, prompt_rows
+from hone.datasets.stream import PromptStream
+from hone.datasets.tasks import arithmetic
+from hone.datasets.tokenise import tokenise
+from hone.datasets.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from hone.rollout.types import Prompt
+
+if TYPE_CHECKING:
+    import transformers
+
+BUILTIN_ROWS = 100_000
+"""Rows of the built-in task; the steps of a run end it long before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptData:
+    """Prompts ready to be drawn, what was dropped on the way (id and reason), and how they were rendered."""
+
+    name: str
+    stream: PromptStream
+    rows: int
+    dropped: tuple[tuple[str, str], ...]
+    tokenizer: "transformers.PreTrainedTokenizerBase"
+    tokenizer_hash: str
+    template_hash: str
+
+    def steps(self) -> Iterator[list[Prompt]]:
+        """The prompts of one step after another."""
+        for draws in self.stream:
+            yield [
+                Prompt(prompt_id=draw.prompt_id, tokens=draw.record.tokens, text=draw.record.text, label=draw.record.label)
+                for draw in draws
+            ]
+
+
+def prepare(config: DataConfig, *, model: str, batch_size: int, num_episodes: int, seed: int, max_new_tokens: int) -> PromptData:
+    """Read, validate, render and tokenise every prompt. Raises DataError (rows), TokenizerError (the model's tokenizer)."""
+    if config.prompt_dataset is None:
+        source = arithmetic.source(seed, min(BUILTIN_ROWS, config.max_samples))
+        rows = prompt_rows(source, input_key="prompt", label_key="label", chat=config.apply_chat_template)
+    else:
+        rows = load_prompts(config)
+    tokenizer = load_tokenizer(model)
+    prompts = tokenise(rows, tokenizer, config=config, max_new_tokens=max_new_tokens)
+    return PromptData(
+        name=prompts.name,
+        stream=PromptStream(prompts.records, batch_size=batch_size, seed=seed, num_episodes=num_episodes),
+        rows=len(prompts.records),
+        dropped=tuple((row.uid, row.reason) for row in prompts.dropped),
+        tokenizer=tokenizer,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        template_hash=template_hash(tokenizer, config=config),
+    )

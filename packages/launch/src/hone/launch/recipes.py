@@ -1,0 +1,45 @@
+"""Recipes: named sets of settings for a kind of machine, laid between the defaults and what the user says."""
+
+from collections.abc import Mapping
+
+RECIPES: dict[str, dict[str, object]] = {
+    "none": {},
+    "laptop": {
+        "rollout.batch_size": 32,
+        "rollout.n_samples_per_prompt": 8,
+        "rollout.max_new_tokens": 64,
+        "train.batch_size": 256,
+        "train.max_steps": 40,
+        "data.max_len": 512,
+        "ds.param_dtype": "fp32",
+        "ds.zero_stage": 2,
+        "actor.adam.lr": 3e-4,
+        "critic.adam.lr": 1e-3,
+    },
+}
+"""Values by dotted name; one a verb does not have (a critic's, for GRPO) is left out."""
+
+BUILT_IN: dict[str, dict[str, object]] = {
+    "laptop": {
+        # An answer is a sign, two digits and the end.
+        "rollout.max_new_tokens": 8,
+        # A model this small gains nothing from a second thread, and waits for it whenever the machine has other work.
+        "run.threads": 1,
+    }
+}
+"""On top of a recipe, where the built-in model answers the built-in task."""
+
+
+def choose(*, gpus: int, built_in: bool) -> tuple[str, str]:
+    """The recipe nobody asked for, and why: the name and a reason to announce; without a reason there is nothing to say."""
+    if not gpus:
+        return "laptop", "no GPU is visible"
+    if built_in:
+        return "laptop", "the built-in model and task"
+    return "none", ""
+
+
+def values(recipe: str, *, known: Mapping[str, object], built_in: bool) -> dict[str, object]:
+    """What a recipe sets, among the settings a verb has."""
+    everything = RECIPES[recipe] | (BUILT_IN.get(recipe, {}) if built_in else {})
+    return {name: value for name, value in everything.items() if name in known}

@@ -1,0 +1,235 @@
+"""Ray actors behind the protocols of the loop: learner ranks as a RoleGroup, engine actors as Engine and ServedEngine.
+
+Flow of data: the controller packs a rollout into flat tensors, cuts it into one shard per rank, puts each shard into Ray's
+object store once, and the ranks read it there; per-token results travel back the same way. Flow of weights: rank 0 of the
+policy's group drives the engines through vLLM's own four calls (`EngineClient`), so no weight passes the controller.
+"""
+
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+import ray.exceptions
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from hone.algos.batch import Batch, Scored
+from hone.algos.protocol import ActorCritic, Algorithm
+from hone.learner.learner import Learner, StepResult
+from hone.learner.packing import Shard, shards, unshard
+from hone.rollout.errors import EngineError
+from hone.rollout.types import Completion, Request
+from hone.rollout.weight_sync import trainer
+from hone.rollout.weight_sync.protocol import FanOut
+
+CLOSING_S = 20.0
+"""How long an engine gets to end its processes by itself [s]."""
+
+
+class RankLost(Exception):
+    """A learner process died; names it and the cause Ray saw."""
+
+
+def get(references: Sequence[Any], *, who: str) -> list[Any]:
+    """`ray.get` whose failures are the task's own exception, or RankLost naming who died."""
+    try:
+        return ray.get(list(references))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayActorError as error:
+        raise RankLost(f"{who} died: {error}\n  its output is in the run directory's logs/; out of memory is the usual cause") from error
+
+
+class _Weights:
+    """A role's weights as a stream that starts afresh on every pass, as the sending end wants it."""
+
+    def __init__(self, learner: Learner, role: str) -> None:
+        self._learner, self._role = learner, role
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._learner.weights(self._role)
+
+
+class LearnerRank:
+    """One learner process: a rank of a group, hosting all of the group's roles, and on rank 0 the sending end of the sync."""
+
+    def __init__(self, *, rank: int, world_size: int, threads: int) -> None:
+        self._rank, self._world_size, self._threads = rank, world_size, threads
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Address and a free port of this process's machine, where the group's ranks will meet."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return address, probe.getsockname()[1]
+
+    def build(self, **settings: Any) -> None:
+        """Load the models; collective over the group."""
+        torch.set_num_threads(self._threads)
+        self._learner = Learner(rank=self._rank, world_size=self._world_size, **settings)
+
+    def connect(self, backend: str, engines: Sequence[ActorHandle], role: str, ranks_per_engine: int) -> None:
+        """Open the sending end of the weight sync towards the engines."""
+        client = FanOut([EngineClient(engine) for engine in engines], ranks_per_engine=ranks_per_engine)
+        workers = ranks_per_engine * len(engines)
+        self._trainer = trainer(backend, client=client, source=_Weights(self._learner, role), rank=self._rank, workers=workers)
+
+    def send(self) -> dict[str, str]:
+        """Send the weights; collective over the group. Returns the fingerprint of every tensor."""
+        return self._trainer.send_weights()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """A method of the learner."""
+        return getattr(self._learner, method)(*args)
+
+
+class EngineClient:
+    """vLLM's four weight-transfer calls on one engine actor; synchronous, as its trainers want them."""
+
+    def __init__(self, engine: ActorHandle) -> None:
+        self._engine = engine
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Open the engine's end of the transport."""
+        ray.get(self._engine.init_weight_transfer_engine.remote(init_info))
+
+    def start_weight_update(self) -> None:
+        """Begin an update."""
+        ray.get(self._engine.start_weight_update.remote())
+
+    def update_weights(self, update_info: Any) -> None:
+        """Receive and load what `update_info` describes."""
+        ray.get(self._engine.update_weights.remote(update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End the update."""
+        ray.get(self._engine.finish_weight_update.remote(weight_version))
+
+
+class RemoteEngine:
+    """An engine actor behind the protocols Engine and ServedEngine."""
+
+    def __init__(self, name: str, handle: ActorHandle) -> None:
+        self.name, self.handle = name, handle
+
+    def wait(self) -> None:
+        """Return when the engine serves; raises EngineError when it could not start."""
+        try:
+            ray.get(self.handle.check_health.remote())
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayActorError as error:
+            raise EngineError(f"engine {self.name} did not start: {error}\n  its output is in the run directory's logs/") from error
+
+    def close(self) -> None:
+        """End the engine and its processes; one that died already has nothing left to end."""
+        try:
+            ray.get(self.handle.shutdown.remote(), timeout=CLOSING_S)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            ray.kill(self.handle)
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Draw all samples of one prompt."""
+        return await self._call("generate", requests)
+
+    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probabilities [nats] of `tokens[1:]` under the weights served now."""
+        return await self._call("prompt_logp", tokens)
+
+    async def pause(self) -> None:
+        """Freeze the requests in flight."""
+        await self._call("pause")
+
+    async def resume(self) -> None:
+        """Go on."""
+        await self._call("resume")
+
+    async def set_version(self, version: int) -> None:
+        """Label the weights served from now on."""
+        await self._call("set_version", version)
+
+    async def version(self) -> int:
+        """The label of the weights served now."""
+        return await self._call("version")
+
+    async def fingerprints(self) -> dict[str, str]:
+        """What the last update received, by name."""
+        return await self._call("fingerprints")
+
+    async def suspects(self) -> list[str]:
+        """Parameters whose bytes the engine cannot vouch for."""
+        return await self._call("suspects")
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(self.handle, method).remote(*args)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayActorError as error:
+            raise EngineError(f"engine {self.name} died during {method}: {error}\n  its output is in the run directory's logs/") from error
+
+
+class RemoteGroup:
+    """A group of learner ranks behind the RoleGroup protocol; `settings` are the Learner's. Call `wait` before anything else."""
+
+    def __init__(self, name: str, ranks: Sequence[ActorHandle], *, max_tokens: int, settings: Mapping[str, Any]) -> None:
+        self.name, self.ranks, self._max_tokens = name, list(ranks), max_tokens
+        self._who = f"a process of group {name!r}"
+        address, port = get([self.ranks[0].rendezvous.remote()], who=self._who)[0]
+        self._building = [rank.build.remote(master_addr=address, master_port=port, **settings) for rank in self.ranks]
+
+    def wait(self) -> None:
+        """Return when every rank has loaded its models."""
+        get(self._building, who=self._who)
+
+    def connect(self, backend: str, engines: Sequence[RemoteEngine], *, ranks_per_engine: int) -> None:
+        """Open the policy's end of the weight sync towards the engines."""
+        handles = [engine.handle for engine in engines]
+        get([rank.connect.remote(backend, handles, "policy", ranks_per_engine) for rank in self.ranks], who=self._who)
+
+    def send(self) -> dict[str, str]:
+        """Send the policy's weights; the fingerprints of what was sent."""
+        return get([rank.send.remote() for rank in self.ranks], who=self._who)[0]
+
+    def _sharded(self, method: str, role: str, batch: Batch, *args: Any) -> tuple[list[Shard], list[Any]]:
+        cut = shards(batch, ranks=len(self.ranks), max_tokens=self._max_tokens)
+        references = [rank.call.remote(method, role, ray.put(shard), *args) for rank, shard in zip(self.ranks, cut, strict=True)]
+        return cut, references
+
+    def logp(self, role: str, batch: Batch) -> Tensor:
+        """Log-probabilities [nats] of every action token, [T]."""
+        return self._per_token("logp", role, batch)
+
+    def values(self, role: str, batch: Batch) -> Tensor:
+        """Values of the state before every token, [T]."""
+        return self._per_token("values", role, batch)
+
+    def _per_token(self, method: str, role: str, batch: Batch) -> Tensor:
+        cut, references = self._sharded(method, role, batch)
+        return unshard(cut, get(references, who=self._who), cu_seqlens=batch.cu_seqlens)
+
+    def update_policy(self, role: str, scored: Scored, algo: Algorithm) -> StepResult:
+        """One optimiser step of a policy."""
+        return self._update("update_policy", role, scored, algo)
+
+    def update_critic(self, role: str, scored: Scored, algo: ActorCritic) -> StepResult:
+        """One optimiser step of a critic."""
+        return self._update("update_critic", role, scored, algo)
+
+    def _update(self, method: str, role: str, scored: Scored, algo: Algorithm | ActorCritic) -> StepResult:
+        _, references = self._sharded(method, role, scored, algo)
+        results: list[StepResult] = get(references, who=self._who)
+        # Figures are weighted sums: they add up over ranks just as they do over micro-batches.
+        metrics = {name: sum(result.metrics[name] for result in results) for name in results[0].metrics}
+        return StepResult(metrics=metrics, grad_norm=results[0].grad_norm, lr=results[0].lr)
+
+    def export(self, role: str, directory: str) -> None:
+        """Write a role's model in the Hugging Face layout; rank 0 writes."""
+        get([rank.call.remote("export", role, directory) for rank in self.ranks], who=self._who)
+
+    def close(self) -> None:
+        """End the processes; what they hold goes with them."""
+        for rank in self.ranks:
+            ray.kill(rank)

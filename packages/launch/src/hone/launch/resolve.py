@@ -1,0 +1,128 @@
+"""The layers into one configuration: defaults < recipe < what the backend implies < file < flags, each value with its source."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from hone.launch import flags, recipes, toml
+from hone.launch.config import PolicyGradientConfig, default_config
+from hone.launch.errors import Problem, UsageError
+from hone.launch.names import closest
+from hone.launch.schema import Setting, replaced, settings, value_of, written
+from hone.launch.verbs import VERBS
+
+ROLES = {"policy": "actor", "critic": "critic", "reference": "ref"}
+"""Configuration group of each role a learner process can host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A configuration, the source of each setting, and what was found wrong on the way; settings in `bad` hold a stand-in."""
+
+    config: PolicyGradientConfig
+    sources: dict[str, str]
+    recipe: str
+    recipe_reason: str
+    actions: dict[str, str]
+    bad: frozenset[str]
+    problems: tuple[Problem, ...]
+
+    def where(self, names: Sequence[str]) -> str:
+        """Values and their sources, as the place of a problem that joins several settings; defaults only where nothing else is."""
+        chosen = [name for name in names if self.sources.get(name, "default") != "default"] or names
+        return ", ".join(told(name, value_of(self.config, name), self.sources[name]) for name in chosen if name in self.sources)
+
+
+def told(name: str, value: object, source: str) -> str:
+    """A value as it was given: the flag as typed, else the setting and its source."""
+    kind, _, typed = source.partition(" ")
+    return f"{typed} {written(value)}" if kind == "flag" else f"{name} = {written(value)} ({source})"
+
+
+def resolve(verb: str, argv: Sequence[str], *, gpus: int) -> Resolved:
+    """Read everything the user said and lay it over the defaults. Collects problems; raises nothing for what a user can mend."""
+    config = default_config(verb)
+    known = settings(config)
+    elsewhere = {name: other for other in VERBS if other != verb for name in settings(default_config(other)) if name not in known}
+    given = flags.read(argv, known, elsewhere)
+    problems = list(given.problems)
+    layer = toml.Layer()
+    if path := given.actions.get("config", ""):
+        try:
+            layer = toml.read(path, toml.read_text(path), known, elsewhere, verb=verb)
+        except UsageError as error:
+            problems += error.problems
+    problems += layer.problems
+
+    said = layer.values | given.values
+    built_in = said.get("actor.model_name_or_path") is None and said.get("data.prompt_dataset") is None
+    recipe, reason = recipes.choose(gpus=gpus, built_in=built_in)
+    asked, where = given.actions.get("recipe"), "--recipe"
+    if asked is None:
+        asked, where = layer.header.get("recipe"), layer.sources.get("recipe", "")
+    if asked is not None:
+        recipe, reason = asked, ""
+        if asked not in recipes.RECIPES:
+            problems.append(_unknown_recipe(asked, where))
+            recipe = "none"
+
+    values, sources = {}, dict.fromkeys(known, "default")
+    layers = {f"recipe {recipe}": recipes.values(recipe, known=known, built_in=built_in)}
+    if said.get("run.backend") == "local":
+        layers["run.backend local"] = {"ds.zero_stage": 0}
+    for source, layer_values in layers.items():
+        values |= layer_values
+        sources |= dict.fromkeys(layer_values, source)
+    values |= said
+    sources |= {name: where for name, where in layer.sources.items() if name in known} | given.sources
+    for name, leader, value in _shared_sizes(known, values):
+        values[name] = value
+        sources[name] = f"as {leader}, in one group"
+    config, refusals = _laid_over(config, values, known, sources)
+    return Resolved(
+        config=config,
+        sources=sources,
+        recipe=recipe,
+        recipe_reason=reason,
+        actions=given.actions,
+        bad=frozenset(given.bad | layer.bad),
+        problems=(*problems, *refusals),
+    )
+
+
+def _shared_sizes(known: Mapping[str, Setting], values: Mapping[str, object]) -> list[tuple[str, str, object]]:
+    """Sizes nobody gave, taken from the one given for another role of the same group: (setting, setting it follows, value)."""
+    found: list[tuple[str, str, object]] = []
+    hosts = {role: values.get(f"placement.{role}", known[f"placement.{role}"].default) for role in ROLES if f"placement.{role}" in known}
+    for size in ("num_nodes", "num_gpus_per_node"):
+        for role, host in hosts.items():
+            name = f"{ROLES[role]}.{size}"
+            peers = (f"{ROLES[other]}.{size}" for other, place in hosts.items() if place == host)
+            leader = next((peer for peer in peers if peer in values), None)
+            if name not in values and leader is not None:
+                found.append((name, leader, values[leader]))
+    return found
+
+
+def _laid_over(
+    config: PolicyGradientConfig, values: Mapping[str, object], known: Mapping[str, Setting], sources: Mapping[str, str]
+) -> tuple[PolicyGradientConfig, list[Problem]]:
+    """The configuration with the values; a group whose dataclass refuses their combination keeps what it had."""
+    problems: list[Problem] = []
+    for group, own in _by_group(values, known):
+        try:
+            config = replaced(config, own)
+        except ValueError as error:
+            where = ", ".join(told(name, value, sources[name]) for name, value in own.items())
+            problems.append(Problem(what=f"{group}: {error}", mend="", where=where))
+    return config, problems
+
+
+def _by_group(values: Mapping[str, object], known: Mapping[str, Setting]) -> Iterator[tuple[str, dict[str, object]]]:
+    for group in dict.fromkeys(known[name].group for name in values):
+        yield group, {name: value for name, value in values.items() if known[name].group == group}
+
+
+def _unknown_recipe(name: str, where: str) -> Problem:
+    near = closest(name, recipes.RECIPES)
+    mend = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(recipes.RECIPES)}"
+    return Problem(what=f"there is no recipe {name}", mend=mend, where=where)

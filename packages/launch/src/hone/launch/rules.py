@@ -1,0 +1,203 @@
+"""Rules that join several settings: pure, each a generator of problems over a resolved configuration and the GPUs present.
+
+A problem names its settings, the first being the one to mend; whoever runs the rules drops those that touch a setting whose
+value was refused already.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+
+from hone.algos.algorithms import GRPO
+from hone.launch.config import PolicyGradientConfig
+from hone.launch.errors import Problem
+from hone.launch.names import flag
+from hone.launch.resolve import ROLES, Resolved
+from hone.launch.schema import shown
+
+Rule = Callable[[Resolved, int], Iterator[Problem]]
+
+
+def broken(resolved: Resolved, gpus: int) -> Iterator[Problem]:
+    """Every rule a configuration breaks on a machine with so many GPUs, with values and their sources filled in."""
+    for rule in RULES:
+        for problem in rule(resolved, gpus):
+            if not resolved.bad.intersection(problem.settings):
+                yield problem.at(resolved.where(problem.settings))
+
+
+def notes(resolved: Resolved, gpus: int) -> Iterator[str]:
+    """What will run, but probably not as meant."""
+    config, sources = resolved.config, resolved.sources
+    if not gpus and config.ds.param_dtype == "bf16":
+        yield "ds.param_dtype bf16 is several times slower than fp32 without a GPU; --ds.param-dtype fp32"
+    if config.algo.kl.init_coef == 0 and config.ref.model_name_or_path is not None:
+        yield "ref.model_name_or_path is not read: algo.kl.init_coef is 0, so there is no KL penalty"
+    if config.run.backend == "local" and (
+        idle := [name for name, source in sources.items() if name.startswith("vllm.") and _typed(source)]
+    ):
+        yield f"{', '.join(idle)}: run.backend local has no vLLM engine"
+
+
+def ranks(config: PolicyGradientConfig) -> int:
+    """Processes that train the policy."""
+    return config.actor.num_nodes * config.actor.num_gpus_per_node
+
+
+def _batches(resolved: Resolved, _: int) -> Iterator[Problem]:
+    train, rollout = resolved.config.train, resolved.config.rollout
+    samples = rollout.batch_size * rollout.n_samples_per_prompt
+    names = ("train.batch_size", "rollout.batch_size", "rollout.n_samples_per_prompt")
+    made = f"the {samples} samples of a rollout ({rollout.batch_size} prompts x {rollout.n_samples_per_prompt})"
+    if train.batch_size > samples:
+        mend = f"--train.batch-size {samples} or a divisor of it, or a larger rollout"
+        yield Problem(what=f"train.batch_size {train.batch_size} is more than {made}", mend=mend, settings=names)
+    elif samples % train.batch_size:
+        below = next(size for size in range(train.batch_size, 0, -1) if samples % size == 0)
+        above = next(size for size in range(train.batch_size, samples + 1) if samples % size == 0)
+        mend = f"nearest --train.batch-size {below} or {above}"
+        yield Problem(what=f"train.batch_size {train.batch_size} does not divide {made}", mend=mend, settings=names)
+    if train.batch_size < ranks(resolved.config):
+        what = f"{ranks(resolved.config)} learner ranks share an optimiser step of {train.batch_size} samples: some would have none"
+        names = ("train.batch_size", "actor.num_nodes", "actor.num_gpus_per_node")
+        yield Problem(what=what, mend=f"--train.batch-size {ranks(resolved.config)} or more, or fewer ranks", settings=names)
+
+
+def _groups(resolved: Resolved, _: int) -> Iterator[Problem]:
+    n = resolved.config.rollout.n_samples_per_prompt
+    if isinstance(resolved.config.algo, GRPO) and n < 2:
+        what = f"a group baseline needs at least 2 samples of a prompt, not {n}: every advantage would be 0"
+        yield Problem(what=what, mend="--rollout.n-samples-per-prompt 8, or `launch ppo`", settings=("rollout.n_samples_per_prompt",))
+
+
+def _lengths(resolved: Resolved, _: int) -> Iterator[Problem]:
+    data, rollout, train = resolved.config.data, resolved.config.rollout, resolved.config.train
+    if data.max_len <= rollout.max_new_tokens:
+        what = f"a response of {rollout.max_new_tokens} tokens leaves no room for a prompt within data.max_len {data.max_len}"
+        mend = "raise --data.max-len, or lower --rollout.max-new-tokens"
+        yield Problem(what=what, mend=mend, settings=("data.max_len", "rollout.max_new_tokens"))
+    if train.max_tokens_per_gpu < data.max_len:
+        what = f"a sample of {data.max_len} tokens does not fit a micro-batch of {train.max_tokens_per_gpu}"
+        mend = f"--train.max-tokens-per-gpu {data.max_len} or more, or lower --data.max-len"
+        yield Problem(what=what, mend=mend, settings=("train.max_tokens_per_gpu", "data.max_len"))
+
+
+def _penalty(resolved: Resolved, _: int) -> Iterator[Problem]:
+    kl = resolved.config.algo.kl
+    if kl.use_loss and kl.init_coef == 0 and _typed(resolved.sources["algo.kl.use_loss"]):
+        what = "a KL penalty in the loss with weight 0 does nothing"
+        mend = "raise --algo.kl.init-coef, or drop --algo.kl.use-loss"
+        yield Problem(what=what, mend=mend, settings=("algo.kl.use_loss", "algo.kl.init_coef"))
+
+
+def _prompts(resolved: Resolved, _: int) -> Iterator[Problem]:
+    data, sources = resolved.config.data, resolved.sources
+    if data.input_template is not None and (found := data.input_template.count("{}")) != 1:
+        what = f"data.input_template must contain {{}} exactly once, for the prompt; {shown(data.input_template)} has it {found} times"
+        yield Problem(what=what, mend="other braces stand for themselves", settings=("data.input_template",))
+    if data.input_template is not None and data.apply_chat_template:
+        what = "a prompt is put into a template of its own or into the tokenizer's chat template, not both"
+        mend = "drop --data.input-template, or --data.apply-chat-template"
+        yield Problem(what=what, mend=mend, settings=("data.input_template", "data.apply_chat_template"))
+    if data.prompt_dataset is None:
+        for name in ("data.input_key", "data.label_key", "data.input_template"):
+            if _typed(sources[name]):
+                what = f"{name} describes a prompt dataset, and there is none"
+                yield Problem(what=what, mend="add --data.prompt-dataset FILE.jsonl, or drop it", settings=(name, "data.prompt_dataset"))
+
+
+def _own_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config = resolved.config
+    if config.data.prompt_dataset is None:
+        return
+    if config.actor.model_name_or_path is None:
+        what = "the built-in model reads only the digits and signs of the built-in task, not your prompts"
+        mend = "name a model for your prompts: --actor.model-name-or-path DIR"
+        yield Problem(what=what, mend=mend, settings=("actor.model_name_or_path", "data.prompt_dataset"))
+    if config.reward.remote_url is None:
+        what = "your own prompts need a reward: the built-in one judges only the built-in task"
+        mend = "add --reward.remote-url FILE.py with `def reward_func(queries, prompts, labels)`"
+        yield Problem(what=what, mend=mend, settings=("reward.remote_url", "data.prompt_dataset"))
+
+
+def _steps(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config = resolved.config
+    if config.ckpt.save_steps == 0:
+        what = "ckpt.save_steps 0 says neither when nor never"
+        yield Problem(what=what, mend="-1 to save at the end only, or a number of steps from 1", settings=("ckpt.save_steps",))
+    if "critic.freezing_steps" in resolved.sources and config.train.max_steps and config.critic.freezing_steps >= config.train.max_steps:
+        what = f"the policy would never learn: it stands still for {config.critic.freezing_steps} steps of {config.train.max_steps}"
+        mend = f"--critic.freezing-steps below {config.train.max_steps}, or raise --train.max-steps"
+        yield Problem(what=what, mend=mend, settings=("critic.freezing_steps", "train.max_steps"))
+
+
+def _placement(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config = resolved.config
+    roles = {role: getattr(config.placement, role) for role in (*ROLES, "engine") if f"placement.{role}" in resolved.sources}
+    for role, group in roles.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", group):
+            mend = "letters, digits, and _ . - after the first; at most 64"
+            yield Problem(what=f"{shown(group)} is no name for a group", mend=mend, settings=(f"placement.{role}",))
+    learners = {role: group for role, group in roles.items() if role in ROLES}
+    for group in dict.fromkeys(learners.values()):
+        members = [ROLES[role] for role, place in learners.items() if place == group]
+        sizes = {name: (getattr(config, name).num_nodes, getattr(config, name).num_gpus_per_node) for name in members}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name} {nodes} x {devices}" for name, (nodes, devices) in sizes.items())
+            names = tuple(f"{name}.{size}" for name in members for size in ("num_nodes", "num_gpus_per_node"))
+            mend = "give them the same size, or a group of their own with --placement.ROLE NAME"
+            yield Problem(
+                what=f"roles of group {group} share its processes, but ask for different sizes: {told}", mend=mend, settings=names
+            )
+
+
+def _backend(resolved: Resolved, gpus: int) -> Iterator[Problem]:
+    config = resolved.config
+    if config.run.backend == "local":
+        if config.ds.zero_stage > 0:
+            what = f"run.backend local has one process and no DeepSpeed: there is nothing to shard with zero_stage {config.ds.zero_stage}"
+            yield Problem(what=what, mend="--ds.zero-stage 0, or --run.backend ray", settings=("ds.zero_stage", "run.backend"))
+        if ranks(config) > 1:
+            what = f"run.backend local has one process, not {ranks(config)} ranks"
+            names = ("actor.num_nodes", "actor.num_gpus_per_node", "run.backend")
+            yield Problem(what=what, mend="--run.backend ray, or one rank", settings=names)
+    if not gpus and config.vllm.sync_backend in ("ipc", "nccl") and not _cluster(config):
+        what = f"vllm.sync_backend {config.vllm.sync_backend} moves weights between GPUs, and none is visible"
+        yield Problem(what=what, mend="--vllm.sync-backend auto", settings=("vllm.sync_backend",))
+
+
+def _devices(resolved: Resolved, gpus: int) -> Iterator[Problem]:
+    config = resolved.config
+    if not gpus or _cluster(config) or config.run.backend == "local":
+        return
+    asked: dict[str, tuple[int, list[str]]] = {}
+    for role in (*ROLES, "engine"):
+        if f"placement.{role}" not in resolved.sources:
+            continue
+        size = (
+            config.vllm.num_engines * config.vllm.tensor_parallel_size
+            if role == "engine"
+            else getattr(config, ROLES[role]).num_gpus_per_node
+        )
+        before, members = asked.get(getattr(config.placement, role), (0, []))
+        asked[getattr(config.placement, role)] = (max(before, size), [*members, role])
+    total = sum(size for size, _ in asked.values())
+    if total > gpus:
+        rows = "\n".join(f"  {group:<12} {size:>3}  {', '.join(members)}" for group, (size, members) in asked.items())
+        what = f"{total} GPUs asked, {gpus} visible\n{rows}"
+        names = ("actor.num_gpus_per_node", "vllm.num_engines", "vllm.tensor_parallel_size")
+        mend = f"lower {', '.join(flag(name) for name in names)}, or share GPUs with --placement.engine {config.placement.policy}"
+        yield Problem(what=what, mend=mend, settings=names)
+
+
+def _cluster(config: PolicyGradientConfig) -> bool:
+    """Whether devices of other machines count, which cannot be seen from here."""
+    return "RAY_ADDRESS" in os.environ or config.actor.num_nodes > 1
+
+
+def _typed(source: str) -> bool:
+    """Whether a value was typed for this run: a file may be that of an earlier run, which writes out every default."""
+    return source.startswith("flag ")
+
+
+RULES: tuple[Rule, ...] = (_batches, _groups, _lengths, _penalty, _prompts, _own_parts, _steps, _placement, _backend, _devices)

@@ -1,0 +1,72 @@
+"""The main loop: act, judge, learn, publish.
+
+Read it top to bottom; it is the whole algorithm of a run. What it acts and learns with comes from `parts.py` (built from
+Ray actors by `cluster.py`, in this process by `local.py`); what an advantage or a loss is comes from `hone.algos`. It
+yields what happened at every step, so display, logs and stopping early belong to the caller (`programs/`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from hone.algos.batch import pack
+from hone.algos.judge import judge, optimiser_steps
+from hone.algos.protocol import Algorithm
+from hone.launch.measure import mismatch_metrics, rollout_metrics, staleness_metrics, training_metrics
+from hone.launch.parts import Parts
+from hone.rollout.executor import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the loop: its number from 1, what was sampled, and what was measured."""
+
+    number: int
+    groups: Sequence[Group]
+    metrics: dict[str, float]
+
+
+def train(
+    algo: Algorithm, parts: Parts, *, batch_size: int, max_epochs: int, max_steps: int, critic_only_steps: int, seed: int
+) -> Iterator[Step]:
+    """Reinforcement learning of the policy in `parts`, a step at a time.
+
+    batch_size: samples of one optimiser step; max_epochs: passes over a rollout; critic_only_steps: steps at the start
+    in which the policy stands still. Raises what its parts raise; a step that was yielded is complete.
+    """
+    shuffle = torch.Generator().manual_seed(seed)
+    parts.publish(version=0)  # before a token is sampled, the engines are shown to hold the learner's policy
+
+    for number, prompts in enumerate(islice(parts.prompts(), max_steps), start=1):
+        with parts.phase("generation"):
+            groups = parts.act(prompts, step=number)
+
+        with parts.phase("make_experience"):
+            batch = pack([sample.trajectory for group in groups for sample in group.samples])
+            batch = parts.recompute(batch, algo.needs)
+            scored = judge(algo, batch)
+
+        with parts.phase("ppo_train"):
+            learned = [
+                parts.learn(minibatch, algo, policy_too=number > critic_only_steps)
+                for _ in range(max_epochs)
+                for minibatch in optimiser_steps(scored, batch_size=batch_size, reduction=algo.reduction, generator=shuffle)
+            ]
+
+        with parts.phase("broadcast"):
+            synced = parts.publish(version=number)
+
+        yield Step(
+            number=number,
+            groups=groups,
+            metrics={
+                **rollout_metrics(groups),
+                **mismatch_metrics(batch),
+                **staleness_metrics(batch, version=number - 1),
+                **training_metrics(learned),
+                **synced,
+                **parts.measured(batch),
+            },
+        )

@@ -1,0 +1,1 @@
+"""Attention over packed rows, one implementation per file."""

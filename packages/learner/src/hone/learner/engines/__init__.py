@@ -1,0 +1,1 @@
+"""What turns losses into parameter updates: one Protocol, one file per implementation."""

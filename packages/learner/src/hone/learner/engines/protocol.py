@@ -1,0 +1,61 @@
+"""What the learner needs of an engine: it holds one role's model, sums gradients over micro-batches, and steps.
+
+Losses are sums over the whole optimiser step, of all ranks: an engine adds gradients up, it never averages. Every method is
+collective: all ranks call it the same number of times, in the same order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hone.learner.model import CriticModel, PolicyModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInfo:
+    """Of one optimiser step: the gradient's global L2 norm before clipping, and the learning rate it was taken with."""
+
+    grad_norm: float
+    lr: float
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """One role's model, trainable or frozen."""
+
+    module: PolicyModel | CriticModel
+
+    def __call__(self, *inputs: object) -> Any:
+        """The module's forward."""
+        ...
+
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> None:
+        """Adds the loss's gradient; `last` marks the last micro-batch of the optimiser step."""
+        ...
+
+    def step(self) -> StepInfo:
+        """Clips by the global norm and updates.
+
+        Raises NumericsError, on every rank alike, if a loss or the norm is not finite; the parameters are then untouched, and
+        the engine takes no further step.
+        """
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter in full under its checkpoint name, gathered layer by layer; a tensor lives until the next is asked for.
+
+        All ranks must run it to its end.
+        """
+        ...
+
+    def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, number format and full shape of every parameter, in the order of `weights`; gathers nothing."""
+        ...
+
+    def close(self) -> None:
+        """Gives up the engine's buffers and hooks."""
+        ...

@@ -1,0 +1,25 @@
+"""What the learner can fail with; each str() is the whole message: what, where, how to mend it."""
+
+
+class ModelError(Exception):
+    """A model that cannot be used: not found, in a format that is not safe to read, or of an unsupported architecture."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that is missing, incomplete, or of another run."""
+
+
+class NumericsError(Exception):
+    """A loss or a gradient norm that is not finite; the parameters are as they were before the step."""
+
+    def __init__(self, *, role: str, step: int, what: str) -> None:
+        self.role, self.step, self.what = role, step, what
+        super().__init__(
+            f"{role}: {what} at optimiser step {step}; the parameters were left as they were before it. "
+            f"Lower --{ROLE_FLAGS.get(role, role)}.adam.lr or --{ROLE_FLAGS.get(role, role)}.max-norm, and look at the rewards and the "
+            "log-probability gap of the steps before"
+        )
+
+
+ROLE_FLAGS = {"policy": "actor"}
+"""Flag group of a role, where it is not the role's own name."""

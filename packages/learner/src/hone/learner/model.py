@@ -1,0 +1,233 @@
+"""Transformers models behind two small modules: PolicyModel (tokens -> log-probabilities) and CriticModel (tokens -> values).
+
+Both run over packed rows [T], through `attention/varlen.py`, with dropout off at all times: the log-probability of a token must
+not depend on when it was computed. Their `named_weights` are named as in the checkpoint they came from.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+from hone.learner.attention.varlen import PACKED, row_arguments
+from hone.learner.errors import ModelError
+from hone.learner.heads import TokenHead, ValueHead
+from hone.learner.logprobs import state_values
+from hone.learner.model_files import resolve
+
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+"""Logits that exist at once [numbers, 4 bytes each]: 64 MiB on a CPU, 512 MiB on a GPU, where larger products pay."""
+PROBE_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest mean log-probability difference [nats] to transformers' own forward that rounding explains."""
+
+
+class PolicyModel(nn.Module):
+    """A causal language model that answers with the log-probability and the entropy of each action token."""
+
+    def __init__(self, causal_lm: PreTrainedModel, *, device_type: str) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
+        output = causal_lm.get_output_embeddings()
+        if not isinstance(output, nn.Linear):
+            raise ModelError(f"{type(causal_lm).__name__} has no linear output embedding; name a causal language model")
+        self.head = TokenHead(output, softcap=softcap, chunk_logits=CHUNK_LOGITS[device_type])
+
+    def forward(
+        self,
+        tokens: Int[Tensor, " T"],
+        position_ids: Int[Tensor, " T"],
+        cu_seqlens: Int[Tensor, " N_plus_1"],
+        action_mask: Bool[Tensor, " T"],
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
+        """Log-probability and, if asked for, entropy of each token in the mask [nats] at `temperature`; zero elsewhere."""
+        hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens)
+        return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy)
+
+    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """Every parameter once, under its name in the checkpoint; a tied output embedding is its input embedding."""
+        return list(self.causal_lm.named_parameters())
+
+    def save(self, directory: Path, weights: dict[str, Tensor]) -> None:
+        """Writes `weights` (named as `named_weights`) and the configuration in Hugging Face format."""
+        with _quiet():
+            self.causal_lm.save_pretrained(directory, state_dict=dict(weights))
+
+
+class CriticModel(nn.Module):
+    """A transformer with a value head; its weights are named as in transformers' sequence classifier of one label."""
+
+    def __init__(self, backbone: PreTrainedModel, head: ValueHead, *, value_head_prefix: str) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.value_head = head
+        self.prefixes = {"backbone": backbone.base_model_prefix, "value_head": value_head_prefix}
+
+    def forward(
+        self,
+        tokens: Int[Tensor, " T"],
+        position_ids: Int[Tensor, " T"],
+        cu_seqlens: Int[Tensor, " N_plus_1"],
+        action_mask: Bool[Tensor, " T"],
+    ) -> Float[Tensor, " T"]:
+        """Value of the state before each token in the mask; zero elsewhere."""
+        hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens)
+        return state_values(hidden, self.value_head, cu_seqlens, action_mask)
+
+    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """Every parameter once, under its name in the checkpoint."""
+        named = []
+        for name, parameter in self.named_parameters():
+            part, _, rest = name.partition(".")
+            named.append((f"{self.prefixes[part]}.{rest}", parameter))
+        return named
+
+    def save(self, directory: Path, weights: dict[str, Tensor]) -> None:
+        """Writes `weights` (named as `named_weights`) as a sequence classifier of one label."""
+        from huggingface_hub import save_torch_state_dict
+
+        config = copy.deepcopy(self.backbone.config)
+        config.num_labels = 1
+        config.architectures = [type(self.backbone).__name__.removesuffix("Model") + "ForSequenceClassification"]
+        config.save_pretrained(directory)
+        save_torch_state_dict(weights, directory)
+
+
+Model = TypeVar("Model", PolicyModel, CriticModel)
+
+
+def packed_hidden(
+    backbone: nn.Module, tokens: Int[Tensor, " T"], position_ids: Int[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plus_1"]
+) -> Float[Tensor, "T H"]:
+    """Last hidden states of packed rows, each row as if it were alone."""
+    output = backbone(input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, **row_arguments(cu_seqlens))
+    return output.last_hidden_state[0]
+
+
+def load_policy(name: str, *, dtype: torch.dtype, device: torch.device, gradient_checkpointing: bool = False) -> PolicyModel:
+    """A causal language model from a directory or hub id, safetensors only, on `device`, in evaluation mode.
+
+    Raises ModelError for a name that leads nowhere, pickled weights, models that bring their own code, missing weights, and
+    architectures whose log-probabilities over packed rows do not come out as transformers' own forward has them.
+    """
+    model = PolicyModel(_load(AutoModelForCausalLM, resolve(name), dtype, device), device_type=device.type)
+    _check_packed(model, name, dtype)
+    return _prepare(model, gradient_checkpointing)
+
+
+def load_critic(
+    name: str, *, dtype: torch.dtype, device: torch.device, value_head_prefix: str, gradient_checkpointing: bool = False
+) -> CriticModel:
+    """A critic from a causal language model (fresh value head, see `ValueHead`) or from a saved critic (its own head).
+
+    Raises ModelError as `load_policy`, and for a stored head that does not give one value.
+    """
+    directory = resolve(name)
+    backbone = _load(AutoModel, directory, dtype, device)
+    head = ValueHead(backbone.config.hidden_size, dtype=dtype).to(device)
+    stored = _stored_tensor(directory, f"{value_head_prefix}.weight")
+    if stored is not None:
+        if stored.shape != head.weight.shape:
+            raise ModelError(
+                f"{name}: {value_head_prefix}.weight has shape {tuple(stored.shape)}, a value head has {tuple(head.weight.shape)}; "
+                "name a critic, a reward model with one label, or set --ds.value-head-prefix to the head's name"
+            )
+        head.load_state_dict({"weight": stored.to(dtype)})
+    return _prepare(CriticModel(backbone, head, value_head_prefix=value_head_prefix), gradient_checkpointing)
+
+
+def _load(auto_class: Any, directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    with _quiet():
+        try:
+            model, loading = auto_class.from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation=PACKED,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            advice = "the model brings its own code, which is not run here; use one of an architecture that transformers has"
+            if "trust_remote_code" not in str(error):
+                advice = "name a causal language model of an architecture that transformers has, with all its files"
+            raise ModelError(f"{directory} cannot be loaded ({reason}); {advice}") from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ModelError(f"{directory} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...); copy all *.safetensors files there")
+    return model.to(device)
+
+
+def _prepare(model: Model, gradient_checkpointing: bool) -> Model:
+    """Evaluation mode throughout; layers to recompute are marked as training on their own, so no dropout below them wakes."""
+    model.eval()
+    if gradient_checkpointing:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+    return model
+
+
+@torch.no_grad()
+def _check_packed(model: PolicyModel, name: str, dtype: torch.dtype) -> None:
+    """Two short rows packed, through our attention and head, against transformers' own forward of each row alone."""
+    vocabulary, device = model.head.weight.shape[0], model.head.weight.device
+    tokens = (torch.arange(9, device=device) * 7919 + 1) % vocabulary
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    position_ids = torch.cat([torch.arange(4, device=device), torch.arange(5, device=device)])
+    everywhere = torch.ones(9, dtype=torch.bool, device=device)
+    model.eval()
+    try:
+        packed, _ = model(tokens, position_ids, cu_seqlens, everywhere, 1.0, False)
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}; this architecture ({type(model.causal_lm).__name__}) is not supported") from error
+    model.causal_lm.set_attn_implementation("eager")
+    alone = [model.causal_lm(input_ids=row[None], use_cache=False).logits[0].float() for row in (tokens[:4], tokens[4:])]
+    model.causal_lm.set_attn_implementation(PACKED)
+    expected = [
+        logits[:-1].log_softmax(-1).gather(1, row[1:, None])[:, 0] for logits, row in zip(alone, (tokens[:4], tokens[4:]), strict=True)
+    ]
+    difference = float((torch.cat([packed[1:4], packed[5:]]) - torch.cat(expected)).abs().mean())
+    if not difference <= PROBE_LIMIT[dtype]:
+        raise ModelError(
+            f"{name}: log-probabilities over packed rows differ from transformers' own by {difference:.3g} nats (at most "
+            f"{PROBE_LIMIT[dtype]:g} is rounding); {type(model.causal_lm).__name__} does something that packing "
+            "does not reproduce, use another model"
+        )
+
+
+def _stored_tensor(directory: Path, name: str) -> Tensor | None:
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 - not a dict; it has no __contains__
+                return tensors.get_tensor(name)
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no report on what a backbone leaves unread: what is missing is checked above."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,63 @@
+"""AdamW's parameter groups, and the learning rate as a pure function of the step.
+
+Optimiser steps are numbered from 0; a schedule spans `total_steps`, and what comes after stays at the floor.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, Schedule
+
+
+def learning_rate(step: int, *, peak: float, total_steps: int, schedule: Schedule, warmup_ratio: float, min_ratio: float) -> float:
+    """Learning rate of optimiser step `step`.
+
+    Warm-up over w = ceil(warmup_ratio total_steps) steps: peak (step + 1) / w, so no step is wasted at 0. Then, with
+    p = (step - w) / (total_steps - 1 - w) clipped to [0, 1]: constant peak | linear peak + p (floor - peak) |
+    cosine floor + (peak - floor) (1 + cos(pi p)) / 2, floor = min_ratio peak; the last step is at the floor.
+    """
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    floor = min_ratio * peak
+    match schedule:
+        case "constant":
+            return peak
+        case "linear":
+            return peak + progress * (floor - peak)
+        case "cosine_with_min_lr":
+            return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def adamw(named: Iterable[tuple[str, nn.Parameter]], adam: AdamConfig) -> torch.optim.AdamW:
+    """AdamW over the given parameters; biases and norms, which are vectors, are exempt from weight decay."""
+    parameters = [parameter for _, parameter in named if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": adam.weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=adam.lr, betas=adam.betas, eps=adam.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a role's model is trained: its settings, over `total_steps` optimiser steps."""
+
+    config: ActorConfig | CriticConfig
+    total_steps: int
+
+    def lr(self, step: int) -> float:
+        """Learning rate of optimiser step `step`."""
+        return learning_rate(
+            step,
+            peak=self.config.adam.lr,
+            total_steps=self.total_steps,
+            schedule=self.config.lr_scheduler,
+            warmup_ratio=self.config.lr_warmup_ratio,
+            min_ratio=self.config.min_lr_ratio,
+        )

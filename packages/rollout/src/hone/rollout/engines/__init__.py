@@ -1,0 +1,1 @@
+"""Engines that sample; each heavy third party enters through one file."""

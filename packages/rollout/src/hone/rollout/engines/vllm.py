@@ -1,0 +1,319 @@
+"""vLLM as an engine: token ids in, token ids with log-probabilities and policy versions out. The only file that serves with vllm.
+
+Flow: Request -> one vLLM request per sample -> Completion. vllm is imported when an engine is built, not when this
+module is, so that a process may name the class without paying for the import.
+"""
+
+import asyncio
+import itertools
+import multiprocessing
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from hone.rollout.config import VLLMConfig
+from hone.rollout.errors import EngineError, StaleWeights
+from hone.rollout.types import Completion, Request
+
+# vLLM's label of the weights an engine starts with; ours is version 0.
+_INITIAL_LABEL = "default"
+# Smallest key-value block the CPU kernels take [tokens]; small blocks let short prompts share their prefix.
+_CPU_BLOCK = 32
+# Grace for the engine core to end by itself before it is killed; it holds nothing that must be saved.
+_SHUTDOWN_S = 3.0
+
+
+class VLLMEngine:
+    """One AsyncLLM and its engine core process; the methods are coroutines of one event loop (a Ray actor has just one).
+
+    `backend` is how weights arrive ("shared_memory", "ipc" or "nccl"); `threads` the CPU threads of each worker;
+    `max_model_len` [tokens] is the model's own where None; `eos_token_ids` are ids that end a response beside those of
+    the model's configuration (the tokenizer's, say: the engine loads none).
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        name: str,
+        config: VLLMConfig,
+        max_model_len: int | None,
+        dtype: Literal["float32", "bfloat16"],
+        backend: Literal["shared_memory", "ipc", "nccl"],
+        threads: int,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        self.name = name
+        self._eos_token_ids = list(eos_token_ids)
+        self._version = 0
+        self._half_loaded = ""
+        self._canaries = itertools.count()
+        before = set(multiprocessing.active_children())
+        with _environment(config, backend=backend, threads=threads):
+            try:
+                self._llm = _start(model, config, max_model_len=max_model_len, dtype=dtype, backend=backend)
+            except Exception as error:
+                raise EngineError(
+                    f"engine {name} did not start on {model}: {_first_line(error)}; the cause stands in its log above"
+                ) from error
+        self._processes = [process for process in multiprocessing.active_children() if process not in before]
+
+    async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Draw all samples of one prompt, in the order asked; EngineError names the engine and the requests."""
+        if self._half_loaded:
+            raise StaleWeights(f"engine {self.name} refuses to sample: {self._half_loaded}")
+        tasks = [asyncio.ensure_future(self._sample(request)) for request in requests]
+        try:
+            return list(await asyncio.gather(*tasks))
+        except Exception as error:
+            names = ", ".join(request.request_id for request in requests)
+            raise self._failure(f"while sampling {names}", error) from error
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _sample(self, request: Request) -> Completion:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        contract = request.contract
+        output = await self._last(
+            request.tokens,
+            # One request per sample: vLLM seeds the n samples of one request with neighbouring numbers, which share streams.
+            SamplingParams(
+                temperature=contract.temperature,
+                top_p=contract.top_p,
+                top_k=contract.top_k,
+                seed=contract.seed,
+                max_tokens=request.max_new_tokens,
+                stop_token_ids=self._eos_token_ids,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            ),
+            request.request_id,
+        )
+        sample = output.outputs[0]
+        if sample.finish_reason not in ("stop", "length"):
+            raise EngineError(f"request {request.request_id} ended with {sample.finish_reason!r} after {len(sample.token_ids)} tokens")
+        return Completion(
+            request_id=request.request_id,
+            tokens=tuple(sample.token_ids),
+            logp=tuple(sample.logprobs.logprobs),
+            version=tuple(_number(span.version) for span in sample.weight_versions for _ in range(span.start, span.end)),
+            finish_reason=sample.finish_reason,
+            cached_tokens=output.num_cached_tokens,
+        )
+
+    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probabilities [nats] of `tokens[1:]` at temperature 1, recomputed under the weights served now (the canary)."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # Asking for prompt log-probabilities makes vLLM pass over its prefix cache; the one sampled token is not used.
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        request_id = f"canary-{next(self._canaries)}"
+        try:
+            output = await self._last(tokens, params, request_id)
+        except Exception as error:
+            raise self._failure(f"while answering {request_id}", error) from error
+        return list(output.prompt_logprobs.logprobs)
+
+    async def _last(self, tokens: Sequence[int], params: Any, request_id: str) -> Any:
+        """The final output of one vLLM request."""
+        # The prefix cache is keyed by tokens, not by weights: the salt keeps versions apart.
+        from vllm.inputs import tokens_input
+
+        prompt = tokens_input(list(tokens), cache_salt=f"v{self._version}")
+        outputs: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id)
+        return [output async for output in outputs][-1]
+
+    async def pause(self) -> None:
+        """Freeze the requests in flight and admit no new ones."""
+        await self._asked("while pausing", self._llm.pause_generation(mode="keep", clear_cache=False))
+
+    async def resume(self) -> None:
+        """Go on; requests in flight recompute what they had cached."""
+        await self._asked("while resuming", self._llm.resume_generation())
+
+    async def set_version(self, version: int) -> None:
+        """Label the weights served from now on, and forget every cached prefix; call it between pause and resume."""
+        await self._asked("while labelling weights", self._llm.update_weight_version(str(version)))
+        self._version = version
+        if not await self._asked("while clearing the prefix cache", self._llm.reset_prefix_cache(reset_running_requests=True)):
+            raise EngineError(
+                f"engine {self.name} kept its prefix cache across the update to version {version}; pause it before the update"
+            )
+
+    async def version(self) -> int:
+        """The label of the weights served now, as the engine core knows it."""
+        return _number(await self._asked("while telling its version", self._llm.get_weight_version()))
+
+    async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        """Open this end of the transport."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        request = WeightTransferInitRequest(init_info=dict(init_info))
+        await self._asked("at the weight-transfer handshake", self._llm.init_weight_transfer_engine(request))
+
+    async def start_weight_update(self) -> None:
+        """Begin an update; until it is finished nothing may be sampled."""
+        self._half_loaded = "an update of its weights was begun and not finished; send all weights again"
+        await self._updated(self._llm.start_weight_update())
+
+    async def update_weights(self, update_info: Any) -> None:
+        """Receive and load; StaleWeights when anything of it fails."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._updated(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End the update, and label it when a version is given."""
+        await self._updated(self._llm.finish_weight_update())
+        self._half_loaded = ""
+        if weight_version is not None:
+            await self.set_version(int(weight_version))
+
+    async def fingerprints(self) -> dict[str, str]:
+        """Fingerprints the last update's receivers took of what they loaded; workers that disagree give a name all of theirs."""
+        received = await self._asked("while telling fingerprints", self._llm.collective_rpc("hone_fingerprints"))
+        names = dict.fromkeys(name for worker in received for name in worker)
+        return {name: "/".join(sorted({worker.get(name, "missing") for worker in received})) for name in names}
+
+    async def suspects(self) -> list[str]:
+        """Parameters whose bytes the engine cannot vouch for after an update, most suspect first, with the reason."""
+        answers = await self._asked("while telling suspects", self._llm.collective_rpc("hone_suspects"))
+        return list(dict.fromkeys(name for worker in answers for name in worker))
+
+    async def check_health(self) -> None:
+        """EngineError when the engine core is dead."""
+        await self._asked("at a health check", self._llm.check_health())
+
+    def pids(self) -> list[int]:
+        """Process ids of the engine core."""
+        return [process.pid for process in self._processes if process.pid is not None]
+
+    async def shutdown(self) -> None:
+        """End the engine core; returns when its process is gone."""
+        self._llm.shutdown(timeout=_SHUTDOWN_S)
+        for process in self._processes:
+            process.kill()
+            process.join()
+        # vLLM closes its sockets and forgets the context they came from, which complains when it is collected.
+        self._llm.engine_core.resources.ctx.destroy(linger=0)
+
+    async def _asked(self, when: str, answer: Any) -> Any:
+        """What a call to the engine core returns, or EngineError."""
+        try:
+            return await answer
+        except Exception as error:
+            raise self._failure(when, error) from error
+
+    async def _updated(self, answer: Any) -> None:
+        """One step of an update; StaleWeights, and no more sampling, when a living engine reports a failure."""
+        try:
+            await answer
+        except Exception as error:
+            if self._llm.errored:
+                raise self._failure("during a weight update", error) from error
+            self._half_loaded = f"an update of its weights failed ({_first_line(error)}); send all weights again, or restart it"
+            raise StaleWeights(f"engine {self.name}: {self._half_loaded}") from error
+
+    def _failure(self, when: str, error: Exception) -> EngineError:
+        """The error to raise for one of vLLM's."""
+        if isinstance(error, EngineError):
+            return error
+        if self._llm.errored:
+            for process in self._processes:
+                process.join(1)  # so that its exit code is known
+            codes = ", ".join(f"pid {process.pid} exit code {process.exitcode}" for process in self._processes)
+            return EngineError(
+                f"engine {self.name}: its vLLM core died {when} ({codes}; -9 is mostly the machine out of memory); the cause stands in "
+                "its log; lower vllm.kv-cache-gib or vllm.gpu-memory-utilization, or give it more memory, and start again"
+            )
+        return EngineError(f"engine {self.name} failed {when}: {type(error).__name__}: {_first_line(error)}")
+
+
+def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: str, backend: str) -> Any:
+    """A running AsyncLLM."""
+    from vllm import AsyncEngineArgs
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from hone.rollout.weight_sync.plugin import RECEIVERS, WorkerExtension
+
+    on_cpu = current_platform.is_cpu()
+    device: dict[str, Any] = (
+        # A prompt cut in two by the token budget kills vLLM's core on the CPU ("CPU Generator does not use offset"):
+        # it takes back the seeded random draw of the unfinished half, which only a GPU's generator can. So never cut one.
+        {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "block_size": _CPU_BLOCK, "enable_chunked_prefill": False}
+        if on_cpu
+        else {"gpu_memory_utilization": config.gpu_memory_utilization}
+    )
+    args = AsyncEngineArgs(
+        model=model,
+        dtype=dtype,  # pyright: ignore[reportArgumentType] - one of the two literals of the constructor
+        max_model_len=max_model_len,  # pyright: ignore[reportArgumentType] - None is vLLM's own default, annotated away
+        tensor_parallel_size=config.tensor_parallel_size,
+        distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=True,
+        # Ids in, ids out: no tokenizer is needed, and none that disagrees with the learner's can creep in.
+        skip_tokenizer_init=True,
+        # The model's stop ids count, its sampling defaults do not: the contract says how a sample is drawn.
+        generation_config="vllm",
+        # Log-probabilities of the distribution actually sampled from: temperature, top-p and top-k included.
+        logprobs_mode="processed_logprobs",
+        weight_transfer_config=WeightTransferConfig(backend=RECEIVERS[backend]),
+        worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+        disable_log_stats=True,
+        **device,
+    )
+    return AsyncLLM.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
+
+
+@contextmanager
+def _environment(config: VLLMConfig, *, backend: str, threads: int) -> Iterator[None]:
+    """Environment in which vLLM starts its processes; put back as it was, whatever vLLM itself sets."""
+    if backend == "ipc":
+        # CUDA memory handles are no plain data; vLLM hands them to its core only under this flag, which both ends read at every call.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    found = dict(os.environ)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    # Threads that spin while they wait starve whoever shares the cores: measured 15 times slower beside a busy learner.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ranks = config.tensor_parallel_size
+    if backend == "shared_memory" and ranks == 1:
+        # Only so does vLLM leave the one CPU worker in the engine core's process; AsyncLLM starts that process all the same.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    elif backend == "shared_memory":
+        # vLLM binds each rank to a NUMA node of its own and dies when there are fewer; so hand out cores instead.
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, min(threads, len(cores) // ranks))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+            ",".join(str(cores[(rank * share + core) % len(cores)]) for core in range(share)) for rank in range(ranks)
+        )
+    try:
+        yield
+    finally:
+        for key in os.environ.keys() - found.keys():
+            del os.environ[key]
+        os.environ.update(found)
+
+
+def _number(label: str) -> int:
+    """A version from vLLM's label of it."""
+    return 0 if label == _INITIAL_LABEL else int(label)
+
+
+def _first_line(error: Exception) -> str:
+    """The message of an error in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,13 @@
+"""What can go wrong while acting; str() of each is the whole message: what, where, how to mend."""
+
+
+class RewardError(Exception):
+    """A reward function raised, hung, or returned something that is not a reward."""
+
+
+class EngineError(Exception):
+    """An engine died, hung, or refused a request; names the engine and the requests."""
+
+
+class StaleWeights(EngineError):
+    """After an update an engine does not serve the weights it was sent; names the engine and what is stale."""

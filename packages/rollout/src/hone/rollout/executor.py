@@ -1,0 +1,234 @@
+"""Single-turn rollout: Prompt -> n Requests -> engine -> Completions -> judge -> Group of Samples, ready to train on.
+
+Prompts run concurrently and finish in any order; what `collect` returns is ordered by prompt, then by sample. Any failure
+(an engine's, a reward's, a deadline) stops the run and cancels the rest.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+
+from hone.algos.batch import SamplerContract, Trajectory
+from hone.rollout.config import RolloutConfig
+from hone.rollout.errors import EngineError
+from hone.rollout.rewards.result import Judgement, RewardItem
+from hone.rollout.sampling import requests
+from hone.rollout.types import Completion, Engine, Prompt, Request
+
+Result = TypeVar("Result")
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """What judges responses: `rewards.pool.RewardPool`, or a stand-in."""
+
+    async def judge(self, items: Sequence[RewardItem]) -> list[Judgement]:
+        """A judgement for each item, in order; raises RewardError."""
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that turns ids into text."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+        """The text of the ids."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One judged response: the trajectory that is trained on, and what the rollout log shows of it.
+
+    `response_text` keeps special tokens; `cached_tokens` counts the prompt tokens served from the engine's prefix cache.
+    """
+
+    trajectory: Trajectory
+    prompt_text: str
+    response_text: str
+    label: object
+    reward: float
+    score: float
+    extra_logs: dict[str, float]
+    cached_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The samples of one prompt, in the order of their seeds."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleTurn:
+    """One response per sample: the prompt goes to the engine, the response to the judge.
+
+    `engine_version`, `tokenizer_hash` and `template_hash` go into the sampler contract. `max_len` bounds prompt and
+    response together [tokens]. `prompts_per_call` prompts share one call of the engine (one that batches by itself
+    wants 1); `samples_in_flight` bounds what the engine holds at a time.
+    """
+
+    engine: Engine
+    judge: Judge
+    tokenizer: Tokenizer
+    config: RolloutConfig
+    run_seed: int
+    max_len: int
+    engine_version: str
+    tokenizer_hash: str
+    template_hash: str
+    prompts_per_call: int = 1
+    samples_in_flight: int = 1024
+
+    async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
+        """Sample and judge every prompt; `on_group` sees each group as it is finished, the result is in the order of `prompts`."""
+        calls = [prompts[start : start + self.prompts_per_call] for start in range(0, len(prompts), self.prompts_per_call)]
+        samples_per_call = self.prompts_per_call * self.config.n_samples_per_prompt
+        gate = asyncio.Semaphore(max(1, self.samples_in_flight // samples_per_call))
+        groups = await _all(self._call(call, step, gate, on_group) for call in calls)
+        return [group for call in groups for group in call]
+
+    async def _call(
+        self, prompts: Sequence[Prompt], step: int, gate: asyncio.Semaphore, on_group: Callable[[Group], None] | None
+    ) -> list[Group]:
+        asked = [self._requests(prompt, step) for prompt in prompts]
+        flat = [request for of_prompt in asked for request in of_prompt]
+        async with gate:
+            drawn = await self._generate(prompts, flat)
+        n = self.config.n_samples_per_prompt
+        # The engine is free for others while these are judged.
+        return await _all(
+            self._group(prompt, of_prompt, drawn[index * n : (index + 1) * n], on_group)
+            for index, (prompt, of_prompt) in enumerate(zip(prompts, asked, strict=True))
+        )
+
+    def _requests(self, prompt: Prompt, step: int) -> list[Request]:
+        budget = min(self.config.max_new_tokens, self.max_len - len(prompt.tokens))
+        if budget < 1:
+            raise ValueError(
+                f"prompt {prompt.prompt_id!r} has {len(prompt.tokens)} tokens, which leaves no room for a response in {self.max_len}; "
+                "raise data.max-len or drop the prompt"
+            )
+        contract = SamplerContract(
+            temperature=self.config.temperature,
+            top_p=1.0,
+            top_k=0,
+            seed=self.run_seed,
+            engine=self.engine_version,
+            tokenizer=self.tokenizer_hash,
+            template=self.template_hash,
+        )
+        n = self.config.n_samples_per_prompt
+        return requests(prompt, n=n, step=step, run_seed=self.run_seed, max_new_tokens=budget, contract=contract)
+
+    async def _generate(self, prompts: Sequence[Prompt], asked: Sequence[Request]) -> list[Completion]:
+        timeout_s = self.config.timeout_s
+        names = ", ".join(repr(prompt.prompt_id) for prompt in prompts[:3]) + (f" and {len(prompts) - 3} more" if len(prompts) > 3 else "")
+        deadline = asyncio.timeout(timeout_s)
+        try:
+            async with deadline:
+                drawn = await self.engine.generate(asked)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise EngineError(
+                f"engine {self.engine.name} did not finish prompt {names} within {timeout_s:g} s; see the engine's log, "
+                "raise rollout.timeout-s or lower rollout.max-new-tokens"
+            ) from None
+        if [completion.request_id for completion in drawn] != [request.request_id for request in asked]:
+            raise EngineError(f"engine {self.engine.name} answered other requests than those of prompt {names}, or in another order")
+        for completion, request in zip(drawn, asked, strict=True):
+            _refuse_malformed(completion, request, self.engine.name)
+        return drawn
+
+    async def _group(
+        self, prompt: Prompt, asked: Sequence[Request], drawn: Sequence[Completion], on_group: Callable[[Group], None] | None
+    ) -> Group:
+        head = self._text(prompt.tokens)
+        responses = [self._response_text(prompt, head, completion) for completion in drawn]
+        judgements = await self.judge.judge(
+            [
+                RewardItem(prompt_id=prompt.prompt_id, query=prompt.text + response, prompt=prompt.text, label=prompt.label)
+                for response in responses
+            ]
+        )
+        samples = tuple(
+            Sample(
+                trajectory=_trajectory(prompt, index, asked[index].contract, completion, judgement),
+                prompt_text=prompt.text,
+                response_text=response,
+                label=prompt.label,
+                reward=judgement.reward,
+                score=judgement.score,
+                extra_logs=judgement.extra_logs,
+                cached_tokens=completion.cached_tokens,
+            )
+            for index, (completion, response, judgement) in enumerate(zip(drawn, responses, judgements, strict=True))
+        )
+        group = Group(prompt=prompt, samples=samples)
+        if on_group is not None:
+            on_group(group)
+        return group
+
+    def _text(self, tokens: Iterable[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _response_text(self, prompt: Prompt, head: str, completion: Completion) -> str:
+        # Decoded behind its prompt: alone, some tokenizers drop a response's leading space.
+        whole = self._text((*prompt.tokens, *completion.tokens))
+        return whole[len(head) :] if whole.startswith(head) else self._text(completion.tokens)
+
+
+def _trajectory(prompt: Prompt, sample: int, contract: SamplerContract, completion: Completion, judgement: Judgement) -> Trajectory:
+    """Prompt ids unmasked, sampled ids as actions, the reward on the last of them."""
+    fed, sampled = len(prompt.tokens), len(completion.tokens)
+    action_mask = torch.zeros(fed + sampled, dtype=torch.bool)
+    action_mask[fed:] = True
+    rewards = torch.zeros(fed + sampled)
+    rewards[-1] = judgement.reward
+    return Trajectory(
+        prompt_id=prompt.prompt_id,
+        sample=sample,
+        tokens=torch.tensor(prompt.tokens + completion.tokens, dtype=torch.long),
+        action_mask=action_mask,
+        rollout_logp=torch.tensor((0.0,) * fed + completion.logp, dtype=torch.float32),
+        rewards=rewards,
+        # The version that sampled the first token is the one that was fed the prompt.
+        version=torch.tensor((completion.version[0],) * fed + completion.version, dtype=torch.long),
+        truncated=completion.finish_reason == "length",
+        score=judgement.score,
+        contract=contract,
+    )
+
+
+def _refuse_malformed(completion: Completion, request: Request, engine: str) -> None:
+    tokens, logp, version = completion.tokens, completion.logp, completion.version
+    if not 1 <= len(tokens) <= request.max_new_tokens or len(logp) != len(tokens) or len(version) != len(tokens):
+        raise EngineError(
+            f"engine {engine} answered request {request.request_id!r} with {len(tokens)} tokens, {len(logp)} log-probabilities and "
+            f"{len(version)} versions; expected as many of each, from 1 to {request.max_new_tokens}"
+        )
+    for position, value in enumerate(logp):
+        if not math.isfinite(value):
+            raise EngineError(
+                f"engine {engine} reported log-probability {value} for token {position} of request {request.request_id!r}; the policy's "
+                "logits are not finite: check the weights of the last update"
+            )
+
+
+async def _all(work: Iterable[Coroutine[object, object, Result]]) -> list[Result]:
+    """The results in order; the first failure cancels the rest, waits for them to end, and is raised as it is (not in a group)."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

@@ -1,0 +1,201 @@
+"""Who takes part in a weight sync, and its order: pause, send, version, cache, resume, canary, verify.
+
+Flow: the learner's ranks run a Trainer (rank 0 drives the engines through a synchronous Client); the controller runs
+`sync` against the same engines. Neither knows Ray: launch adapts actor handles to `Client` and `ServedEngine`.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from hone.rollout.errors import StaleWeights
+from hone.rollout.weight_sync.verify import Canary, verify
+
+
+@runtime_checkable
+class Client(Protocol):
+    """The synchronous control plane of one or more engines, as a trainer drives it (vLLM's `VLLMWeightSyncClient`)."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Open the engine's end of the transport."""
+        ...
+
+    def start_weight_update(self) -> None:
+        """Begin an update."""
+        ...
+
+    def update_weights(self, update_info: Any) -> None:
+        """Receive and load what `update_info` describes."""
+        ...
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End the update."""
+        ...
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """The learner's end of the transport; constructed and called on every learner rank, in step."""
+
+    def send_weights(self) -> dict[str, str]:
+        """Send every tensor to every engine and wait until it is loaded; the fingerprints sent, by name."""
+        ...
+
+    def close(self) -> None:
+        """Release the transport."""
+        ...
+
+
+@runtime_checkable
+class ServedEngine(Protocol):
+    """An engine as the controller sees it during a sync."""
+
+    name: str
+
+    async def pause(self) -> None:
+        """Freeze the requests in flight and admit no new ones."""
+        ...
+
+    async def resume(self) -> None:
+        """Go on."""
+        ...
+
+    async def set_version(self, version: int) -> None:
+        """Label the weights served from now on, and forget every cached prefix."""
+        ...
+
+    async def version(self) -> int:
+        """The label of the weights served now."""
+        ...
+
+    async def fingerprints(self) -> dict[str, str]:
+        """What the last update received, by name."""
+        ...
+
+    async def suspects(self) -> list[str]:
+        """Parameters whose bytes the engine cannot vouch for after an update."""
+        ...
+
+    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probabilities [nats] of `tokens[1:]` under the weights served now."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What the learner sent: fingerprints by name, and its own log-probabilities of the canary under those weights."""
+
+    fingerprints: Mapping[str, str]
+    canary_logp: Sequence[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synced:
+    """A verified sync: the canaries by engine (hand them to the next sync), the largest gap [nats], seconds by part."""
+
+    version: int
+    canaries: dict[str, Canary]
+    gap: float
+    seconds: dict[str, float]
+
+
+class FanOut:
+    """Several engines as one Client: every call goes to all of them at once and ends when the last has answered.
+
+    At once, because nccl's rendezvous waits for all of its ranks; engine i takes the ranks after those of engine i - 1.
+    """
+
+    def __init__(self, clients: Sequence[Client], *, ranks_per_engine: int) -> None:
+        self._clients = clients
+        self._ranks_per_engine = ranks_per_engine
+
+    def _each(self, call: Callable[[int, Client], None]) -> None:
+        with ThreadPoolExecutor(max_workers=len(self._clients)) as pool:
+            for answer in [pool.submit(call, index, client) for index, client in enumerate(self._clients)]:
+                answer.result()
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Open every engine's end; nccl's `rank_offset` is shifted by the ranks of the engines before."""
+
+        def opened(index: int, client: Client) -> None:
+            shift = {"rank_offset": init_info["rank_offset"] + index * self._ranks_per_engine} if "rank_offset" in init_info else {}
+            client.init_weight_transfer_engine({**init_info, **shift})
+
+        self._each(opened)
+
+    def start_weight_update(self) -> None:
+        """Begin an update on every engine."""
+        self._each(lambda _, client: client.start_weight_update())
+
+    def update_weights(self, update_info: Any) -> None:
+        """Load the same tensors into every engine."""
+        self._each(lambda _, client: client.update_weights(update_info))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """End the update on every engine."""
+        self._each(lambda _, client: client.finish_weight_update(weight_version))
+
+
+async def sync(
+    engines: Sequence[ServedEngine],
+    *,
+    version: int,
+    send: Callable[[], Awaitable[Sent]],
+    canary: Sequence[int],
+    tolerance: float,
+    previous: Mapping[str, Canary],
+) -> Synced:
+    """Bring every engine to `version` and prove it; raises StaleWeights or EngineError.
+
+    `send` runs the trainer on every learner rank. `canary` are token ids, `tolerance` [nats]. When sending fails the
+    engines stay paused: one of them may hold a mixture of two versions, and nothing may be sampled from that.
+    """
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
+
+    def lap(part: str) -> None:
+        seconds[part] = time.perf_counter() - began - sum(seconds.values())
+
+    await asyncio.gather(*(engine.pause() for engine in engines))
+    lap("pause")
+    sent = await send()
+    lap("send")
+    await asyncio.gather(*(engine.set_version(version) for engine in engines))
+    await asyncio.gather(*(engine.resume() for engine in engines))
+    lap("resume")
+    canaries = dict(await asyncio.gather(*(_verified(engine, version, sent, canary, tolerance, previous) for engine in engines)))
+    lap("verify")
+    gap = max(abs(a - b) for one in canaries.values() for a, b in zip(one.learner, one.engine, strict=True))
+    return Synced(version=version, canaries=canaries, gap=gap, seconds=seconds)
+
+
+async def _verified(
+    engine: ServedEngine, version: int, sent: Sent, canary: Sequence[int], tolerance: float, previous: Mapping[str, Canary]
+) -> tuple[str, Canary]:
+    """The engine's canary once everything agrees; on failure the engine is asked what it cannot vouch for."""
+    answered = await engine.prompt_logp(canary)
+    found, received = await engine.version(), await engine.fingerprints()
+
+    def checked(suspects: Sequence[str]) -> None:
+        verify(
+            engine=engine.name,
+            expected_version=version,
+            engine_version=found,
+            sent=sent.fingerprints,
+            received=received,
+            canary_learner=sent.canary_logp,
+            canary_engine=answered,
+            tolerance=tolerance,
+            previous=previous.get(engine.name),
+            suspects=suspects,
+        )
+
+    try:
+        checked(())
+    except StaleWeights:
+        checked(await engine.suspects())
+        raise
+    return engine.name, Canary(version=version, learner=tuple(sent.canary_logp), engine=tuple(answered))

@@ -1,0 +1,95 @@
+"""From a rollout to optimiser steps: every row once, weights per step, and nothing judged that is not finite."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from tests.algos.strategies import PER_TOKEN, law, reductions, scored_batch, scored_batches
+from hone.algos.algorithms.grpo import GRPO
+from hone.algos.algorithms.ppo import PPO
+from hone.algos.batch import Batch, Scored
+from hone.algos.judge import judge, optimiser_steps
+from hone.algos.reduce import Reduction, token_weights
+
+
+def _unjudged(scored):
+    return Batch(**{field.name: getattr(scored, field.name) for field in dataclasses.fields(Batch)})
+
+
+@law
+@given(scored_batches(), st.sampled_from([PPO(), GRPO()]))
+def test_judge_adds_advantages_and_weights_and_keeps_the_rest(scored, algo):
+    batch = _unjudged(scored)
+    judged = judge(algo, batch)
+    assert type(judged) is Scored
+    for field in dataclasses.fields(Batch):
+        assert getattr(judged, field.name) is getattr(batch, field.name)
+    assert_close(judged.advantages, algo.advantages(batch).advantages)
+    assert_close(judged.weights, token_weights(batch.action_mask, batch.cu_seqlens, algo.reduction))
+    assert (judged.returns is None) == (algo.name == "grpo")
+
+
+@law
+@given(scored_batches(), reductions, st.integers(1, 7), st.integers(0, 2**31))
+def test_steps_hold_every_row_once_with_weights_of_their_own(scored, reduction, batch_size, seed):
+    scored = dataclasses.replace(scored, group=torch.arange(scored.rows))
+    steps = list(optimiser_steps(scored, batch_size=batch_size, reduction=reduction, generator=torch.Generator().manual_seed(seed)))
+    assert [step.rows for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
+    assert 1 <= steps[-1].rows <= batch_size
+    assert sorted(int(row) for step in steps for row in step.group) == list(range(scored.rows))
+    for step in steps:
+        assert_close(step.weights, token_weights(step.action_mask, step.cu_seqlens, reduction))
+        for position, row in enumerate(step.group.tolist()):
+            own = slice(int(step.cu_seqlens[position]), int(step.cu_seqlens[position + 1]))
+            source = slice(int(scored.cu_seqlens[row]), int(scored.cu_seqlens[row + 1]))
+            for name in set(PER_TOKEN) - {"weights"}:
+                assert_close(step.require(name)[own], scored.require(name)[source], rtol=0, atol=0)
+
+
+def test_the_generator_settles_the_order():
+    scored = scored_batch([[True]] * 16, Reduction(), seed=0)
+    scored = dataclasses.replace(scored, group=torch.arange(16))
+
+    def order(seed):
+        steps = optimiser_steps(scored, batch_size=5, reduction=Reduction(), generator=torch.Generator().manual_seed(seed))
+        return [int(row) for step in steps for row in step.group]
+
+    assert order(0) == order(0) != order(1)
+    assert order(0) != list(range(16))
+
+
+def test_a_step_needs_a_row():
+    scored = scored_batch([[True]], Reduction(), seed=0)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        next(optimiser_steps(scored, batch_size=0, reduction=Reduction(), generator=torch.Generator()))
+
+
+@pytest.mark.parametrize("name", ["rewards", "old_logp", "ref_logp", "values"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_named_with_its_place(name, value):
+    batch = _unjudged(scored_batch([[True, True], [False, True]], Reduction(), seed=0))
+    broken = getattr(batch, name).clone()
+    broken[2] = math.nan  # off the mask: no matter
+    judge(PPO(), dataclasses.replace(batch, **{name: broken}))
+    broken[3] = value
+    with pytest.raises(FloatingPointError, match=rf"{name}: 1 of 3 action tokens are not finite, the first {value} at token 1 of row 1"):
+        judge(PPO(), dataclasses.replace(batch, **{name: broken}))
+
+
+def test_an_advantage_that_overflows_is_named():
+    batch = _unjudged(scored_batch([[True, True]], Reduction(), seed=0))
+    batch = dataclasses.replace(batch, rewards=torch.full((2,), 1e308, dtype=torch.float64))
+    with pytest.raises(FloatingPointError, match="advantages of ppo: 2 of 2"):
+        judge(PPO(), batch)
+
+
+def test_a_field_that_the_algorithm_needs_must_be_there():
+    batch = dataclasses.replace(_unjudged(scored_batch([[True]], Reduction(), seed=0)), values=None)
+    judge(GRPO(), batch)
+    with pytest.raises(ValueError, match="the batch has no values"):
+        judge(PPO(), batch)

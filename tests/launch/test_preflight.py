@@ -1,0 +1,239 @@
+"""What the settings point at: looked for, and named when it is not what it must be, before anything is started."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hone.launch import preflight
+from hone.launch.errors import Problem
+from launch.asking import missing, only, settled
+
+
+def a_model(path: Path, **config: object) -> Path:
+    """The files of a model directory, as far as they are looked at: nothing loads them."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 4096} | config))
+    (path / "model.safetensors").write_bytes(bytes(1000))
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def of_model(model: Path | str, words: str = "") -> list[Problem]:
+    return missing(f"ppo --actor.model-name-or-path {model} {words}")
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_built_in_run_lacks_nothing() -> None:
+    assert missing("ppo") == []
+    assert missing("grpo") == []
+
+
+def test_a_whole_model_directory_is_accepted(tmp_path: Path) -> None:
+    assert of_model(a_model(tmp_path / "m")) == []
+    assert of_model(a_model(tmp_path / "relative") and "relative") == []
+
+
+def test_a_hub_id_is_left_to_the_loader(tmp_path: Path) -> None:
+    assert of_model("Qwen/Qwen3-0.6B") == []
+    a_model(tmp_path / "models" / "tiny")
+    problem = only(of_model("models/tinny"))
+    assert "there is no model directory `models/tinny`" in problem.what
+    assert "did you mean models/tiny?" in problem.mend
+    problem = only(of_model("modls"))
+    assert "did you mean models?" in problem.mend
+
+
+def test_each_model_is_looked_at_once_and_under_its_own_name(tmp_path: Path) -> None:
+    good, gone = a_model(tmp_path / "good"), tmp_path / "gone"
+    words = f"--critic.model-name-or-path {gone} --ref.model-name-or-path {gone}"
+    assert only(of_model(good, words)).where == f"--critic.model-name-or-path {gone}"
+
+
+@pytest.mark.parametrize(
+    ("fault", "what", "code"),
+    [
+        ("no config", "has no config.json", 5),
+        ("broken config", "not valid JSON", 5),
+        ("listed config", "is not a JSON object", 5),
+        ("no weights", "weights are missing", 5),
+        ("pickled", "holds its weights as pickle (pytorch_model.bin)", 5),  # spec C.3 row 55
+        ("no tokenizer", "has no tokenizer", 5),
+        ("own code", "needs code of its own (auto_map in config.json)", 5),  # row 56
+        ("own tokenizer", "needs code of its own (auto_map in tokenizer_config.json)", 5),
+        ("lost shard", "lacks 1 of its 2 weight files: model-2.safetensors", 5),
+        (
+            "short context",
+            "data.max_len 512 is more than the model's 64 positions (max_position_embeddings in its config.json)",
+            2,
+        ),  # row 21
+        ("a file", "is a file", 5),
+        ("absent", "no model directory", 5),
+    ],
+)
+def test_a_faulty_model_directory_says_what_is_wrong(tmp_path: Path, fault: str, what: str, code: int) -> None:
+    model = a_model(tmp_path / "m", max_position_embeddings=64 if fault == "short context" else 4096)
+    if fault == "no config":
+        (model / "config.json").unlink()
+    if fault == "broken config":
+        (model / "config.json").write_text("{")
+    if fault == "listed config":
+        (model / "config.json").write_text("[]")
+    if fault in ("no weights", "pickled"):
+        (model / "model.safetensors").unlink()
+    if fault == "pickled":
+        (model / "pytorch_model.bin").write_bytes(b"x")
+    if fault == "no tokenizer":
+        (model / "tokenizer.json").unlink()
+    if fault == "own code":
+        (model / "config.json").write_text(json.dumps({"model_type": "mystery", "auto_map": {"AutoModelForCausalLM": "mystery.Mystery"}}))
+    if fault == "own tokenizer":
+        (model / "config.json").write_text(json.dumps({"model_type": "mystery"}))
+        (model / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["tok.Tok", None]}}))
+    if fault == "lost shard":
+        shards = {"a": "model.safetensors", "b": "model-2.safetensors"}
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    if fault in ("a file", "absent"):
+        shutil.rmtree(model)
+    if fault == "a file":
+        model.write_text("")
+    problem = only(of_model(model))
+    assert what in problem.what
+    assert problem.code == code
+    assert problem.where == f"--actor.model-name-or-path {model}"
+
+
+def test_code_beside_an_architecture_that_transformers_has_is_never_needed(tmp_path: Path) -> None:
+    assert of_model(a_model(tmp_path / "m", model_type="phi3", auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"})) == []
+
+
+def test_prompts_that_are_not_there_are_named_with_their_neighbour(tmp_path: Path) -> None:
+    # row 29
+    (tmp_path / "train.jsonl").write_text("{}")
+    model, reward = a_model(tmp_path / "m"), tmp_path / "reward.py"
+    reward.write_text("def reward_func(queries, prompts, labels):\n    return {}\n")
+    words = f"--reward.remote-url {reward} --data.prompt-dataset {tmp_path}"
+    problem = only(of_model(model, f"{words}/trian.jsonl"))
+    assert "train.jsonl" in problem.what
+    assert (problem.code, problem.where) == (3, f"--data.prompt-dataset {tmp_path}/trian.jsonl")
+    assert "is a directory" in only(of_model(model, words)).what
+    assert of_model(model, f"{words}/train.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        (None, "does not exist"),
+        ("def reward_func(:\n", "reward.py:1 has a syntax error"),
+        ("def judge(queries, prompts, labels): ...\n", "reward_func"),
+        ("def reward_func(queries): ...\n", "reward.py:1"),
+        ("async def reward_func(queries, prompts, labels): ...\n", "reward.py:1"),
+    ],
+)
+def test_a_reward_file_is_judged_by_its_source(tmp_path: Path, source: str | None, what: str) -> None:
+    # row 49
+    if source is not None:
+        (tmp_path / "reward.py").write_text(source)
+    problem = only(missing(f"ppo --reward.remote-url {tmp_path}/reward.py"))
+    assert what in problem.what
+    assert problem.code == 6
+
+
+def test_a_reward_url_is_refused_without_repeating_what_may_be_secret() -> None:
+    problem = only(missing("ppo --reward.remote-url http://me:sekret@host/reward"))
+    assert "is a URL" in problem.what
+    assert "sekret" not in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        # row 25
+        ("", "it is empty"),
+        ("../x", "it contains `..`"),
+        ("runs/../../x", "it contains `..`"),
+        ("x" * 300, "longer than 200 bytes"),
+        ("runs/a\u202eb", "cannot be printed"),
+        ("runs/a\x1b[31m", "cannot be printed"),
+        ("runs/*", "letters, digits"),
+    ],
+)
+def test_a_run_directory_has_a_plain_name(name: str, what: str) -> None:
+    problem = only(missing(f"ppo --run.dir={name}"))
+    assert what in problem.what
+    assert problem.code == 2
+
+
+@pytest.mark.parametrize("name", ["runs/first", "new.run-2", "deep/er/run", "caf\u00e9"])
+def test_a_new_run_directory_may_have_any_such_name(name: str) -> None:
+    assert missing(f"ppo --run.dir {name}") == []
+
+
+def test_a_run_directory_is_new_or_empty(tmp_path: Path) -> None:
+    home = tmp_path / "run"
+    home.mkdir()
+    assert missing(f"ppo --run.dir {home}") == []
+    (home / "metrics.jsonl").write_text("")
+    assert "holds a run already (metrics.jsonl)" in only(missing(f"ppo --run.dir {home}")).what
+    (home / "metrics.jsonl").rename(home / "notes.txt")
+    assert "is not empty (notes.txt)" in only(missing(f"ppo --run.dir {home}")).what
+    assert "is not a directory" in missing(f"ppo --run.dir {home}/notes.txt")[0].what
+
+
+def test_a_place_that_cannot_be_written_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # row 26; the tests may run as root, for whom nothing is unwritable
+    monkeypatch.setattr(preflight.os, "access", lambda *_: False)
+    problem = only(missing(f"ppo --run.dir {tmp_path}/run"))
+    assert (problem.what, problem.code) == (f"nothing can be written in {tmp_path}", 5)
+
+
+def test_too_little_disk_is_told_in_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**27))
+    problems = missing("ppo")
+    assert problems[0].what == f"the run needs about 0.2 GiB of disk, {tmp_path} has 0.1 GiB free"
+    assert problems[0].code == 5
+
+
+def test_disk_is_counted_by_saves(tmp_path: Path) -> None:
+    model = a_model(tmp_path / "m")
+    needed = {
+        words: preflight.bytes_needed(settled(f"ppo --actor.model-name-or-path {model} {words}").config)
+        for words in ("", "--ckpt.save-steps 10")
+    }
+    # 60 steps of the recipe: the model at the end, and six on the way
+    assert needed == {"": 1000 + preflight.SPARE_BYTES, "--ckpt.save-steps 10": 7000 + preflight.SPARE_BYTES}
+
+
+def test_shared_memory_must_hold_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = a_model(tmp_path / "m")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: SimpleNamespace(free=1999 if str(place) == "/dev/shm" else 2**40))
+    assert "through /dev/shm" in only(of_model(model)).what
+    assert of_model(model, "--run.backend local") == []
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # row 60
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else found(name))
+    problem = only(missing("ppo"))
+    assert (problem.what, problem.code) == ("vllm is not installed", 5)
+    assert missing("ppo --run.backend local") == []
+
+
+def test_the_cpu_build_of_vllm_is_not_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.importlib.metadata, "distributions", lambda name: [name])
+    problem = only(missing("ppo", gpus=2))
+    assert problem.what == "2 GPUs are visible, but the installed vLLM is the CPU build"
+    assert missing("ppo", gpus=0) == []
+
+
+def test_the_built_in_model_has_a_context_too() -> None:
+    problem = only(missing("ppo --data.max-len 1024"))
+    assert problem.what == "data.max_len 1024 is more than the built-in model's 512 positions"

@@ -1,0 +1,121 @@
+"""Rules that join settings: each fires on what it is for, names both values and their sources, and says how to mend."""
+
+import pytest
+
+from hone.launch.resolve import resolve
+from hone.launch.rules import broken, notes
+from launch.asking import crossed, only, resolved, settled
+
+OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remote-url r.py"
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "mend"),
+    [
+        # spec C.3 row 7: 32 x 8 = 256 samples; divisors around 100 are 64 and 128
+        (
+            "ppo --train.batch-size 100",
+            "100 does not divide the 256 samples of a rollout (32 prompts x 8)",
+            "nearest --train.batch-size 64 or 128",
+        ),
+        ("ppo --train.batch-size 512", "512 is more than the 256 samples", "--train.batch-size 256 or a divisor"),
+        ("ppo --rollout.n-samples-per-prompt 1", "256 is more than the 32 samples", "--train.batch-size 32"),
+        ("ppo --train.batch-size 2 --actor.num-gpus-per-node 4", "4 learner ranks share an optimiser step of 2 samples", "4 or more"),
+        # row 8
+        ("grpo --rollout.n-samples-per-prompt 1 --train.batch-size 32", "at least 2 samples of a prompt, not 1", "`launch ppo`"),
+        # row 22
+        ("ppo --rollout.max-new-tokens 512", "512 tokens leaves no room for a prompt within data.max_len 512", "raise --data.max-len"),
+        ("ppo --train.max-tokens-per-gpu 511", "a sample of 512 tokens does not fit a micro-batch of 511", "512 or more"),
+        ("ppo --algo.kl.use-loss --algo.kl.init-coef 0", "KL penalty in the loss with weight 0", "drop --algo.kl.use-loss"),
+        (f"ppo {OWN} --data.input-template Q:", "{} exactly once, for the prompt; `Q:` has it 0 times", "other braces"),
+        (f"ppo {OWN} --data.input-template {{}}{{}}", "has it 2 times", ""),
+        # row 18
+        (f"ppo {OWN} --data.input-template {{}} --data.apply-chat-template", "not both", "drop --data.input-template"),
+        ("ppo --data.label-key answer", "data.label_key describes a prompt dataset, and there is none", "add --data.prompt-dataset"),
+        ("ppo --data.prompt-dataset p.jsonl --reward.remote-url r.py", "the built-in model reads only", "--actor.model-name-or-path DIR"),
+        ("ppo --data.prompt-dataset p.jsonl --actor.model-name-or-path m", "your own prompts need a reward", "def reward_func"),
+        ("ppo --ckpt.save-steps 0", "neither when nor never", "-1"),
+        ("ppo --critic.freezing-steps 60", "the policy would never learn: it stands still for 60 steps of 60", "below 60"),
+        ("ppo --placement.engine a/b", "`a/b` is no name for a group", "letters"),
+        ("ppo --placement.engine=", "is no name for a group", "letters"),
+        (
+            "ppo --actor.num-gpus-per-node 2 --critic.num-gpus-per-node 3",
+            "roles of group learner share its processes, but ask for different sizes: actor 1 x 2, critic 1 x 3, ref 1 x 2",
+            "the same size, or a group of their own",
+        ),
+        ("ppo --run.backend local --ds.zero-stage 3", "nothing to shard with zero_stage 3", "--ds.zero-stage 0"),
+        ("ppo --run.backend local --actor.num-gpus-per-node 2", "one process, not 2 ranks", "--run.backend ray"),
+        ("ppo --vllm.sync-backend nccl", "moves weights between GPUs, and none is visible", "auto"),
+    ],
+)
+def test_a_broken_rule_is_named_once(line: str, what: str, mend: str) -> None:
+    problem = only(crossed(line))
+    assert what in problem.what
+    assert mend in problem.mend
+    assert problem.where
+    assert problem.code == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ppo --train.batch-size 64",
+        "ppo --rollout.batch-size 4 --rollout.n-samples-per-prompt 1 --train.batch-size 4",
+        "grpo --rollout.n-samples-per-prompt 2 --train.batch-size 64",
+        "grpo --algo.kl.init-coef 0",  # use_loss is GRPO's own default
+        "ppo --rollout.max-new-tokens 511",
+        f"ppo {OWN} --data.input-template {{x}}{{}}{{y}}",
+        "ppo --ckpt.save-steps 1",
+        "ppo --critic.freezing-steps 59",
+        "ppo --actor.num-gpus-per-node 2 --critic.num-gpus-per-node 3 --placement.critic apart",
+        "grpo --actor.num-gpus-per-node 2",
+        "ppo --run.backend local",
+    ],
+)
+def test_what_is_at_the_border_of_a_rule_passes(line: str) -> None:
+    assert crossed(line) == []
+
+
+def test_the_place_of_a_rule_is_what_was_said_not_the_defaults() -> None:
+    problem = only(crossed("ppo --train.batch-size 100 --rollout.batch_size 32"))
+    assert problem.where == "--train.batch-size 100, --rollout.batch_size 32, rollout.n_samples_per_prompt = 8 (recipe laptop)"
+
+
+def test_gpus_asked_and_visible_stand_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    # row 19
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    problem = only(crossed(f"ppo {OWN} --actor.num-gpus-per-node 8", gpus=1))
+    head, learner, rollout = problem.what.split("\n")
+    assert head == "9 GPUs asked, 1 visible"
+    assert learner.split() == ["learner", "8", "policy,", "critic,", "reference"]
+    assert rollout.split() == ["rollout", "1", "engine"]
+    assert "--placement.engine learner" in problem.mend
+    assert crossed(f"ppo {OWN} --placement.engine learner", gpus=1) == []
+    assert crossed("ppo --actor.num-gpus-per-node 8 --train.batch-size 256", gpus=0) == []
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert crossed(f"ppo {OWN} --actor.num-gpus-per-node 8", gpus=1) == []
+
+
+def test_a_rule_keeps_silent_about_a_value_that_was_refused() -> None:
+    answer = resolved("ppo --train.batch-size abc --rollout.batch-size 7")
+    assert len(answer.problems) == 1
+    assert list(broken(answer, 0)) == []
+
+
+def test_a_combination_a_dataclass_refuses_is_a_problem_of_its_group() -> None:
+    problem = only(list(resolved("ppo --algo.reduction.over constant").problems))
+    assert problem.what.startswith("algo.reduction: ")
+    assert problem.where == "--algo.reduction.over constant"
+    assert settled("ppo --algo.reduction.over constant --algo.reduction.length 64").config.algo.reduction.length == 64
+
+
+def test_notes_tell_what_runs_but_not_as_meant() -> None:
+    assert "bf16 is several times slower" in " ".join(notes(settled("ppo --ds.param-dtype bf16"), 0))
+    assert list(notes(settled(f"ppo {OWN} --ds.param-dtype bf16", gpus=2), 2)) == []
+    assert "ref.model_name_or_path is not read" in " ".join(notes(settled("ppo --algo.kl.init-coef 0 --ref.model-name-or-path m"), 0))
+    assert "vllm.num_engines: run.backend local" in " ".join(notes(settled("ppo --run.backend local --vllm.num-engines 2"), 0))
+
+
+def test_values_with_spaces_reach_a_rule_whole() -> None:
+    words = ["--data.input-template", "Question: {} Answer:", *OWN.split()]
+    assert list(broken(resolve("ppo", words, gpus=0), 0)) == []

@@ -1,0 +1,154 @@
+"""Chunked log-probabilities and entropies against plain full logits: values, gradients, alignment, and what is never held."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hone.learner.logprobs import scored_positions, state_values, token_logprobs
+
+T, H, V = 23, 8, 50
+CU_SEQLENS = torch.tensor([0, 5, 6, 14, 14, 23], dtype=torch.int32)  # a row of one token and an empty one among them
+
+
+def inputs(seed: int = 0, bias: bool = False) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden": torch.randn(T, H, generator=generator).requires_grad_(),
+        "head_weight": torch.randn(V, H, generator=generator).requires_grad_(),
+        "head_bias": torch.randn(V, generator=generator).requires_grad_() if bias else None,
+        "tokens": torch.randint(0, V, (T,), generator=generator),
+        "action_mask": torch.rand(T, generator=generator) < 0.7,
+    }
+
+
+def reference(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, tokens: Tensor, action_mask: Tensor, *, temperature, softcap):
+    """Row by row and token by token, with full logits; the sum over the vocabulary is written out."""
+    logp, entropy = [], []
+    for start, end in zip(CU_SEQLENS[:-1].tolist(), CU_SEQLENS[1:].tolist(), strict=True):
+        for t in range(start, end):
+            if t == start or not action_mask[t]:
+                logp.append(torch.zeros(()))
+                entropy.append(torch.zeros(()))
+                continue
+            logits = head_weight @ hidden[t - 1] + (0 if head_bias is None else head_bias)
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            log_probabilities = torch.log_softmax(logits / temperature, 0)
+            logp.append(log_probabilities[tokens[t]])
+            entropy.append(-(log_probabilities.exp() * log_probabilities).sum())
+    return torch.stack(logp), torch.stack(entropy)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("bias", "softcap"), [(False, None), (True, None), (False, 3.0)])
+def test_values_and_gradients_are_those_of_full_logits(chunk_tokens: int, temperature: float, bias: bool, softcap: float | None) -> None:
+    ours, plain = inputs(bias=bias), inputs(bias=bias)
+    logp, entropy = token_logprobs(
+        cu_seqlens=CU_SEQLENS, temperature=temperature, chunk_tokens=chunk_tokens, with_entropy=True, softcap=softcap, **ours
+    )
+    expected_logp, expected_entropy = reference(**plain, temperature=temperature, softcap=softcap)
+    assert_close(logp, expected_logp)
+    assert_close(entropy, expected_entropy)
+    pull = torch.randn(2, T, generator=torch.Generator().manual_seed(7))
+    ((pull[0] * logp).sum() + (pull[1] * entropy).sum()).backward()
+    ((pull[0] * expected_logp).sum() + (pull[1] * expected_entropy).sum()).backward()
+    for name in ("hidden", "head_weight", "head_bias") if bias else ("hidden", "head_weight"):
+        assert_close(ours[name].grad, plain[name].grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("used", ["logp", "entropy"])
+def test_gradients_of_one_output_alone(used: str) -> None:
+    ours, plain = inputs(), inputs()
+    outputs = token_logprobs(cu_seqlens=CU_SEQLENS, temperature=0.7, chunk_tokens=5, with_entropy=True, **ours)
+    expected = reference(**plain, temperature=0.7, softcap=None)
+    index = ("logp", "entropy").index(used)
+    outputs[index].sum().backward()
+    expected[index].sum().backward()
+    assert_close(ours["hidden"].grad, plain["hidden"].grad, rtol=1e-4, atol=1e-5)
+    assert_close(ours["head_weight"].grad, plain["head_weight"].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hand_derived_value() -> None:
+    # One row [2, 1]; the state of token 0 is 1, the head [0, ln 3, ...]: p(1) = 3 / (1 + 3 + 1) at temperature 1.
+    logp, entropy = token_logprobs(
+        torch.tensor([[1.0], [9.0]]),
+        torch.tensor([[0.0], [3.0**0.5], [0.0]]).square().log1p(),  # logits ln 1, ln 4, ln 1
+        torch.tensor([2, 1]),
+        torch.tensor([0, 2]),
+        torch.tensor([True, True]),
+        temperature=1.0,
+        chunk_tokens=1,
+        with_entropy=True,
+    )
+    assert_close(logp, torch.log(torch.tensor([1.0, 4 / 6])))
+    two_sixths = torch.tensor([1 / 6, 4 / 6, 1 / 6])
+    assert_close(entropy, torch.stack([torch.zeros(()), -(two_sixths * two_sixths.log()).sum()]))
+
+
+def test_a_rows_first_token_is_never_scored() -> None:
+    everywhere = torch.ones(T, dtype=torch.bool)
+    assert set(range(T)) - set(scored_positions(CU_SEQLENS, everywhere).tolist()) == {0, 5, 6, 14}
+
+
+def test_an_empty_mask_gives_zeros_and_zero_gradients() -> None:
+    given = inputs()
+    given["action_mask"] = torch.zeros(T, dtype=torch.bool)
+    logp, _ = token_logprobs(cu_seqlens=CU_SEQLENS, temperature=1.0, chunk_tokens=4, with_entropy=False, **given)
+    logp.sum().backward()
+    assert not logp.any() and not given["hidden"].grad.any() and not given["head_weight"].grad.any()
+
+
+def test_garbage_off_the_mask_changes_nothing() -> None:
+    ours = inputs()
+    state_is_used = torch.zeros(T, dtype=torch.bool)
+    state_is_used[scored_positions(CU_SEQLENS, ours["action_mask"]) - 1] = True
+    broken = {**ours, "hidden": torch.where(state_is_used[:, None], ours["hidden"].detach(), torch.nan)}
+    settings = {"cu_seqlens": CU_SEQLENS, "temperature": 1.0, "chunk_tokens": 4, "with_entropy": True}
+    for clean, dirty in zip(token_logprobs(**ours, **settings), token_logprobs(**broken, **settings), strict=True):
+        assert torch.equal(clean, dirty)
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest tensor any operation returns [elements], forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_the_full_logits_never_exist() -> None:
+    tokens, vocabulary, hidden_size, chunk = 256, 512, 4, 16
+    hidden = torch.randn(tokens, hidden_size, requires_grad=True)
+    weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
+    largest = Largest()
+    with largest:
+        logp, entropy = token_logprobs(
+            hidden,
+            weight,
+            torch.arange(tokens),
+            torch.tensor([0, tokens]),
+            torch.ones(tokens, dtype=torch.bool),
+            temperature=0.9,
+            chunk_tokens=chunk,
+            with_entropy=True,
+        )
+        (logp.sum() + entropy.sum()).backward()
+    assert chunk * vocabulary <= largest.elements < tokens * vocabulary // 8
+
+
+def test_values_stand_before_their_token() -> None:
+    # The head reads the state's only number; a row's first token has no state before it.
+    head = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(head.weight)
+    hidden = torch.arange(10.0, 16.0)[:, None]
+    values = state_values(hidden, head, torch.tensor([0, 4, 6]), torch.tensor([True, False, True, True, True, True]))
+    assert_close(values, torch.tensor([0.0, 0.0, 11.0, 12.0, 0.0, 14.0]))

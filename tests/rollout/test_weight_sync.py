@@ -1,0 +1,448 @@
+"""Weights that arrived, and the ways in which they may not have.
+
+1. After every update the engine answers exactly as the learner does, tied head or not, and says what it received.
+2. A tied head left behind, an update that changes nothing, a tensor altered on the way, a forgotten version: each stops
+   the sync with StaleWeights that names the engine and what is stale, and a full sync afterwards mends it.
+"""
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.rollout.conftest import CANARY, DirectClient, Served, logp_of, request
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from hone.rollout.errors import EngineError, StaleWeights
+from hone.rollout.weight_sync import trainer
+from hone.rollout.weight_sync.protocol import FanOut, Sent, sync
+from hone.rollout.weight_sync.shared_memory import SharedMemoryTrainer
+from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
+from hone.rollout.weight_sync.verify import Canary, canary_tokens, tolerance, verify
+
+# vllm, while it is imported, scripts a function by torch's old way.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+HEAD = "lm_head.weight (tied to the embedding, packed apart from it)"
+
+
+# Real engines
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_three_updates_in_a_row_are_served_as_sent(kind: str, request: pytest.FixtureRequest) -> None:
+    served: Served = request.getfixturevalue(kind)
+    for _ in range(3):
+        served.step()
+        synced = served.sync()
+        answered = torch.tensor(served.loop.run(served.engine.prompt_logp(CANARY)))
+        assert_close(answered, logp_of(served.model, CANARY), rtol=0, atol=1e-4)
+        assert synced.gap < 1e-4
+        assert served.loop.run(served.engine.version()) == served.version
+        expected = {name: fingerprint(parameter.detach()) for name, parameter in served.model.named_parameters()}
+        assert served.loop.run(served.engine.fingerprints()) == expected
+
+
+def test_a_prefix_cached_under_old_weights_is_not_used_under_new_ones(tied: Served) -> None:
+    prompt = tuple(range(20, 90))
+    asked = [request(prompt, seed=1, length=2)]
+    tied.generate(asked)
+    assert tied.generate(asked)[0].cached_tokens == 64
+    tied.step()
+    tied.sync()
+    (drawn,) = tied.generate(asked)
+    assert drawn.cached_tokens == 0
+    assert_close(torch.tensor(drawn.logp), logp_of(tied.model, prompt + drawn.tokens)[69:], rtol=0, atol=1e-4)
+
+
+def _in_the_worker(served: Served, function: Any) -> None:
+    """Run a function on the engine's worker, by vLLM's own remote call."""
+    served.loop.run(served.engine._llm.collective_rpc(function))
+
+
+def test_a_tied_head_left_behind_is_named_and_a_full_sync_mends_it(tied: Served) -> None:
+    tied.sync()
+    _in_the_worker(tied, lambda worker: setattr(worker.weight_transfer_engine, "mend_tied_heads", lambda: None))
+    tied.step()
+    with pytest.raises(StaleWeights) as stale:
+        tied.sync()
+    message = str(stale.value)
+    assert "engine tied" in message and "tensors arrived intact" in message
+    assert f"does not answer like version {tied.version - 1} either" in message
+    assert f"most suspect: {HEAD}" in message
+    _in_the_worker(tied, lambda worker: delattr(worker.weight_transfer_engine, "mend_tied_heads"))
+    assert tied.sync().gap < 1e-4
+
+
+def test_an_update_that_is_received_but_not_applied_is_detected(untied: Served) -> None:
+    untied.sync()
+    _in_the_worker(untied, lambda worker: setattr(worker.weight_transfer_engine.model, "load_weights", lambda weights: set()))
+    untied.step()
+    with pytest.raises(StaleWeights, match=f"engine untied.*still answers like version {untied.version}: .* changed nothing"):
+        untied.sync()
+    _in_the_worker(untied, lambda worker: delattr(worker.weight_transfer_engine.model, "load_weights"))
+    assert untied.sync().gap < 1e-4
+
+
+def test_a_small_update_that_is_not_applied_is_detected_within_the_tolerance(untied: Served) -> None:
+    untied.sync()
+    _in_the_worker(untied, lambda worker: setattr(worker.weight_transfer_engine.model, "load_weights", lambda weights: set()))
+    untied.step(scale=1e-4)
+    assert (logp_of(untied.model, CANARY) - torch.tensor(untied.canaries["untied"].learner)).abs().max() < 0.1
+    with pytest.raises(StaleWeights, match=f"still answers like version {untied.version}"):
+        untied.sync(tolerance=0.1)
+    _in_the_worker(untied, lambda worker: delattr(worker.weight_transfer_engine.model, "load_weights"))
+    assert untied.sync().gap < 1e-4
+
+
+@dataclass
+class Tampering(DirectClient):
+    """Changes one byte of one tensor in shared memory after the trainer wrote it."""
+
+    file: int = -1
+    name: str = ""
+
+    def update_weights(self, update_info: Any) -> None:
+        offset = update_info["offsets"][update_info["names"].index(self.name)]
+        (byte,) = os.pread(self.file, 1, offset)
+        os.pwrite(self.file, bytes([byte ^ 1]), offset)
+        super().update_weights(update_info)
+
+
+def test_a_tensor_altered_on_the_way_is_named_and_nothing_is_sampled_until_a_full_sync(untied: Served) -> None:
+    untied.sync()
+    altered = "model.layers.1.mlp.up_proj.weight"
+    sending: Any = untied.trainer
+    sending._client = Tampering(engine=untied.engine, loop=untied.loop, file=sending._file, name=altered)
+    untied.step()
+    with pytest.raises(StaleWeights, match=f"engine untied: .*1 of 20 tensors .* not what was sent: {altered}"):
+        untied.sync()
+    with pytest.raises(StaleWeights, match="engine untied refuses to sample"):
+        untied.generate([request((5,), seed=1)])
+    sending._client = untied.client
+    assert untied.sync().gap < 1e-4
+    assert len(untied.generate([request((5,), seed=1)])[0].tokens) == 24
+
+
+class Deaf(DirectClient):
+    """Answers every update with success and passes nothing on."""
+
+    def update_weights(self, update_info: Any) -> None:
+        pass
+
+
+def test_an_update_that_never_reaches_the_engine_is_detected(untied: Served) -> None:
+    untied.sync()
+    sending: Any = untied.trainer
+    sending._client = Deaf(engine=untied.engine, loop=untied.loop)
+    untied.step()
+    with pytest.raises(StaleWeights, match=r"engine untied, version \d+: of 20 tensors sent, model.embed_tokens.weight, .* never arrived"):
+        untied.sync()
+    sending._client = untied.client
+    assert untied.sync().gap < 1e-4
+
+
+# The order of a sync
+
+
+@dataclass
+class Recorded:
+    """An engine and a client of which only the order of calls matters."""
+
+    name: str = "recorded"
+    calls: list[str] = field(default_factory=list)
+    refuses: bool = False
+
+    async def pause(self) -> None:
+        self.calls.append("pause")
+
+    async def resume(self) -> None:
+        self.calls.append("resume")
+
+    async def set_version(self, version: int) -> None:
+        self.calls.append(f"version {version}")
+
+    async def version(self) -> int:
+        return 4
+
+    async def fingerprints(self) -> dict[str, str]:
+        return {"w": "1"}
+
+    async def suspects(self) -> list[str]:
+        return ["w (packed)"]
+
+    async def prompt_logp(self, tokens: Any) -> list[float]:
+        self.calls.append("canary")
+        return [-1.0]
+
+    async def send(self) -> Sent:
+        self.calls.append("send")
+        if self.refuses:
+            raise EngineError("it died")
+        return Sent(fingerprints={"w": "1"}, canary_logp=[-1.0])
+
+
+def test_a_sync_keeps_its_order() -> None:
+    engine = Recorded()
+    synced = asyncio.run(sync([engine], version=4, send=engine.send, canary=[1, 2], tolerance=1e-3, previous={}))
+    assert engine.calls == ["pause", "send", "version 4", "resume", "canary"]
+    assert synced.canaries == {"recorded": Canary(version=4, learner=(-1.0,), engine=(-1.0,))}
+
+
+def test_engines_stay_paused_when_sending_fails() -> None:
+    engine = Recorded(refuses=True)
+    with pytest.raises(EngineError, match="it died"):
+        asyncio.run(sync([engine], version=4, send=engine.send, canary=[1, 2], tolerance=1e-3, previous={}))
+    assert engine.calls == ["pause", "send"]
+
+
+# What verify says
+
+AGREED: dict[str, Any] = {
+    "engine": "e1",
+    "expected_version": 7,
+    "engine_version": 7,
+    "sent": {"a": "1", "b": "2"},
+    "received": {"a": "1", "b": "2"},
+    "canary_learner": [-1.0, -2.0],
+    "canary_engine": [-1.0, -2.0005],
+    "tolerance": 1e-3,
+    "previous": Canary(version=6, learner=(-3.0, -4.0), engine=(-3.0, -4.0)),
+    "suspects": ["lm_head.weight (tied)"],
+}
+
+
+def test_agreement_returns_the_canarys_largest_gap() -> None:
+    assert verify(**AGREED) == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"engine_version": 6}, "engine e1 serves version 6 after the update to version 7"),
+        ({"received": {"a": "1"}}, "of 2 tensors sent, b never arrived"),
+        ({"received": {"a": "1", "b": "3"}}, "of 2 tensors sent, b arrived altered"),
+        ({"received": {"a": "1", "b": "2", "c": "3"}}, "of 2 tensors sent, c arrived unsent"),
+        ({"canary_engine": [-1.0, -2.5]}, r"up to 0.5 nats \(tolerance 0.001\); it does not answer like version 6 .* lm_head.weight"),
+        ({"canary_engine": [-1.0, -2.5], "previous": None}, r"up to 0.5 nats .*; most suspect: lm_head.weight"),
+        ({"canary_engine": [-3.0, -4.0]}, "up to 2 nats .*; it still answers like version 6: .* changed nothing"),
+        ({"canary_engine": [-3.0, -4.0], "tolerance": 5.0}, "it still answers like version 6"),
+        ({"canary_engine": [-1.0, float("nan")]}, "up to inf nats"),
+        ({"canary_engine": [-1.0]}, "up to inf nats"),
+    ],
+)
+def test_every_disagreement_says_what_is_stale(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(StaleWeights, match=message):
+        verify(**(AGREED | changed))
+
+
+def test_an_engine_that_stands_still_because_the_learner_does_is_fine() -> None:
+    unchanged = {"canary_learner": [-3.0, -4.0], "canary_engine": [-3.0, -4.0]}
+    assert verify(**(AGREED | unchanged)) == 0.0
+
+
+def test_tolerances_and_canaries() -> None:
+    assert (tolerance("float32"), tolerance("bfloat16"), tolerance("float32", 0.5)) == (1e-3, 0.1, 0.5)
+    tokens = canary_tokens(1000, seed=3, length=64)
+    assert tokens == canary_tokens(1000, seed=3, length=64) != canary_tokens(1000, seed=4, length=64)
+    assert len(tokens) == 64 and all(0 <= token < 1000 for token in tokens) and len(set(tokens)) > 50
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_is_what_its_definition_says() -> None:
+    # Two words, one short of a chunk, and three bytes behind them, in Python's own integers.
+    import hashlib
+
+    data = torch.arange(19, dtype=torch.uint8)
+    total = 0
+    for index, word in enumerate((data[:8], data[8:16]), start=1):
+        x = index * -7046029254386353131 % 2**64
+        x = (x ^ (x >> 29)) * -4658895280553007687 % 2**64 | 1
+        total += int.from_bytes(bytes(word.tolist()), "little") * x
+    content = b"torch.uint8 (19,)" + (total % 2**64).to_bytes(8, "little") + bytes([16, 17, 18])
+    assert fingerprint(data) == hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def test_the_bytes_count_and_not_how_they_lie_in_memory() -> None:
+    tensor = torch.randn(300, 70, generator=torch.Generator().manual_seed(0))
+    assert fingerprint(tensor) == fingerprint(tensor.t().contiguous().t()) == fingerprint(torch.cat([torch.zeros(1, 70), tensor])[1:])
+    odd = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert fingerprint(odd[1:]) == fingerprint(odd[1:].clone())
+
+
+@given(size=st.integers(1, 40_000), at=st.integers(0), bit=st.integers(0, 31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_one_flipped_bit_changes_the_fingerprint(size: int, at: int, bit: int, dtype: torch.dtype) -> None:
+    tensor = torch.zeros(size, dtype=dtype)
+    before = fingerprint(tensor)
+    raw = tensor.view(torch.uint8)
+    raw[at % raw.numel()] ^= 1 << bit % 8
+    assert fingerprint(tensor) != before
+
+
+def test_shape_dtype_and_order_change_the_fingerprint() -> None:
+    square = torch.arange(16.0).view(4, 4)
+    others = [square.t(), square.view(2, 8), square.view(torch.int32), square.flip(0), square.bfloat16()]
+    assert len({fingerprint(one) for one in [square, *others]}) == 6
+
+
+# The learner's end
+
+
+@dataclass
+class Loading:
+    """A client that reads the file as an engine would, and keeps what it read."""
+
+    opened: int = -1
+    path: str = ""
+    mode: int = 0
+    calls: list[str] = field(default_factory=list)
+    read: dict[str, bytes] = field(default_factory=dict)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.path = init_info["path"]
+        self.opened = os.open(self.path, os.O_RDONLY)
+        self.mode = os.fstat(self.opened).st_mode & 0o777
+
+    def start_weight_update(self) -> None:
+        self.calls.append("start")
+
+    def update_weights(self, update_info: Any) -> None:
+        self.calls.append("update")
+        for name, shape, dtype, offset in zip(*(update_info[key] for key in ("names", "shapes", "dtype_names", "offsets")), strict=True):
+            self.read[name] = os.pread(self.opened, torch.Size(shape).numel() * getattr(torch, dtype).itemsize, offset)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.calls.append("finish")
+
+
+@dataclass
+class Weights:
+    """A stream of tensors that can be run again, counting its passes."""
+
+    tensors: dict[str, Tensor]
+    passes: int = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.passes += 1
+        return iter(self.tensors.items())
+
+
+def test_the_file_is_private_unlinked_reused_and_holds_the_bytes() -> None:
+    weights = Weights({"a": torch.arange(5.0), "b": torch.ones(3, 7, dtype=torch.bfloat16), "none": torch.empty(0), "c": torch.tensor(2)})
+    client = Loading()
+    sending = trainer("shared_memory", client=client, source=weights, rank=0, workers=1)
+    assert client.mode == 0o600
+    assert not Path(client.path).exists()
+    for scale in (1, 3):
+        weights.tensors["a"] *= scale
+        assert sending.send_weights() == {name: fingerprint(tensor) for name, tensor in weights.tensors.items()}
+        assert client.read == {name: bytes(tensor.reshape(-1).view(torch.uint8).tolist()) for name, tensor in weights.tensors.items()}
+    assert client.calls == ["start", "update", "finish"] * 2
+    sending.close()
+    os.close(client.opened)
+
+
+def test_other_ranks_gather_and_do_nothing_else() -> None:
+    weights, client = Weights({"a": torch.ones(2)}), Loading()
+    sending = trainer("shared_memory", client=client, source=weights, rank=1, workers=1)
+    assert sending.send_weights() == {"a": fingerprint(torch.ones(2))}
+    assert (weights.passes, client.calls, client.path) == (1, [], "")
+
+
+def test_full_shared_memory_says_so() -> None:
+    sending = SharedMemoryTrainer(client=Loading(), source=FingerprintedSource({"a": torch.ones(4)}.items()), rank=0)
+    os.close(sending._file or -1)
+    sending._file = os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(EngineError, match=r"shared memory is full: .*--shm-size"):
+        sending.send_weights()
+    sending.close()
+
+
+def test_a_name_that_comes_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="'a' twice"):
+        list(FingerprintedSource([("a", torch.ones(1)), ("a", torch.zeros(1))]))
+
+
+def test_metadata_comes_from_one_pass() -> None:
+    weights = Weights({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)})
+    source = FingerprintedSource(weights)
+    assert [(one.name, one.dtype, one.shape) for one in source.metadata()] == [("a", torch.float32, (2, 3)), ("b", torch.bfloat16, (4,))]
+    source.metadata()
+    assert weights.passes == 1
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'rdma'.*shared_memory, ipc or nccl"):
+        trainer("rdma", client=Loading(), source=[], rank=0, workers=1)
+
+
+def test_the_learners_end_does_not_import_vllm() -> None:
+    code = "import sys, hone.rollout.weight_sync, hone.rollout.engines.vllm; assert 'vllm' not in sys.modules and 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+
+
+def test_several_engines_take_each_call_at_once_and_nccl_ranks_in_turn() -> None:
+    import threading
+
+    together = threading.Barrier(2, timeout=30)
+
+    class Meeting(Loading):
+        """Answers only when the other engine is being asked, too."""
+
+        def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+            together.wait()
+            self.calls.append(f"init at {init_info['rank_offset']} of {init_info['world_size']}")
+
+        def update_weights(self, update_info: Any) -> None:
+            together.wait()
+            self.calls.append("update")
+
+    engines = [Meeting(), Meeting()]
+    client = FanOut(engines, ranks_per_engine=2)
+    client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 5})
+    client.start_weight_update()
+    client.update_weights({})
+    client.finish_weight_update()
+    assert [engine.calls for engine in engines] == [[f"init at {first} of 5", "start", "update", "finish"] for first in (1, 3)]
+
+
+def test_vllms_own_receivers_record_what_reaches_the_model() -> None:
+    from hone.rollout.weight_sync.plugin import Recording
+
+    class Model(nn.Module):
+        def load_weights(self, weights: Any) -> set[str]:
+            return {f"fused.{name}" for name, _ in weights}
+
+    class Receiver:
+        """Stands for vLLM's nccl or ipc receiver, of which only the calls on the model matter."""
+
+        def __init__(self) -> None:
+            self.model = Model()
+
+        def start_weight_update(self) -> None:
+            pass
+
+        def receive_weights(self, chunk: dict[str, Tensor]) -> None:
+            self.model.load_weights(list(chunk.items()))
+
+    class Recorder(Recording, Receiver):
+        pass
+
+    receiver = Recorder()
+    for _ in range(2):
+        receiver.start_weight_update()
+        receiver.receive_weights({"a": torch.ones(2)})
+        receiver.receive_weights({"b": torch.zeros(3)})
+        assert receiver.received == {"a": fingerprint(torch.ones(2)), "b": fingerprint(torch.zeros(3))}
+        assert receiver.loaded == {"fused.a", "fused.b"}
+    assert "load_weights" not in vars(receiver.model)
