@@ -115,6 +115,20 @@ def test_fillers_add_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(other, "policy").items())
 
 
+def test_a_loss_sees_a_filler_without_weights_or_actions(tmp_path: Path) -> None:
+    learner = make_learner({"policy": save_model(tmp_path, "llama-untied")})
+    (shard,) = shards(score(make_batch([5, 6])), ranks=1, max_tokens=6)
+    seen = []
+
+    class Watch:
+        def loss(self, outputs, scored):
+            seen.append((bool(scored.weights.any()), bool(scored.action_mask.any())))
+            return NextToken().loss(outputs, scored)
+
+    learner.update_policy("policy", dataclasses.replace(shard, fillers=frozenset({1})), Watch())
+    assert seen == [(True, True), (False, False)]
+
+
 def test_a_step_of_fillers_alone_moves_nothing_but_decay(tmp_path: Path) -> None:
     learner = make_learner({"policy": save_model(tmp_path, "llama-untied")})
     (shard,) = shards(score(make_batch([5])), ranks=1, max_tokens=30)

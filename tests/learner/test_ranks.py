@@ -46,7 +46,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     spec = {"world_size": 2, "max_tokens": MAX_TOKENS, "lr": 1e-3, "cases": cases}
     (root / "spec.json").write_text(json.dumps(spec))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "error", "-m", "tests.learner.ranks", str(root / "spec.json")]
     logs = [root / f"rank{rank}.log" for rank in range(2)]
     processes = []

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,17 +118,27 @@ class Tampering(DirectClient):
         super().update_weights(update_info)
 
 
+@contextmanager
+def _through(served: Served, client: DirectClient) -> Iterator[None]:
+    """The trainer talks to this client for a while."""
+    sending: Any = served.trainer
+    sending._client = client
+    try:
+        yield
+    finally:
+        sending._client = served.client
+
+
 def test_a_tensor_altered_on_the_way_is_named_and_nothing_is_sampled_until_a_full_sync(untied: Served) -> None:
     untied.sync()
     altered = "model.layers.1.mlp.up_proj.weight"
     sending: Any = untied.trainer
-    sending._client = Tampering(engine=untied.engine, loop=untied.loop, file=sending._file, name=altered)
     untied.step()
-    with pytest.raises(StaleWeights, match=f"engine untied: .*1 of 20 tensors .* not what was sent: {altered}"):
-        untied.sync()
-    with pytest.raises(StaleWeights, match="engine untied refuses to sample"):
-        untied.generate([request((5,), seed=1)])
-    sending._client = untied.client
+    with _through(untied, Tampering(engine=untied.engine, loop=untied.loop, file=sending._file, name=altered)):
+        with pytest.raises(StaleWeights, match=f"engine untied: .*1 of 21 tensors .* not what was sent: {altered}"):
+            untied.sync()
+        with pytest.raises(StaleWeights, match="engine untied refuses to sample"):
+            untied.generate([request((5,), seed=1)])
     assert untied.sync().gap < 1e-4
     assert len(untied.generate([request((5,), seed=1)])[0].tokens) == 24
 
@@ -141,12 +152,10 @@ class Deaf(DirectClient):
 
 def test_an_update_that_never_reaches_the_engine_is_detected(untied: Served) -> None:
     untied.sync()
-    sending: Any = untied.trainer
-    sending._client = Deaf(engine=untied.engine, loop=untied.loop)
     untied.step()
-    with pytest.raises(StaleWeights, match=r"engine untied, version \d+: of 20 tensors sent, model.embed_tokens.weight, .* never arrived"):
+    message = r"engine untied, version \d+: of 21 tensors sent, model.embed_tokens.weight, .* and 13 more never arrived"
+    with _through(untied, Deaf(engine=untied.engine, loop=untied.loop)), pytest.raises(StaleWeights, match=message):
         untied.sync()
-    sending._client = untied.client
     assert untied.sync().gap < 1e-4
 
 
