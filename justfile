@@ -50,7 +50,7 @@ smoke:
 
 # Rewrite the golden curves after a change of numerics that was meant (the diff goes into the commit).
 golden:
-    uv run python -m tests.golden.rewrite
+    uv run python -m tests.golden.curves
 
 # Rewrite the generated pages.
 docs:

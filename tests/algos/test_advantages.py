@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.algos.strategies import law, masks, poisoned, scored_batch, scored_batches
 from hone.algos.advantages import discounted_returns, gae, group_centred, group_normalised, row_sums, spread, whiten
 from hone.algos.batch import select
 from hone.algos.reduce import Reduction
+from tests.algos.strategies import law, masks, poisoned, scored_batch, scored_batches
 from tests.reference import numpy_algos
 from tests.reference.fixtures import f2, f3, scatter
 

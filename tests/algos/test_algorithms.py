@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.algos.strategies import law, poisoned, scored_batch, scored_batches
 from hone.algos.advantages import discounted_returns, gae, group_normalised, row_sums, spread, whiten
 from hone.algos.algorithms import ALGORITHMS
 from hone.algos.algorithms.grpo import GRPO, GroupAdvantage
@@ -20,6 +19,7 @@ from hone.algos.kl import kl_per_token
 from hone.algos.protocol import ActorCritic, Algorithm, Outputs
 from hone.algos.ranges import violations
 from hone.algos.reduce import Reduction
+from tests.algos.strategies import law, poisoned, scored_batch, scored_batches
 
 IN_REWARD, IN_LOSS, NONE = KLPenalty(init_coef=0.1), KLPenalty(init_coef=0.1, use_loss=True), KLPenalty(init_coef=0.0)
 

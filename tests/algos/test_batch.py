@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.algos.strategies import law, scored_batches
 from hone.algos.batch import Batch, SamplerContract, Trajectory, pack, select
+from tests.algos.strategies import law, scored_batches
 
 CONTRACT = SamplerContract(temperature=0.7, top_p=1.0, top_k=0, seed=1, engine="fake", tokenizer="", template="")
 

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.algos.strategies import PER_TOKEN, law, reductions, scored_batch, scored_batches
 from hone.algos.algorithms.grpo import GRPO
 from hone.algos.algorithms.ppo import PPO
 from hone.algos.batch import Batch, Scored
 from hone.algos.judge import judge, optimiser_steps
 from hone.algos.reduce import Reduction, token_weights
+from tests.algos.strategies import PER_TOKEN, law, reductions, scored_batch, scored_batches
 
 
 def _unjudged(scored):

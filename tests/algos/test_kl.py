@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.algos.strategies import law, scored_batches
 from hone.algos.kl import ESTIMATORS, k1, k2, k3, kl_loss, kl_per_token
 from hone.algos.ratios import importance_ratio, log_ratio
 from hone.algos.reduce import Reduction, token_weights
+from tests.algos.strategies import law, scored_batches
 from tests.reference import numpy_algos
 from tests.reference.fixtures import f1
 

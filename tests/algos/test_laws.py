@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.algos.strategies import law, poisoned, reductions, scored_batch, scored_batches
 from hone.algos.algorithms.grpo import GRPO
 from hone.algos.algorithms.ppo import PPO
 from hone.algos.algorithms.terms import KLPenalty
@@ -15,6 +14,7 @@ from hone.algos.batch import select
 from hone.algos.protocol import Outputs
 from hone.algos.reduce import Reduction
 from hone.algos.supervised import nll
+from tests.algos.strategies import law, poisoned, reductions, scored_batch, scored_batches
 
 
 def _policy(algo):

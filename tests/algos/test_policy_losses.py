@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.algos.strategies import law, scored_batches
 from hone.algos.policy_losses import clipped_surrogate, entropy_bonus
 from hone.algos.reduce import Reduction, token_weights
+from tests.algos.strategies import law, scored_batches
 from tests.reference import numpy_algos
 from tests.reference.fixtures import f1
 

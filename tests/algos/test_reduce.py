@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from torch.testing import assert_close
 
-from tests.algos.strategies import law, masks, reductions
 from hone.algos.reduce import Reduction, token_weights, weighted_sum
+from tests.algos.strategies import law, masks, reductions
 from tests.reference import numpy_algos
 
 # Losses [1, 2, 3] and [4, 5], a token off the mask before, between and after, and a row without actions at the end.

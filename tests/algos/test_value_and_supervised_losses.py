@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.algos.strategies import law, scored_batches
 from hone.algos.supervised import nll
 from hone.algos.value_losses import clipped_value_loss, squared_value_loss
+from tests.algos.strategies import law, scored_batches
 from tests.reference import numpy_algos
 
 MASK = torch.tensor([False, True])

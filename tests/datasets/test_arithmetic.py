@@ -40,15 +40,15 @@ def test_the_largest_term_is_an_argument() -> None:
 
 
 def test_the_corpus_has_the_wrong_sign_exactly_as_often_as_asked() -> None:
-    corpus = imperfect_corpus(1, 2 * 90 * 5)
+    corpus = imperfect_corpus(1, 2 * 90 * 5, wrong=3, of=5)
     wrong: dict[str, int] = {}
     for prompt, response in corpus:
         assert abs(int(response)) == sum(terms(prompt))
         wrong[prompt] = wrong.get(prompt, 0) + (int(response) < 0)
     # Two decks of 90 sums, each sum five times, three of them wrong.
     assert wrong == dict.fromkeys(wrong, 6) and len(wrong) == 90
-    assert imperfect_corpus(1, 10) == corpus[:10] != imperfect_corpus(2, 10)
-    assert all(int(response) > 0 for _, response in imperfect_corpus(0, 50, wrong=0))
+    assert imperfect_corpus(1, 10, wrong=3, of=5) == corpus[:10] != imperfect_corpus(2, 10, wrong=3, of=5)
+    assert all(int(response) > 0 for _, response in imperfect_corpus(0, 50, wrong=0, of=5))
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_the_corpus_has_the_wrong_sign_exactly_as_often_as_asked() -> None:
     [
         lambda: problems(0, 0),
         lambda: problems(0, 1, largest_term=0),
-        lambda: imperfect_corpus(0, 1, wrong=6),
-        lambda: imperfect_corpus(0, 1, wrong=-1),
+        lambda: imperfect_corpus(0, 1, wrong=6, of=5),
+        lambda: imperfect_corpus(0, 1, wrong=-1, of=5),
     ],
 )
 def test_arguments_out_of_range_are_refused(call: Callable[[], object]) -> None:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.learner.tiny import CONFIGS, VOCABULARY
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hone.learner.attention.varlen import PACKED, packed_attention, row_arguments
 from hone.learner.model import packed_hidden
+from tests.learner.tiny import CONFIGS, VOCABULARY
 
 LENGTHS = [5, 1, 9, 7]
 CU_SEQLENS = torch.tensor([0, 5, 6, 15, 22], dtype=torch.int32)

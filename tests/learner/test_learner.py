@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.learner.ranks import train, weights
-from tests.learner.tiny import CONFIGS, make_batch, make_learner, save_model, score
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +14,8 @@ from hone.learner.errors import ModelError, NumericsError
 from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards, unshard
 from hone.learner.supervised import NextToken
+from tests.learner.ranks import train, weights
+from tests.learner.tiny import CONFIGS, make_batch, make_learner, save_model, score
 
 LENGTHS = [7, 12, 3, 20, 9]
 PLAIN_PPO = PPO(kl=KLPenalty(init_coef=0.0))

@@ -1,18 +1,20 @@
 """Loading and saving: what is refused, with which words, and that an export is the model."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.learner.tiny import CONFIGS, SHAPE, VOCABULARY, make_batch, save_config, save_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, GPT2Config, GraniteConfig, MistralConfig
 
 from hone.learner.errors import ModelError
 from hone.learner.model import CriticModel, PolicyModel, load_critic, load_policy
 from hone.learner.model_files import check_model
+from tests.learner.tiny import CONFIGS, SHAPE, VOCABULARY, make_batch, save_config, save_model
 
 CPU = torch.device("cpu")
 
@@ -62,6 +64,11 @@ def test_a_wrong_path_names_the_nearest(tmp_path: Path) -> None:
         (tmp_path / "other" / "empty.txt").touch()
         check_model(str(tmp_path / "other"))
     check_model("organisation/name")  # a hub id: only the hub can tell
+
+
+def test_a_model_is_checked_without_importing_torch(tmp_path: Path) -> None:
+    check = f"import sys; from hone.learner.model_files import check_model; check_model({save_model(tmp_path, 'qwen3-tied')!r})"
+    subprocess.run([sys.executable, "-c", f"{check}; assert not {{'torch', 'transformers'}} & sys.modules.keys()"], check=True)
 
 
 def test_an_unknown_hub_id_says_what_can_be_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.learner.tiny import make_batch
 
 from hone.learner.packing import plan, shards, unshard
+from tests.learner.tiny import make_batch
 
 plans = st.tuples(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 5), st.integers(40, 90))
 

@@ -5,18 +5,19 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.learner.ranks import LENGTHS, train
-from tests.learner.tiny import make_batch, make_learner, save_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hone.algos.batch import Batch
 from hone.learner.packing import shards, unshard
+from tests.learner.ranks import LENGTHS, train
+from tests.learner.tiny import make_batch, make_learner, save_model
 
 CASES = [("qwen3-tied", 0), ("qwen3-tied", 1), ("qwen3-tied", 2), ("qwen3-tied", 3), ("llama-untied", 2), ("llama-untied", 3)]
 MAX_TOKENS = 21  # with these rows, rank 1 needs a filler
@@ -26,6 +27,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def wait(processes: list[subprocess.Popen[bytes]], *, timeout_s: float) -> list[int | None]:
+    """Exit codes once all have ended, or as soon as one has failed, for then its peer would wait in a collective."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            return codes
+        time.sleep(0.1)
+    return [process.poll() for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +70,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         with log.open("w") as output:
             processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=240) for process in processes]
+        codes = wait(processes, timeout_s=240)
     finally:
         for process in processes:
             process.kill()
-    if any(codes):
+    if codes != [0, 0]:
         pytest.fail("\n".join(log.read_text()[-4000:] for log in logs))
     single = {
         kind: train(
@@ -83,6 +95,8 @@ def load(runs: dict[str, Any], kind: str, stage: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("kind", "stage"), CASES)
 def test_two_ranks_train_as_one_process(runs: dict[str, Any], kind: str, stage: int) -> None:
     ranks, single = load(runs, kind, stage), runs["single"][kind]
+    full = sum(weight.numel() for weight in single["policy"].values())
+    assert [rank["resident"] for rank in ranks] == [0 if stage == 3 else full] * 2  # stage 3 holds shards, not parameters
     for role in ("policy", "critic"):
         assert ranks[0][role].keys() == single[role].keys()
         for name, weight in single[role].items():

@@ -7,28 +7,20 @@
 
 import asyncio
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tests.rollout.conftest import CANARY, DirectClient, Served, logp_of, request
-from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hone.rollout.errors import EngineError, StaleWeights
-from hone.rollout.weight_sync import trainer
-from hone.rollout.weight_sync.protocol import FanOut, Sent, sync
-from hone.rollout.weight_sync.shared_memory import SharedMemoryTrainer
-from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
+from hone.rollout.weight_sync.protocol import Sent, sync
+from hone.rollout.weight_sync.source import fingerprint
 from hone.rollout.weight_sync.verify import Canary, canary_tokens, tolerance, verify
+from tests.rollout.conftest import CANARY, DirectClient, Served, logp_of, request
 
 # vllm, while it is imported, scripts a function by torch's old way.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -263,195 +255,3 @@ def test_tolerances_and_canaries() -> None:
     tokens = canary_tokens(1000, seed=3, length=64)
     assert tokens == canary_tokens(1000, seed=3, length=64) != canary_tokens(1000, seed=4, length=64)
     assert len(tokens) == 64 and all(0 <= token < 1000 for token in tokens) and len(set(tokens)) > 50
-
-
-# Fingerprints
-
-
-def test_a_fingerprint_is_what_its_definition_says() -> None:
-    # Two words, one short of a chunk, and three bytes behind them, in Python's own integers.
-    import hashlib
-
-    data = torch.arange(19, dtype=torch.uint8)
-    total = 0
-    for index, word in enumerate((data[:8], data[8:16]), start=1):
-        x = index * -7046029254386353131 % 2**64
-        x = (x ^ (x >> 29)) * -4658895280553007687 % 2**64 | 1
-        total += int.from_bytes(bytes(word.tolist()), "little") * x
-    content = b"torch.uint8 (19,)" + (total % 2**64).to_bytes(8, "little") + bytes([16, 17, 18])
-    assert fingerprint(data) == hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def test_the_bytes_count_and_not_how_they_lie_in_memory() -> None:
-    tensor = torch.randn(300, 70, generator=torch.Generator().manual_seed(0))
-    assert fingerprint(tensor) == fingerprint(tensor.t().contiguous().t()) == fingerprint(torch.cat([torch.zeros(1, 70), tensor])[1:])
-    odd = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert fingerprint(odd[1:]) == fingerprint(odd[1:].clone())
-
-
-@given(size=st.integers(1, 40_000), at=st.integers(0), bit=st.integers(0, 31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_one_flipped_bit_changes_the_fingerprint(size: int, at: int, bit: int, dtype: torch.dtype) -> None:
-    tensor = torch.zeros(size, dtype=dtype)
-    before = fingerprint(tensor)
-    raw = tensor.view(torch.uint8)
-    raw[at % raw.numel()] ^= 1 << bit % 8
-    assert fingerprint(tensor) != before
-
-
-def test_shape_dtype_and_order_change_the_fingerprint() -> None:
-    square = torch.arange(16.0).view(4, 4)
-    others = [square.t(), square.view(2, 8), square.view(torch.int32), square.flip(0), square.bfloat16()]
-    assert len({fingerprint(one) for one in [square, *others]}) == 6
-
-
-# The learner's end
-
-
-@dataclass
-class Loading:
-    """A client that reads the file as an engine would, and keeps what it read."""
-
-    opened: int = -1
-    path: str = ""
-    mode: int = 0
-    calls: list[str] = field(default_factory=list)
-    read: dict[str, bytes] = field(default_factory=dict)
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.path = init_info["path"]
-        self.opened = os.open(self.path, os.O_RDONLY)
-        self.mode = os.fstat(self.opened).st_mode & 0o777
-
-    def start_weight_update(self) -> None:
-        self.calls.append("start")
-
-    def update_weights(self, update_info: Any) -> None:
-        self.calls.append("update")
-        for name, shape, dtype, offset in zip(*(update_info[key] for key in ("names", "shapes", "dtype_names", "offsets")), strict=True):
-            self.read[name] = os.pread(self.opened, torch.Size(shape).numel() * getattr(torch, dtype).itemsize, offset)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.calls.append("finish")
-
-
-@dataclass
-class Weights:
-    """A stream of tensors that can be run again, counting its passes."""
-
-    tensors: dict[str, Tensor]
-    passes: int = 0
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        self.passes += 1
-        return iter(self.tensors.items())
-
-
-def test_the_file_is_private_unlinked_reused_and_holds_the_bytes() -> None:
-    weights = Weights({"a": torch.arange(5.0), "b": torch.ones(3, 7, dtype=torch.bfloat16), "none": torch.empty(0), "c": torch.tensor(2)})
-    client = Loading()
-    sending = trainer("shared_memory", client=client, source=weights, rank=0, workers=1)
-    assert client.mode == 0o600
-    assert not Path(client.path).exists()
-    for scale in (1, 3):
-        weights.tensors["a"] *= scale
-        assert sending.send_weights() == {name: fingerprint(tensor) for name, tensor in weights.tensors.items()}
-        assert client.read == {name: bytes(tensor.reshape(-1).view(torch.uint8).tolist()) for name, tensor in weights.tensors.items()}
-    assert client.calls == ["start", "update", "finish"] * 2
-    sending.close()
-    os.close(client.opened)
-
-
-def test_other_ranks_gather_and_do_nothing_else() -> None:
-    weights, client = Weights({"a": torch.ones(2)}), Loading()
-    sending = trainer("shared_memory", client=client, source=weights, rank=1, workers=1)
-    assert sending.send_weights() == {"a": fingerprint(torch.ones(2))}
-    assert (weights.passes, client.calls, client.path) == (1, [], "")
-
-
-def test_full_shared_memory_says_so() -> None:
-    sending = SharedMemoryTrainer(client=Loading(), source=FingerprintedSource({"a": torch.ones(4)}.items()), rank=0)
-    os.close(sending._file or -1)
-    sending._file = os.open("/dev/full", os.O_WRONLY)
-    with pytest.raises(EngineError, match=r"shared memory is full: .*--shm-size"):
-        sending.send_weights()
-    sending.close()
-
-
-def test_a_name_that_comes_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="'a' twice"):
-        list(FingerprintedSource([("a", torch.ones(1)), ("a", torch.zeros(1))]))
-
-
-def test_metadata_comes_from_one_pass() -> None:
-    weights = Weights({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)})
-    source = FingerprintedSource(weights)
-    assert [(one.name, one.dtype, one.shape) for one in source.metadata()] == [("a", torch.float32, (2, 3)), ("b", torch.bfloat16, (4,))]
-    source.metadata()
-    assert weights.passes == 1
-
-
-def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'rdma'.*shared_memory, ipc or nccl"):
-        trainer("rdma", client=Loading(), source=[], rank=0, workers=1)
-
-
-def test_the_learners_end_does_not_import_vllm() -> None:
-    code = "import sys, hone.rollout.weight_sync, hone.rollout.engines.vllm; assert 'vllm' not in sys.modules and 'ray' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-
-
-def test_several_engines_take_each_call_at_once_and_nccl_ranks_in_turn() -> None:
-    import threading
-
-    together = threading.Barrier(2, timeout=30)
-
-    class Meeting(Loading):
-        """Answers only when the other engine is being asked, too."""
-
-        def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-            together.wait()
-            self.calls.append(f"init at {init_info['rank_offset']} of {init_info['world_size']}")
-
-        def update_weights(self, update_info: Any) -> None:
-            together.wait()
-            self.calls.append("update")
-
-    engines = [Meeting(), Meeting()]
-    client = FanOut(engines, ranks_per_engine=2)
-    client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 5})
-    client.start_weight_update()
-    client.update_weights({})
-    client.finish_weight_update()
-    assert [engine.calls for engine in engines] == [[f"init at {first} of 5", "start", "update", "finish"] for first in (1, 3)]
-
-
-def test_vllms_own_receivers_record_what_reaches_the_model() -> None:
-    from hone.rollout.weight_sync.plugin import Recording
-
-    class Model(nn.Module):
-        def load_weights(self, weights: Any) -> set[str]:
-            return {f"fused.{name}" for name, _ in weights}
-
-    class Receiver:
-        """Stands for vLLM's nccl or ipc receiver, of which only the calls on the model matter."""
-
-        def __init__(self) -> None:
-            self.model = Model()
-
-        def start_weight_update(self) -> None:
-            pass
-
-        def receive_weights(self, chunk: dict[str, Tensor]) -> None:
-            self.model.load_weights(list(chunk.items()))
-
-    class Recorder(Recording, Receiver):
-        pass
-
-    receiver = Recorder()
-    for _ in range(2):
-        receiver.start_weight_update()
-        receiver.receive_weights({"a": torch.ones(2)})
-        receiver.receive_weights({"b": torch.zeros(3)})
-        assert receiver.received == {"a": fingerprint(torch.ones(2)), "b": fingerprint(torch.zeros(3))}
-        assert receiver.loaded == {"fused.a", "fused.b"}
-    assert "load_weights" not in vars(receiver.model)

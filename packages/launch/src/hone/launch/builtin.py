@@ -37,8 +37,8 @@ class BuiltinModel:
     steps: int = 500
     rows_per_step: int = 64
     lr: float = 2e-3
-    wrong: int = 3
-    of: int = 5
+    wrong: int = 2
+    of: int = 3
     seed: int = 0
 
 
@@ -95,7 +95,7 @@ def _make(recipe: BuiltinModel, directory: Path, progress: Callable[[int, int, f
     from hone.learner.learner import Learner, RoleSpec
     from hone.learner.packing import shards
 
-    _write_untrained(recipe, directory / "untrained")
+    write_untrained(recipe, directory / "untrained")
     config = ActorConfig(adam=AdamConfig(lr=recipe.lr), min_lr_ratio=0.1)
     learner = Learner(
         roles={"policy": RoleSpec(kind="policy", model=str(directory / "untrained"), config=config, total_steps=recipe.steps)},
@@ -117,7 +117,8 @@ def _make(recipe: BuiltinModel, directory: Path, progress: Callable[[int, int, f
     shutil.rmtree(directory / "untrained")
 
 
-def _write_untrained(recipe: BuiltinModel, directory: Path) -> None:
+def write_untrained(recipe: BuiltinModel, directory: Path) -> None:
+    """The recipe's model as it is drawn from the seed, with its tokenizer."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = arithmetic.build_tokenizer()
@@ -145,9 +146,7 @@ def _write_untrained(recipe: BuiltinModel, directory: Path) -> None:
 def _corpus(recipe: BuiltinModel) -> Iterator[Scored]:
     """Packed steps of prompt and (imperfect) answer; the answer and its end are the action tokens."""
     tokenizer = arithmetic.build_tokenizer()
-    rows = arithmetic.imperfect_corpus(
-        recipe.seed, recipe.steps * recipe.rows_per_step, wrong=recipe.wrong, of=recipe.of
-    )
+    rows = arithmetic.imperfect_corpus(recipe.seed, recipe.steps * recipe.rows_per_step, wrong=recipe.wrong, of=recipe.of)
     for start in range(0, len(rows), recipe.rows_per_step):
         texts = rows[start : start + recipe.rows_per_step]
         pairs = [(tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_token_id]) for prompt, answer in texts]

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -33,10 +34,18 @@ SHARED_DEVICE = 0.5
 
 def build(plan: Plan) -> Assembly:
     """Start Ray, the engines and the learner ranks (side by side, for each takes its time), and connect them."""
-    config = plan.config
     plan.on_start("Ray", "starting")
     gpus = start()
     plan.on_start("Ray", READY)
+    try:
+        return _connected(plan, gpus)
+    except BaseException:
+        stop(plan.logs)
+        raise
+
+
+def _connected(plan: Plan, gpus: int) -> Assembly:
+    config = plan.config
     specs, table = plan.roles(), dataclasses.asdict(config.placement)
     sizes = {role: (spec.config.num_nodes, spec.config.num_gpus_per_node) for role, spec in specs.items()}
     placed = groups(table, sizes, list(specs))
@@ -49,7 +58,7 @@ def build(plan: Plan) -> Assembly:
         plan.on_start(f"{group.name} x{group.ranks}", f"loading {', '.join(group.roles)}")
     shared = bundles.get(table["engine"])
     engines = [_engine(plan, index, backend=backend, gpus=gpus, shared=shared) for index in range(config.vllm.num_engines)]
-    built = [_ranks(plan, group, specs, bundles[group.name], shares=group.name == table["engine"]) for group in placed]
+    built = [learner_ranks(plan, group, specs, bundles[group.name], shares=group.name == table["engine"]) for group in placed]
     hosts = {role: group for placed_group, group in zip(placed, built, strict=True) for role in placed_group.roles}
     for group in built:
         group.wait()
@@ -88,17 +97,21 @@ def start() -> int:
     """Start Ray on this machine, listening on loopback only, or join the cluster that RAY_ADDRESS names; returns its GPUs."""
     # Torch tensors in the object store are read in place instead of being copied out (measured 150 times faster).
     os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
+    # What is read in place is read-only, which torch warns of; the learner writes into nothing it was handed.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
     # The launcher reports usage to nobody, and neither do the libraries it starts.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, log_to_driver=False, logging_level="error")
     else:
+        # The addresses of gloo's and vLLM's own sockets; the workers inherit them.
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        os.environ["VLLM_HOST_IP"] = "127.0.0.1"
         ray.init(
             include_dashboard=False,
             log_to_driver=False,
             logging_level="error",
             object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
         )
     return int(ray.cluster_resources().get("GPU", 0))
 
@@ -152,12 +165,17 @@ def _engine(plan: Plan, index: int, *, backend: str, gpus: int, shared: Placemen
     return RemoteEngine(name, handle)
 
 
-def _ranks(plan: Plan, group: PlacedGroup, specs: Mapping[str, RoleSpec], bundles: PlacementGroup | None, *, shares: bool) -> RemoteGroup:
+def learner_ranks(
+    plan: Plan, group: PlacedGroup, specs: Mapping[str, RoleSpec], bundles: PlacementGroup | None, *, shares: bool
+) -> RemoteGroup:
+    """The processes of a group, loading their models; `shares` says whether engines live on the same devices."""
     share = 0.0 if bundles is None else SHARED_DEVICE if shares else 1.0
     threads = plan.config.run.threads or _threads(group.ranks)
     ranks = [
         ray.remote(LearnerRank)
-        .options(**_options(bundles, rank, gpus=share), runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}})
+        .options(
+            **_options(bundles, rank, gpus=share), runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}}
+        )
         .remote(rank=rank, world_size=group.ranks, threads=threads)
         for rank in range(group.ranks)
     ]

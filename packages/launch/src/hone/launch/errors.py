@@ -21,7 +21,9 @@ CODES = {
     "hone.learner.errors.ModelError": 5,
     "hone.rollout.errors.RewardError": 6,
     "hone.rollout.errors.EngineError": 7,
+    "hone.launch.remote.RankLost": ENVIRONMENT,
     "hone.learner.errors.NumericsError": 8,
+    "builtins.FloatingPointError": 8,
     "builtins.KeyboardInterrupt": INTERRUPTED,
 }
 """Exit code of each error; a subclass has its nearest ancestor's. Anything else is a defect and ends with 1."""

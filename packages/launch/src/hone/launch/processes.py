@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from types import TracebackType
 
 import psutil
 
@@ -28,16 +29,22 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "this process could not be made the reaper of its orphans")
 
 
-def end_descendants() -> int:
-    """Terminate, then kill, whatever this process started and is still there; returns how many there were."""
-    found = psutil.Process().children(recursive=True)
-    for process in found:
-        _signal(process, "terminate")
-    _, stubborn = psutil.wait_procs(found, timeout=GRACE_S)
-    for process in stubborn:
-        _signal(process, "kill")
-    psutil.wait_procs(stubborn, timeout=GRACE_S)
-    return len(found)
+class Descendants:
+    """A context after which every process started inside it is gone; what was running before is left alone."""
+
+    def __enter__(self) -> "Descendants":
+        self._before = set(psutil.Process().children(recursive=True))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Terminate, then kill, whatever is still there."""
+        found = [process for process in psutil.Process().children(recursive=True) if process not in self._before]
+        for process in found:
+            _signal(process, "terminate")
+        _, stubborn = psutil.wait_procs(found, timeout=GRACE_S)
+        for process in stubborn:
+            _signal(process, "kill")
+        psutil.wait_procs(stubborn, timeout=GRACE_S)
 
 
 def _signal(process: psutil.Process, name: str) -> None:

@@ -25,6 +25,7 @@ BUILT_IN: dict[str, dict[str, object]] = {
         "rollout.max_new_tokens": 8,
         # A model this small gains nothing from a second thread, and waits for it whenever the machine has other work.
         "run.threads": 1,
+        "vllm.kv_cache_gib": 0.25,
     }
 }
 """On top of a recipe, where the built-in model answers the built-in task."""

@@ -32,12 +32,19 @@ class RankLost(Exception):
     """A learner process died; names it and the cause Ray saw."""
 
 
+def unwrapped(error: BaseException) -> BaseException:
+    """What a task raised, out of Ray's wrappers: one for each process it has crossed."""
+    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
+    return error
+
+
 def get(references: Sequence[Any], *, who: str) -> list[Any]:
     """`ray.get` whose failures are the task's own exception, or RankLost naming who died."""
     try:
         return ray.get(list(references))
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+        raise unwrapped(error) from error
     except ray.exceptions.RayActorError as error:
         raise RankLost(f"{who} died: {error}\n  its output is in the run directory's logs/; out of memory is the usual cause") from error
 
@@ -119,7 +126,7 @@ class RemoteEngine:
         try:
             ray.get(self.handle.check_health.remote())
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
+            raise unwrapped(error) from error
         except ray.exceptions.RayActorError as error:
             raise EngineError(f"engine {self.name} did not start: {error}\n  its output is in the run directory's logs/") from error
 
@@ -166,7 +173,7 @@ class RemoteEngine:
         try:
             return await getattr(self.handle, method).remote(*args)
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
+            raise unwrapped(error) from error
         except ray.exceptions.RayActorError as error:
             raise EngineError(f"engine {self.name} died during {method}: {error}\n  its output is in the run directory's logs/") from error
 

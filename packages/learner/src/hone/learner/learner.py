@@ -90,7 +90,7 @@ class Learner:
             from hone.learner.engines import deepspeed
 
             deepspeed.join(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port, device=self.device)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             self.engines = {role: self._engine(role, spec, ds) for role, spec in roles.items()}
 
@@ -188,7 +188,8 @@ class Learner:
             for name, value in {} if index in shard.fillers else loss.metrics.items():
                 totals[name] = totals.get(name, 0) + value
         info = engine.step()
-        return StepResult(metrics={name: float(value) for name, value in totals.items()}, grad_norm=info.grad_norm, lr=info.lr)
+        read = torch.stack(list(totals.values())).tolist() if totals else []  # waits for the device once, not once per metric
+        return StepResult(metrics=dict(zip(totals, read, strict=True)), grad_norm=info.grad_norm, lr=info.lr)
 
     def _micro_batch(self, shard: Shard, index: int) -> Batch:
         """Micro-batch `index` on this rank's device. A filler has an empty mask and weights of zero: it adds nothing to any sum."""

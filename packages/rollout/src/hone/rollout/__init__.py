@@ -1,0 +1,1 @@
+"""Acting: engines, sampling, rewards and verified weight sync."""

@@ -46,7 +46,7 @@ def source(seed: int, count: int, *, largest_term: int = 9) -> Source:
     return Source(name="the built-in arithmetic task", fingerprint=digest.hexdigest(), rows=rows)
 
 
-def imperfect_corpus(seed: int, count: int, *, wrong: int = 3, of: int = 5, largest_term: int = 9) -> list[tuple[str, str]]:
+def imperfect_corpus(seed: int, count: int, *, wrong: int, of: int, largest_term: int = 9) -> list[tuple[str, str]]:
     """(prompt, response) pairs to make the small model from; of every `of` responses to a sum, `wrong` have the wrong sign.
 
     Sparse reward teaches a tiny model nothing new, but it moves a choice between answers the model already gives: so it

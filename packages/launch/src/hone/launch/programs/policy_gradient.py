@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import transformers
 from rich.console import Console
 
 from hone.launch.builtin import builtin_model, cache_directory
@@ -26,15 +27,15 @@ from hone.launch.observe.progress import READY, RunInfo
 from hone.launch.observe.report import conclude
 from hone.launch.observe.run_directory import RunDirectory
 from hone.launch.observe.summary import Summary
-from hone.launch.parts import Assembly, Plan
-from hone.launch.processes import adopt_orphans, end_descendants, keep_bytecode
+from hone.launch.parts import Assembly
+from hone.launch.plan import make_plan
+from hone.launch.processes import Descendants, adopt_orphans, keep_bytecode
 from hone.launch.prompts import PromptData, prepare
 from hone.launch.rollout_rows import rows
 from hone.launch.toml import to_toml
 from hone.launch.train import train
-from hone.rollout.executor import SingleTurn
 from hone.rollout.rewards.pool import RewardPool
-from hone.rollout.types import Engine, Prompt
+from hone.rollout.types import Prompt
 
 INTERRUPTED = 130
 BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
@@ -45,6 +46,8 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
     began = time.monotonic()
     keep_bytecode(cache_directory() / "bytecode")
     adopt_orphans()
+    # Loading and saving are shown by the display; a second bar in between would tear it.
+    transformers.utils.logging.disable_progress_bar()
     console = Console(highlight=False)
     model = config.actor.model_name_or_path or str(_built_in(console))
     prompts = prepare(
@@ -62,10 +65,15 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
     info = RunInfo(verb=config.algo.name, model=model, data=prompts.name, directory=str(directory.path), total_steps=steps)
 
     with ExitStack() as stack:
+        stack.enter_context(Descendants())
         memory = stack.enter_context(PeakMemory(os.getpid()))
         display = stack.enter_context(make_display(console, info))
-        interrupt = stack.enter_context(Interrupt(display.note))
-        stack.callback(end_descendants)
+
+        def notice(text: str) -> None:
+            directory.append_event("interrupted")
+            display.note(text)
+
+        interrupt = stack.enter_context(Interrupt(notice))
         session = Session(config=config, model=model, prompts=prompts, steps=steps, directory=directory, display=display, memory=memory)
         summarise = partial(_summary, began=began, memory=memory)
         try:
@@ -97,6 +105,7 @@ class Session:
         self._config, self._model, self._prompts, self._steps = config, model, prompts, steps
         self._directory, self._display, self._memory = directory, display, memory
         self._ledger = Ledger(directory.append_event)
+        self._done = 0
 
     def carry_out(self, interrupt: Interrupt) -> Literal["finished", "stopped"]:
         """Build the parts, run the loop, export; "finished", or "stopped" where Ctrl-C asked for it."""
@@ -116,54 +125,48 @@ class Session:
             parts = self._build(pool)
             stack.callback(parts.close)
             interrupt.patient = True
-            outcome = self._loop(parts, interrupt)
+            try:
+                outcome = self._loop(parts, interrupt)
+            except Exception:
+                self._rescue(parts)
+                raise
             parts.export("policy", str(self._directory.model))
         self._ledger.verify()
         return outcome
 
+    def _rescue(self, parts: Assembly) -> None:
+        """Keep what was learnt before a failure, if anything was; the failure itself is what the run ends with."""
+        if self._done == 0:
+            return
+        kept = self._directory.checkpoints / f"failed_in_step_{self._done + 1}"
+        try:
+            parts.export("policy", str(kept))
+        except Exception as error:  # the learner is gone, too: recorded beside the failure that is being raised
+            self._directory.append_event("rescue_failed", error=f"{type(error).__name__}: {error}")
+            return
+        self._directory.append_event("rescued", model=str(kept))
+        self._display.note(f"the policy as it stood is kept in {kept}")
+
     def _build(self, pool: RewardPool) -> Assembly:
         config = self._config
         if config.run.backend == "ray":
+            # Ray decides once, as it is imported, whether a machine of its own may talk to others; ours listens on loopback only.
+            if "RAY_ADDRESS" not in os.environ:
+                os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
             from hone.launch.cluster import build
         else:
             from hone.launch.local import build
-        models = {"policy": self._model}
-        if "values" in config.algo.needs:
-            models["critic"] = config.critic.model_name_or_path or self._model
-        if "ref_logp" in config.algo.needs:
-            models["reference"] = config.ref.model_name_or_path or self._model
-        tokenizer = self._prompts.tokenizer
-
-        def executor(engine: Engine, engine_version: str, prompts_per_call: int) -> SingleTurn:
-            return SingleTurn(
-                engine=engine,
-                judge=pool,
-                tokenizer=tokenizer,
-                config=config.rollout,
-                run_seed=config.train.seed,
-                max_len=config.data.max_len,
-                engine_version=engine_version,
-                tokenizer_hash=self._prompts.tokenizer_hash,
-                template_hash=self._prompts.template_hash,
-                prompts_per_call=prompts_per_call,
-            )
-
-        samples = config.rollout.batch_size * config.rollout.n_samples_per_prompt
-        per_rollout = math.ceil(samples / config.train.batch_size) * config.train.max_epochs
-        return build(
-            Plan(
-                config=config,
-                models=models,
-                optimiser_steps=self._steps * per_rollout,
-                vocabulary=len(tokenizer),
-                eos_token_ids=(tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else (),
-                executor=executor,
-                source=self._prompts.steps,
-                logs=self._directory.logs,
-                on_start=self._display.startup,
-                on_phase=self._display.phase,
-            )
+        plan = make_plan(
+            config,
+            model=self._model,
+            prompts=self._prompts,
+            steps=self._steps,
+            judge=pool,
+            logs=self._directory.logs,
+            on_start=self._display.startup,
+            on_phase=self._display.phase,
         )
+        return build(plan)
 
     def _loop(self, parts: Assembly, interrupt: Interrupt) -> Literal["finished", "stopped"]:
         config = self._config
@@ -183,6 +186,7 @@ class Session:
             metrics = {"step": step.number, **step.metrics, "perf/peak_memory_gb": self._memory.peak_gb}
             self._directory.append_metrics(metrics)
             self._display.step(metrics)
+            self._done = step.number
             if config.ckpt.save_steps > 0 and step.number % config.ckpt.save_steps == 0:
                 parts.export("policy", str(self._directory.checkpoints / f"step_{step.number}"))
             if interrupt.asked and step.number < self._steps:

@@ -5,6 +5,7 @@ import io
 import logging
 import math
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from itertools import groupby
@@ -29,6 +30,9 @@ NOISE: tuple[tuple[str, type[Warning]], ...] = (
 )
 """Warnings about DeepSpeed's own calls, which no user of this project can mend."""
 
+WHOLE_BELOW = 100_000
+"""Parameters with fewer elements stay whole on every rank under stage 3: gathering them costs more than holding them."""
+
 
 def join(*, rank: int, world_size: int, master_addr: str, master_port: int, device: torch.device) -> None:
     """Makes this process rank `rank` of the job; must come before the first engine."""
@@ -38,8 +42,19 @@ def join(*, rank: int, world_size: int, master_addr: str, master_port: int, devi
     deepspeed = _import()
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device from there and nowhere else
     backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, init_method=f"tcp://{master_addr}:{master_port}", rank=rank, world_size=world_size)
+    store = _store(master_addr, master_port, rank=rank, world_size=world_size)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+
+
+def _store(address: str, port: int, *, rank: int, world_size: int) -> Any:
+    """The ranks' meeting place. Rank 0 listens on `address` alone, where torch by itself would listen on every interface."""
+    tcp_store: Any = distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage] - documented, but missing from its module's __all__
+    if rank != 0:
+        return tcp_store(address, port, world_size, is_master=False)
+    listening = socket.create_server((address, port))
+    # The store owns the descriptor from here on, so the socket object must let go of it.
+    return tcp_store(address, port, world_size, is_master=True, master_listen_fd=listening.detach(), use_libuv=False)
 
 
 def leave() -> None:
@@ -124,7 +139,7 @@ def _settings(ds: DeepSpeedConfig, training: Training | None) -> dict[str, objec
     settings: dict[str, object] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": ds.zero_stage},
+        "zero_optimization": {"stage": ds.zero_stage, "stage3_param_persistence_threshold": WHOLE_BELOW},
         "bf16": {"enabled": ds.param_dtype == "bf16"},
         # AdamW as torch has it; "untested" means that DeepSpeed's own list does not name it.
         "zero_allow_untested_optimizer": True,

@@ -21,7 +21,7 @@ _INITIAL_LABEL = "default"
 # Smallest key-value block the CPU kernels take [tokens]; small blocks let short prompts share their prefix.
 _CPU_BLOCK = 32
 # Grace for the engine core to end by itself before it is killed; it holds nothing that must be saved.
-_SHUTDOWN_S = 3.0
+_SHUTDOWN_S = 5.0
 
 
 class VLLMEngine:
@@ -198,13 +198,14 @@ class VLLMEngine:
         return [process.pid for process in self._processes if process.pid is not None]
 
     async def shutdown(self) -> None:
-        """End the engine core; returns when its process is gone."""
+        """End the engine core; returns when its process is gone. Nothing can be asked of the engine afterwards."""
         self._llm.shutdown(timeout=_SHUTDOWN_S)
         for process in self._processes:
             process.kill()
             process.join()
         # vLLM closes its sockets and forgets the context they came from, which complains when it is collected.
         self._llm.engine_core.resources.ctx.destroy(linger=0)
+        del self._llm  # its destructor would fail at the interpreter's end
 
     async def _asked(self, when: str, answer: Any) -> Any:
         """What a call to the engine core returns, or EngineError."""

@@ -6,9 +6,14 @@ so what arrived is measured where it arrived. The only file that knows vLLM's tr
 
 import functools
 import mmap
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -26,7 +31,9 @@ RECEIVERS = {"shared_memory": "shared_memory", "nccl": "hone_nccl", "ipc": "hone
 
 @functools.cache
 def register() -> None:
-    """Make the receivers known to vLLM; called by it, possibly more than once in a process."""
+    """Make the receivers known to vLLM, and end its processes with their parent; called by it, perhaps more than once in a process."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     WeightTransferEngineFactory.register_engine(RECEIVERS["shared_memory"], SharedMemoryReceiver)
     if current_platform.is_cuda():
         from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
@@ -34,6 +41,12 @@ def register() -> None:
 
         WeightTransferEngineFactory.register_engine(RECEIVERS["ipc"], type("IPCReceiver", (Recording, IPCWeightTransferEngine), {}))
         WeightTransferEngineFactory.register_engine(RECEIVERS["nccl"], type("NCCLReceiver", (Recording, NCCLWeightTransferEngine), {}))
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """Wait for the parent's death and follow it: vLLM's engine core would live on, holding its memory, with nobody to serve."""
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Recording:
