@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.asking import only, settled, typed
+from tests.launch.asking import only, settled, typed
 
 
 @pytest.mark.parametrize("name", ["--rollout.batch-size", "--rollout.batch_size"])

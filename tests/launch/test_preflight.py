@@ -10,7 +10,7 @@ import pytest
 
 from hone.launch import preflight
 from hone.launch.errors import Problem
-from launch.asking import missing, only, settled
+from tests.launch.asking import missing, only, settled
 
 
 def a_model(path: Path, **config: object) -> Path:

@@ -7,7 +7,7 @@ from hone.launch.config import default_config
 from hone.launch.recipes import BUILT_IN, RECIPES
 from hone.launch.schema import from_toml, settings
 from hone.launch.verbs import VERBS
-from launch.asking import crossed, settled, typed
+from tests.launch.asking import crossed, settled, typed
 
 OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remote-url r.py"
 

@@ -4,7 +4,7 @@ import pytest
 
 from hone.launch.resolve import resolve
 from hone.launch.rules import broken, notes
-from launch.asking import crossed, only, resolved, settled
+from tests.launch.asking import crossed, only, resolved, settled
 
 OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remote-url r.py"
 

@@ -11,7 +11,7 @@ from hone.launch.errors import UsageError
 from hone.launch.resolve import Resolved
 from hone.launch.schema import replaced, settings, value_of
 from hone.launch.toml import read, read_text, to_toml
-from launch.asking import only, resolved, settled
+from tests.launch.asking import only, resolved, settled
 
 KNOWN = settings(default_config("ppo"))
 

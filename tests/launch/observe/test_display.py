@@ -14,7 +14,7 @@ from hone.launch.observe.live_display import LiveDisplay
 from hone.launch.observe.plain_display import PlainDisplay
 from hone.launch.observe.progress import FAILED, READY, Progress, RunInfo
 from hone.launch.observe.summary import Summary
-from launch.observe.demo import step_metrics
+from tests.launch.observe.demo import step_metrics
 
 HOSTILE = "[red]x[/red]\x1b[31m\x1b]8;;http://e\x1b\\\x1b]52;c;aGk=\x07\x00\x9b\u202e"
 SHOWN = "[red]x[/red]\\x1b[31m\\x1b]8;;http://e\\x1b\\\\x1b]52;c;aGk=\\x07\\x00\\x9b\\u202e"

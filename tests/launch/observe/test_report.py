@@ -7,7 +7,7 @@ from hone.launch.observe.manifest import collect
 from hone.launch.observe.report import conclude, write_report
 from hone.launch.observe.run_directory import RunDirectory
 from hone.launch.observe.summary import Summary
-from launch.observe.demo import step_metrics
+from tests.launch.observe.demo import step_metrics
 
 STEPS = 12
 

@@ -12,7 +12,7 @@ import torch
 
 from hone.algos.batch import Batch
 from hone.launch.parts import RoleGroup
-from hone.rollout.weight_sync.protocol import Sent, ServedEngine, sync
+from hone.rollout.weight_sync.protocol import Sent, ServedEngine, Synced, sync
 from hone.rollout.weight_sync.verify import Canary, canary_tokens
 
 CANARY_TOKENS = 24
@@ -43,23 +43,25 @@ class Publisher:
     def __call__(self, version: int) -> dict[str, float]:
         """Publish, verify, measure."""
         start = time.monotonic()
-        synced = self._runner.run(
-            sync(
-                self._engines,
-                version=version,
-                send=self._sent,
-                canary=self._tokens,
-                tolerance=self._tolerance,
-                previous=self._previous,
-            )
-        )
+        synced = self._runner.run(self._publish(version))
         self._previous = synced.canaries
         return {"perf/sync_ms": 1000 * (time.monotonic() - start), "sync/canary_abs_diff_max": synced.gap}
 
-    async def _sent(self) -> Sent:
-        fingerprints = await asyncio.to_thread(self._send)
-        logp = await asyncio.to_thread(self._policy.logp, "policy", _one_row(self._tokens))
-        return Sent(fingerprints=fingerprints, canary_logp=logp[1:].tolist())
+    async def _publish(self, version: int) -> Synced:
+        # The weights are final already: the learner answers for them while the engines are still pausing.
+        answering = asyncio.create_task(asyncio.to_thread(self._policy.logp, "policy", _one_row(self._tokens)))
+
+        async def send() -> Sent:
+            # One after the other: both are collectives, and every rank must meet them in the same order.
+            logp = await answering
+            return Sent(fingerprints=await asyncio.to_thread(self._send), canary_logp=logp[1:].tolist())
+
+        try:
+            return await sync(
+                self._engines, version=version, send=send, canary=self._tokens, tolerance=self._tolerance, previous=self._previous
+            )
+        finally:
+            answering.cancel()
 
 
 def _one_row(tokens: Sequence[int]) -> Batch:
