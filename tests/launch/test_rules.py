@@ -35,7 +35,7 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ("ppo --data.prompt-dataset p.jsonl --reward.remote-url r.py", "the built-in model reads only", "--actor.model-name-or-path DIR"),
         ("ppo --data.prompt-dataset p.jsonl --actor.model-name-or-path m", "your own prompts need a reward", "def reward_func"),
         ("ppo --ckpt.save-steps 0", "neither when nor never", "-1"),
-        ("ppo --critic.freezing-steps 60", "the policy would never learn: it stands still for 60 steps of 60", "below 60"),
+        ("ppo --critic.freezing-steps 40", "the policy would never learn: it stands still for 40 steps of 40", "below 40"),
         ("ppo --placement.engine a/b", "`a/b` is no name for a group", "letters"),
         ("ppo --placement.engine=", "is no name for a group", "letters"),
         (
@@ -66,7 +66,7 @@ def test_a_broken_rule_is_named_once(line: str, what: str, mend: str) -> None:
         "ppo --rollout.max-new-tokens 511",
         f"ppo {OWN} --data.input-template {{x}}{{}}{{y}}",
         "ppo --ckpt.save-steps 1",
-        "ppo --critic.freezing-steps 59",
+        "ppo --critic.freezing-steps 39",
         "ppo --actor.num-gpus-per-node 2 --critic.num-gpus-per-node 3 --placement.critic apart",
         "grpo --actor.num-gpus-per-node 2",
         "ppo --run.backend local",

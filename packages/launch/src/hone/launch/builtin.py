@@ -12,23 +12,24 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hone.algos.batch import Batch, Scored
-from hone.algos.protocol import Advantages, Loss, Outputs
+from hone.algos.batch import Scored
 from hone.algos.reduce import Reduction, token_weights
-from hone.algos.supervised import nll
 from hone.datasets.tasks import arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltinModel:
-    """The recipe; any change of it makes another model, under another name in the cache."""
+    """The recipe; any change of it makes another model, under another name in the cache.
 
+    `version` is raised when something outside the recipe (the corpus, the tokenizer, the loss) makes another model of it.
+    """
+
+    version: int = 1
     hidden_size: int = 128
     layers: int = 2
     heads: int = 4
@@ -40,23 +41,6 @@ class BuiltinModel:
     wrong: int = 2
     of: int = 3
     seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Imitate:
-    """Supervised learning through the learner's own policy step: the loss is the weighted NLL, nothing is judged."""
-
-    name: ClassVar[str] = "imitate"
-    needs: frozenset[str] = frozenset()
-    reduction: Reduction = dataclasses.field(default_factory=Reduction)
-
-    def advantages(self, batch: Batch) -> Advantages:
-        """Imitation judges nothing."""
-        return Advantages(advantages=torch.zeros_like(batch.rewards))
-
-    def loss(self, outputs: Outputs, scored: Scored) -> Loss:
-        """Mean negative log-likelihood of the answers."""
-        return nll(outputs.logp, scored.weights, scored.action_mask)
 
 
 def cache_directory() -> Path:
@@ -94,6 +78,7 @@ def _make(recipe: BuiltinModel, directory: Path, progress: Callable[[int, int, f
     from hone.learner.config import ActorConfig, AdamConfig, DeepSpeedConfig
     from hone.learner.learner import Learner, RoleSpec
     from hone.learner.packing import shards
+    from hone.learner.supervised import NextToken
 
     write_untrained(recipe, directory / "untrained")
     config = ActorConfig(adam=AdamConfig(lr=recipe.lr), min_lr_ratio=0.1)
@@ -108,9 +93,8 @@ def _make(recipe: BuiltinModel, directory: Path, progress: Callable[[int, int, f
         seed=recipe.seed,
         max_tokens=recipe.rows_per_step * 16,
     )
-    algo = _Imitate()
     for step, scored in enumerate(_corpus(recipe), start=1):
-        result = learner.update_policy("policy", shards(scored, ranks=1, max_tokens=recipe.rows_per_step * 16)[0], algo)
+        result = learner.update_policy("policy", shards(scored, ranks=1, max_tokens=recipe.rows_per_step * 16)[0], NextToken())
         progress(step, recipe.steps, result.metrics["nll"])
     learner.export("policy", str(directory / "final"))
     learner.close()

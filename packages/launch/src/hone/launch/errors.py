@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-USAGE, ENVIRONMENT, INTERRUPTED = 2, 5, 128 + signal.SIGINT
+USAGE, ENVIRONMENT, PREEMPTED, INTERRUPTED = 2, 5, 75, 128 + signal.SIGINT
 
 CODES = {
     "hone.launch.errors.EnvironmentError_": ENVIRONMENT,
@@ -24,6 +24,7 @@ CODES = {
     "hone.launch.remote.RankLost": ENVIRONMENT,
     "hone.learner.errors.NumericsError": 8,
     "builtins.FloatingPointError": 8,
+    "hone.launch.interrupt.Preempted": PREEMPTED,
     "builtins.KeyboardInterrupt": INTERRUPTED,
 }
 """Exit code of each error; a subclass has its nearest ancestor's. Anything else is a defect and ends with 1."""

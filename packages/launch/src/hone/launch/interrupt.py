@@ -8,14 +8,20 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 
 
-class Interrupt:
-    """A context in which Ctrl-C sets `asked` first and raises KeyboardInterrupt second; SIGTERM counts as Ctrl-C.
+class Preempted(KeyboardInterrupt):
+    """SIGTERM: somebody else wants the machine. Ends a run as Ctrl-C does, with an exit code of its own."""
 
-    `notice(text)` tells the person what will happen. Until `patient` is True the first one raises at once.
+
+class Interrupt:
+    """A context in which Ctrl-C or SIGTERM sets `asked` first and raises KeyboardInterrupt or Preempted second.
+
+    `notice(text)` tells the person what will happen. Until `patient` is True the first one raises at once. `preempted` says
+    that it was SIGTERM that asked.
     """
 
     def __init__(self, notice: Callable[[str], None]) -> None:
         self.asked = False
+        self.preempted = False
         self.patient = False
         self._notice = notice
 
@@ -28,8 +34,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self.patient:
-            self.asked = True
-            raise KeyboardInterrupt
-        self.asked = True
+        again, self.asked, self.preempted = self.asked, True, number == signal.SIGTERM
+        if again or not self.patient:
+            raise Preempted if self.preempted else KeyboardInterrupt
         self._notice("stopping after this step and saving the model; press Ctrl-C again to stop now")

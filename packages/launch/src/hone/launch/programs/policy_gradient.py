@@ -18,6 +18,7 @@ from rich.console import Console
 
 from hone.launch.builtin import builtin_model, cache_directory
 from hone.launch.config import PolicyGradientConfig
+from hone.launch.errors import INTERRUPTED, PREEMPTED
 from hone.launch.interrupt import Interrupt
 from hone.launch.observe import manifest
 from hone.launch.observe.display import Display, make_display
@@ -37,7 +38,6 @@ from hone.launch.train import train
 from hone.rollout.rewards.pool import RewardPool
 from hone.rollout.types import Prompt
 
-INTERRUPTED = 130
 BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
 
 
@@ -85,7 +85,9 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
             raise
         exported = str(directory.model)
         _finish(directory, display, summarise(outcome, model=exported, next_commands=_next_commands(config, exported, str(directory.path))))
-    return INTERRUPTED if outcome == "stopped" else 0
+    if outcome == "finished":
+        return 0
+    return PREEMPTED if interrupt.preempted else INTERRUPTED
 
 
 class Session:
