@@ -144,11 +144,12 @@ def _is_path(source: str) -> bool:
 def _run(path: Path) -> ModuleType:
     # As for a script: modules beside the file can be imported.
     sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(_MODULE_NAME, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(_MODULE_NAME)
+    module.__file__ = str(path)
     sys.modules[_MODULE_NAME] = module
-    spec.loader.exec_module(module)
+    # Not through the import system: it would take a compiled copy of an older file for this one, if both were written
+    # within one second and are equally long.
+    exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module
 
 
