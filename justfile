@@ -39,10 +39,10 @@ isolated:
 test *args:
     uv run pytest {{args}}
 
-# Benchmarks: ours beside a peer, ratios and shares of a roof. Refuses a dirty tree.
+# Benchmarks: ours beside a peer, ratios and shares of a roof, without the type-checking hook. Refuses a dirty tree.
 bench *args:
     git diff --quiet HEAD
-    uv run pytest benchmarks --benchmark-only {{args}}
+    uv run pytest benchmarks -o python_files="bench_*.py" --jaxtyping-packages= --benchmark-only {{args}}
 
 # The main job, three seeds of each algorithm, judged against what it must reach.
 smoke:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from hone.algos.reduce import Reduction
+from hone.algos.batch import Scored
+from hone.algos.reduce import Reduction, token_weights
 from hone.launch import local
 from hone.launch.builtin import BuiltinModel, write_untrained
 from hone.launch.config import PlacementConfig, PolicyGradientConfig, RunConfig, TrainConfig, default_config
@@ -117,6 +118,30 @@ def replay(made: Plan, recorded: Sequence[Step], hosts: Callable[[Plan], Assembl
         return _steps(made, parts)
     finally:
         parts.close()
+
+
+def single_row() -> Scored:
+    """One judged row: with two ranks, one of them has nothing to do."""
+    length = 8
+    action_mask = torch.arange(length) >= 3
+    steady = torch.full((length,), 0.5) * action_mask
+    return Scored(
+        tokens=torch.arange(length) + 3,
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+        position_ids=torch.arange(length),
+        action_mask=action_mask,
+        rollout_logp=torch.zeros(length),
+        rewards=torch.zeros(length),
+        version=torch.zeros(length, dtype=torch.long),
+        group=torch.zeros(1, dtype=torch.long),
+        truncated=torch.zeros(1, dtype=torch.bool),
+        old_logp=-3 * action_mask.float(),
+        ref_logp=-3 * action_mask.float(),
+        values=steady,
+        advantages=steady,
+        returns=steady,
+        weights=token_weights(action_mask, torch.tensor([0, length]), Reduction()),
+    )
 
 
 def text(verb: str, steps: Sequence[Step]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+ROOT = Path(__file__).parents[2]
 COMMAND = "from hone.launch.cli import main; raise SystemExit(main())"
 
 
@@ -62,17 +63,30 @@ class Run:
         return [" ".join(process.cmdline()) for process in self.seen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
+def plainly(directory: Path) -> list[str]:
+    """The command in this interpreter."""
+    return [sys.executable, "-c", COMMAND]
+
+
+def by_uv(directory: Path) -> list[str]:
+    """As the README says it, but for --no-sync: the environment the tests run in must stay as it is under them."""
+    return ["uv", "run", "--no-sync", "--project", str(ROOT), "launch"]
+
+
 @contextmanager
-def started(arguments: Sequence[str], directory: Path, *, environment: dict[str, str] | None = None) -> Iterator[Run]:
-    """`launch <arguments> --run.dir <directory>` in a session of its own; killed with all it started if the test leaves it running."""
+def started(arguments: Sequence[str], directory: Path, *, command: Callable[[Path], list[str]] = plainly) -> Iterator[Run]:
+    """`launch <arguments> --run.dir <directory>`, the directory named as seen from its parent, where the command is started.
+
+    In a session of its own; killed with all it started if the test leaves it running.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *arguments, "--run.dir", str(directory)],
+        [*command(directory), *arguments, "--run.dir", directory.name],
+        cwd=directory.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
-        env=os.environ | (environment or {}),
     )
     run = Run(process, directory)
     try:

@@ -1,6 +1,8 @@
 """Whole runs on real Ray, vLLM and DeepSpeed: the same command as a user's, ended by Ctrl-C and by the death of its engine."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from hone.launch.observe.ledger import replay
 from hone.launch.observe.run_directory import read_events, read_metrics
 from tests.launch.conftest import GSM8K, MADE_UP, SHORT_IS_GOOD, save_model, write_reward, write_rows
-from tests.launch.running import Run, started
+from tests.launch.running import Run, by_uv, plainly, started
 
 # Four prompts of two samples, on the smallest of everything: what is tested is the parts, not the learning.
 SIZES = ["--rollout.batch-size", "4", "--rollout.n-samples-per-prompt", "2", "--train.batch-size", "8", "--rollout.max-new-tokens", "8"]
@@ -50,7 +52,10 @@ def test_ctrl_c_once_finishes_the_step_saves_the_model_and_leaves_no_process(
         *ENGINE,
         *(("--data.max-len", "900", "--data.max-samples", "500") if real else ()),
     ]
-    with started([*arguments, "--train.max-steps", "100"], tmp_path / "run") as run:
+    before = list(Path(tempfile.gettempdir()).glob("hone-ray-*"))
+    # One of the two as the README says it: under `uv run` Ray would, left alone, start its workers elsewhere.
+    command = by_uv if kind == "qwen3" and shutil.which("uv") else plainly
+    with started([*arguments, "--train.max-steps", "100"], tmp_path / "run", command=command) as run:
         run.wait_for(lambda: len(run.metrics()) >= 2)
         assert listening_elsewhere(run) == []
         run.interrupt()
@@ -64,6 +69,7 @@ def test_ctrl_c_once_finishes_the_step_saves_the_model_and_leaves_no_process(
     assert totals.trained == 4 * len(steps) and totals.open == 0
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.model_type == kind
+    assert [entry for entry in Path(tempfile.gettempdir()).glob("hone-ray-*") if entry not in before] == []
 
 
 def test_a_killed_engine_ends_the_run_with_its_name_and_leaves_no_process(tmp_path: Path, hone_cache: Path) -> None:

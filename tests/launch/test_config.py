@@ -1,13 +1,16 @@
 """The configuration dataclasses: documented, frozen, in range by default; and the settings read off them."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterator
 
 import pytest
 
 from hone.algos.ranges import violations
 from hone.launch.config import PolicyGradientConfig, default_config
+from hone.launch.resolve import resolve
 from hone.launch.schema import from_text, from_toml, replaced, settings, value_of
+from hone.launch.screens import options
 from hone.launch.verbs import VERBS
 
 
@@ -122,3 +125,17 @@ def test_a_long_value_is_cut_in_its_message() -> None:
     with pytest.raises(ValueError, match=r"x{77}\.\.\.") as refused:
         from_text(settings(default_config("ppo"))["train.seed"], ["x" * 5000])
     assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_can_be_pasted_from_a_narrow_terminal(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    options(verb, settings(default_config(verb)), "")
+    shown = capsys.readouterr().out.split("\nexamples\n")[1].split("\n\n")[0]
+    assert max(map(len, shown.splitlines())) <= 80
+    commands = [shlex.split(command) for command in shown.replace("\\\n", "").splitlines()]
+    assert [words[:2] for words in commands] == [["launch", verb]] * 3
+    assert all(not resolve(verb, words[2:], gpus=0).problems for words in commands[:2])
+    assert commands[1][-2:] == ["--reward.remote-url", "reward.py"]

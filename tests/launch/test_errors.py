@@ -3,8 +3,8 @@
 import pytest
 
 from hone.datasets.errors import DataError, TokenizerError
-from hone.launch.errors import CODES, EnvironmentError_, Problem, UsageError, exit_code, present
-from hone.learner.errors import CheckpointError, ModelError, NumericsError
+from hone.launch.errors import CODES, Problem, UsageError, exit_code, present
+from hone.learner.errors import ModelError, NumericsError
 from hone.rollout.errors import EngineError, RewardError, StaleWeights
 
 
@@ -15,9 +15,7 @@ from hone.rollout.errors import EngineError, RewardError, StaleWeights
         (UsageError([Problem(what="w", mend="m", code=6), Problem(what="w", mend="m", code=3)]), 3),
         (DataError("x"), 3),
         (TokenizerError("x"), 3),
-        (CheckpointError("x"), 4),
         (ModelError("x"), 5),
-        (EnvironmentError_("x"), 5),
         (RewardError("x"), 6),
         (EngineError("x"), 7),
         (StaleWeights("x"), 7),

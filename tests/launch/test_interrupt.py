@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 
@@ -16,6 +17,9 @@ def test_the_first_signal_asks_and_the_second_ends(number: int, error: type[Base
     with Interrupt(said.append) as interrupt:
         interrupt.patient = True
         os.kill(os.getpid(), number)
+        for thread in threading.enumerate():
+            if thread.name == "hone-notice":
+                thread.join()
         assert interrupt.asked and len(said) == 1 and "again to stop now" in said[0]
         assert interrupt.preempted == (number == signal.SIGTERM)
         with pytest.raises(error) as raised:

@@ -8,16 +8,26 @@ from types import SimpleNamespace
 
 import pytest
 
-from hone.launch import preflight
+from hone.datasets.tokenizer import VOCABULARY_FILES
+from hone.launch import cli, preflight
 from hone.launch.errors import Problem
 from tests.launch.asking import missing, only, settled
+
+REWARD = "def reward_func(queries, prompts, labels):\n    return {}\n"
+
+
+def weights(size: int) -> bytes:
+    """A safetensors file of so many bytes."""
+    header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "U8", "shape": [900], "data_offsets": [0, 900]}})
+    padded = header.ljust(size - 900 - 8).encode()
+    return len(padded).to_bytes(8, "little") + padded + bytes(900)
 
 
 def a_model(path: Path, **config: object) -> Path:
     """The files of a model directory, as far as they are looked at: nothing loads them."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 4096} | config))
-    (path / "model.safetensors").write_bytes(bytes(1000))
+    (path / "model.safetensors").write_bytes(weights(1020))
     (path / "tokenizer.json").write_text("{}")
     return path
 
@@ -63,7 +73,15 @@ def test_each_model_is_looked_at_once_and_under_its_own_name(tmp_path: Path) -> 
         ("no config", "has no config.json", 5),
         ("broken config", "not valid JSON", 5),
         ("listed config", "is not a JSON object", 5),
-        ("no weights", "weights are missing", 5),
+        ("no weights", "has a config.json but no *.safetensors", 5),
+        ("cut weights", "model.safetensors is cut off: it has 1019 of the 1020 bytes that its header speaks of", 5),
+        ("cut header", "model.safetensors is cut off within its header: it has 60 bytes", 5),
+        ("empty weights", "model.safetensors is cut off within its header: it has 0 bytes", 5),
+        ("long weights", "model.safetensors has 1021 bytes, more than the 1020 that its header speaks of", 5),
+        ("no safetensors", "model.safetensors is no safetensors file: it does not begin with the length of a header", 5),
+        ("strange header", "model.safetensors is no safetensors file: its header does not list tensors", 5),
+        ("lost link", "model.safetensors cannot be read: No such file or directory", 5),
+        ("half a tokenizer", "has no tokenizer", 5),
         ("pickled", "holds its weights as pickle (pytorch_model.bin)", 5),  # spec C.3 row 55
         ("no tokenizer", "has no tokenizer", 5),
         ("own code", "needs code of its own (auto_map in config.json)", 5),  # row 56
@@ -90,8 +108,26 @@ def test_a_faulty_model_directory_says_what_is_wrong(tmp_path: Path, fault: str,
         (model / "model.safetensors").unlink()
     if fault == "pickled":
         (model / "pytorch_model.bin").write_bytes(b"x")
-    if fault == "no tokenizer":
+    file = model / "model.safetensors"
+    if fault == "cut weights":
+        file.write_bytes(weights(1020)[:-1])
+    if fault == "cut header":
+        file.write_bytes(weights(1020)[:60])
+    if fault == "empty weights":
+        file.write_bytes(b"")
+    if fault == "long weights":
+        file.write_bytes(weights(1020) + b"x")
+    if fault == "no safetensors":
+        file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    if fault == "strange header":
+        file.write_bytes((9).to_bytes(8, "little") + b'{"w": {}}')
+    if fault == "lost link":
+        file.unlink()
+        file.symlink_to(tmp_path / "gone")
+    if fault in ("no tokenizer", "half a tokenizer"):
         (model / "tokenizer.json").unlink()
+    if fault == "half a tokenizer":  # its loader would refuse it too, but later and with another exit code
+        (model / "tokenizer_config.json").write_text("{}")
     if fault == "own code":
         (model / "config.json").write_text(json.dumps({"model_type": "mystery", "auto_map": {"AutoModelForCausalLM": "mystery.Mystery"}}))
     if fault == "own tokenizer":
@@ -106,8 +142,16 @@ def test_a_faulty_model_directory_says_what_is_wrong(tmp_path: Path, fault: str,
         model.write_text("")
     problem = only(of_model(model))
     assert what in problem.what
+    assert problem.mend
     assert problem.code == code
     assert problem.where == f"--actor.model-name-or-path {model}"
+
+
+@pytest.mark.parametrize("pattern", VOCABULARY_FILES)
+def test_every_vocabulary_that_can_be_loaded_is_a_tokenizer(tmp_path: Path, pattern: str) -> None:
+    model = a_model(tmp_path / "m")
+    (model / "tokenizer.json").rename(model / pattern.replace("*", "vocab"))
+    assert of_model(model) == []
 
 
 def test_code_beside_an_architecture_that_transformers_has_is_never_needed(tmp_path: Path) -> None:
@@ -116,15 +160,49 @@ def test_code_beside_an_architecture_that_transformers_has_is_never_needed(tmp_p
 
 def test_prompts_that_are_not_there_are_named_with_their_neighbour(tmp_path: Path) -> None:
     # row 29
-    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "train.jsonl").write_text('{"input": "1+1"}')
     model, reward = a_model(tmp_path / "m"), tmp_path / "reward.py"
-    reward.write_text("def reward_func(queries, prompts, labels):\n    return {}\n")
+    reward.write_text(REWARD)
     words = f"--reward.remote-url {reward} --data.prompt-dataset {tmp_path}"
     problem = only(of_model(model, f"{words}/trian.jsonl"))
-    assert "train.jsonl" in problem.what
+    assert "does not exist: there is no 'trian.jsonl'" in problem.what
+    assert problem.mend.startswith("did you mean 'train.jsonl'?")
     assert (problem.code, problem.where) == (3, f"--data.prompt-dataset {tmp_path}/trian.jsonl")
-    assert "is a directory" in only(of_model(model, words)).what
+    problem = only(of_model(model, words))
+    assert "is a directory" in problem.what
+    assert problem.mend == "it holds 'train.jsonl'; name one JSON-lines file"
     assert of_model(model, f"{words}/train.jsonl") == []
+
+
+def test_faulty_rows_are_found_beside_everything_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, rows = a_model(tmp_path / "m"), tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1+1"}\n{"question": ""}\n{"question": "2+2"\n')
+    words = f"ppo --actor.model-name-or-path {model} --data.prompt-dataset {rows}"
+    problems = missing(f"{words} --data.input-key question --reward.remote-url gone.py")
+    assert [problem.code for problem in problems] == [3, 6]
+    assert "2 of 3 rows cannot be used" in problems[0].what
+    assert "rows.jsonl:2" in problems[0].what and "rows.jsonl:3" in problems[0].what
+    assert problems[0].where == f"--data.prompt-dataset {rows}, --data.input-key question"
+    # a column whose name was refused is not looked for
+    assert missing(f"{words} --data.input-key") == []
+    assert "does not exist" in only(missing(f"{words}s --data.input-key")).what
+
+    (tmp_path / "reward.py").write_text(REWARD)
+    assert cli.main([*words.split(), "--reward.remote-url", "reward.py", "--print-config"]) == 3
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "name one with --data.input-key; did you mean 'question'?" in printed.err
+
+
+def test_what_is_not_there_is_told_apart_from_how_to_mend_it() -> None:
+    problems = missing("ppo --actor.model-name-or-path ./nope --data.prompt-dataset far/rows.jsonl --reward.remote-url r.py")
+    assert [problem.code for problem in problems] == [5, 3, 6]
+    model, prompts, reward = problems
+    assert model.what.startswith("no model directory ./nope")
+    assert model.mend.startswith("name the directory that holds config.json")
+    assert prompts.mend == "--data.prompt-dataset FILE.jsonl, one JSON object per line"
+    assert reward.what.endswith("r.py does not exist")
+    assert reward.mend == "give the path of a file with def reward_func(queries, prompts, labels)"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +221,7 @@ def test_a_reward_file_is_judged_by_its_source(tmp_path: Path, source: str | Non
         (tmp_path / "reward.py").write_text(source)
     problem = only(missing(f"ppo --reward.remote-url {tmp_path}/reward.py"))
     assert what in problem.what
+    assert problem.mend
     assert problem.code == 6
 
 
@@ -208,12 +287,18 @@ def test_disk_is_counted_by_saves(tmp_path: Path) -> None:
         for words in ("", "--ckpt.save-steps 10")
     }
     # 40 steps of the recipe: the model at the end, and four on the way
-    assert needed == {"": 1000 + preflight.SPARE_BYTES, "--ckpt.save-steps 10": 5000 + preflight.SPARE_BYTES}
+    assert needed == {"": 1020 + preflight.SPARE_BYTES, "--ckpt.save-steps 10": 5100 + preflight.SPARE_BYTES}
+
+
+def test_a_model_at_home_is_weighed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_model(tmp_path / "m")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert preflight.weight_bytes(settled("ppo --actor.model-name-or-path ~/m").config) == 1020
 
 
 def test_shared_memory_must_hold_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = a_model(tmp_path / "m")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: SimpleNamespace(free=1999 if str(place) == "/dev/shm" else 2**40))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: SimpleNamespace(free=2039 if str(place) == "/dev/shm" else 2**40))
     assert "through /dev/shm" in only(of_model(model)).what
     assert of_model(model, "--run.backend local") == []
 
@@ -231,6 +316,7 @@ def test_the_cpu_build_of_vllm_is_not_for_gpus(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(preflight.importlib.metadata, "distributions", lambda name: [name])
     problem = only(missing("ppo", gpus=2))
     assert problem.what == "2 GPUs are visible, but the installed vLLM is the CPU build"
+    assert "`uv run --no-group cpu --group cuda launch ...`" in problem.mend  # a plain `uv run` would undo a `uv sync`
     assert missing("ppo", gpus=0) == []
 
 

@@ -27,10 +27,11 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ("ppo --rollout.max-new-tokens 512", "512 tokens leaves no room for a prompt within data.max_len 512", "raise --data.max-len"),
         ("ppo --train.max-tokens-per-gpu 511", "a sample of 512 tokens does not fit a micro-batch of 511", "512 or more"),
         ("ppo --algo.kl.use-loss --algo.kl.init-coef 0", "KL penalty in the loss with weight 0", "drop --algo.kl.use-loss"),
-        (f"ppo {OWN} --data.input-template Q:", "{} exactly once, for the prompt; `Q:` has it 0 times", "other braces"),
-        (f"ppo {OWN} --data.input-template {{}}{{}}", "has it 2 times", ""),
+        (f"ppo {OWN} --data.input-template Q:", "'Q:' has 0 places {} for the prompt", "write exactly one"),
+        (f"ppo {OWN} --data.input-template {{}}{{}}", "has 2 places", ""),
+        (f"ppo {OWN} --data.input-template {{}}\\nA:", "holds a backslash and an n", "for a line break, quote it as $'...'"),
         # row 18
-        (f"ppo {OWN} --data.input-template {{}} --data.apply-chat-template", "not both", "drop --data.input-template"),
+        (f"ppo {OWN} --data.input-template {{}} --data.apply-chat-template", "exclude one another", "drop one of them"),
         ("ppo --data.label-key answer", "data.label_key describes a prompt dataset, and there is none", "add --data.prompt-dataset"),
         ("ppo --data.prompt-dataset p.jsonl --reward.remote-url r.py", "the built-in model reads only", "--actor.model-name-or-path DIR"),
         ("ppo --data.prompt-dataset p.jsonl --actor.model-name-or-path m", "your own prompts need a reward", "def reward_func"),
@@ -44,7 +45,17 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
             "the same size, or a group of their own",
         ),
         ("ppo --run.backend local --ds.zero-stage 3", "nothing to shard with zero_stage 3", "--ds.zero-stage 0"),
-        ("ppo --run.backend local --actor.num-gpus-per-node 2", "one process, not 2 ranks", "--run.backend ray"),
+        ("ppo --run.backend local --actor.num-gpus-per-node 2", "one process, not 2 ranks (actor, critic, ref)", "--run.backend ray"),
+        (
+            "ppo --run.backend local --placement.critic gpu2 --critic.num-gpus-per-node 2",
+            "one process, not 2 ranks (critic)",
+            "--run.backend ray",
+        ),
+        (
+            "grpo --run.backend local --placement.reference gpu2 --ref.num-nodes 3",
+            "one process, not 3 ranks (ref)",
+            "--run.backend ray",
+        ),
         ("ppo --vllm.sync-backend nccl", "moves weights between GPUs, and none is visible", "auto"),
     ],
 )
@@ -70,6 +81,8 @@ def test_a_broken_rule_is_named_once(line: str, what: str, mend: str) -> None:
         "ppo --actor.num-gpus-per-node 2 --critic.num-gpus-per-node 3 --placement.critic apart",
         "grpo --actor.num-gpus-per-node 2",
         "ppo --run.backend local",
+        # no penalty, no reference model
+        "ppo --run.backend local --placement.reference gpu2 --ref.num-gpus-per-node 2 --algo.kl.init-coef 0",
     ],
 )
 def test_what_is_at_the_border_of_a_rule_passes(line: str) -> None:
@@ -106,7 +119,19 @@ def test_a_combination_a_dataclass_refuses_is_a_problem_of_its_group() -> None:
     problem = only(list(resolved("ppo --algo.reduction.over constant").problems))
     assert problem.what.startswith("algo.reduction: ")
     assert problem.where == "--algo.reduction.over constant"
+    assert problem.mend == "add --algo.reduction.length 8, which is rollout.max_new_tokens, or drop --algo.reduction.over"
+    problem = only(list(resolved("ppo --recipe none --algo.reduction.over constant").problems))
+    assert "--algo.reduction.length 1024" in problem.mend
+    problem = only(list(resolved("ppo --algo.reduction.length 64").problems))
+    assert problem.mend == "drop --algo.reduction.length, or add --algo.reduction.over constant"
     assert settled("ppo --algo.reduction.over constant --algo.reduction.length 64").config.algo.reduction.length == 64
+
+
+def test_a_remedy_a_dataclass_knows_is_the_mend() -> None:
+    words = "--algo.kl.use-loss --algo.kl.gradient as_written"
+    problem = only(list(resolved(f"ppo {words}").problems))
+    assert problem.what.endswith("would hold nothing")
+    assert problem.mend == "choose gradient 'reverse', or estimator 'k2' or 'k3'"
 
 
 def test_notes_tell_what_runs_but_not_as_meant() -> None:

@@ -25,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as error:  # the edge of the program: every error becomes a message and a code
-        present(error, debug="--debug" in words or "--run.debug" in words)
-        return exit_code(error)
+        return _ended(error, debug="--debug" in words)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -83,7 +82,15 @@ def _run(verb: str, rest: list[str]) -> int:
 
     from hone.launch.programs.policy_gradient import run
 
-    return run(resolved.config, resolved.sources)
+    try:
+        return run(resolved.config, resolved.sources)
+    except (Exception, KeyboardInterrupt) as error:  # here, because only here it is known what the file says of tracebacks
+        return _ended(error, debug=resolved.config.run.debug)
+
+
+def _ended(error: BaseException, *, debug: bool) -> int:
+    present(error, debug=debug)
+    return exit_code(error)
 
 
 def _unknown_verb(verb: str) -> Problem:

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from hone.launch.machine import visible_gpus
 from hone.launch.observe.progress import READY
 from hone.launch.parts import Assembly, Plan
 from hone.launch.placement import PlacedGroup, groups, sync_backend
@@ -25,9 +27,11 @@ from hone.rollout.router import LeastLoaded
 from hone.rollout.weight_sync.verify import tolerance
 
 OBJECT_STORE_BYTES = 1 << 30
-"""Memory for batches in flight where Ray is started here; it is taken from shared memory as it is used."""
+"""Memory for batches in flight on a machine without GPUs, taken from shared memory as it is used; with GPUs Ray decides."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """Our names of number formats -> vLLM's."""
+OWN_RAY = "hone-ray-"
+"""How the temporary directory of a Ray of our own begins; anybody else's is left alone."""
 SHARED_DEVICE = 0.5
 """Share of a GPU a learner rank and an engine each ask for when they live on the same one."""
 
@@ -103,26 +107,33 @@ def start() -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address := os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, log_to_driver=False, logging_level="error")
-    else:
-        # The addresses of gloo's and vLLM's own sockets; the workers inherit them.
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        os.environ["VLLM_HOST_IP"] = "127.0.0.1"
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            object_store_memory=OBJECT_STORE_BYTES,
-        )
+        return int(ray.cluster_resources().get("GPU", 0))
+    # The addresses of gloo's and vLLM's own sockets; the workers inherit them.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["VLLM_HOST_IP"] = "127.0.0.1"
+    ray.init(
+        # "local": without it Ray would join whatever cluster it finds on this machine.
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=None if visible_gpus() else OBJECT_STORE_BYTES,
+        # A place of its own, so that it can be removed; short, because a socket's path may have 107 bytes.
+        _temp_dir=tempfile.mkdtemp(prefix=OWN_RAY),
+    )
     return int(ray.cluster_resources().get("GPU", 0))
 
 
 def stop(logs: Path) -> None:
-    """End Ray, and keep what the workers printed in the run directory."""
+    """End Ray; of a Ray of our own keep what the workers printed in the run directory, and remove the rest."""
     session = Path(ray._private.worker._global_node.get_session_dir_path())  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess] - Ray names it nowhere else
     ray.shutdown()
+    if not session.parent.name.startswith(OWN_RAY):
+        return
     for printed in sorted((session / "logs").glob("worker-*")):
         if printed.stat().st_size:
             shutil.copyfile(printed, logs / printed.name)
+    shutil.rmtree(session.parent)
 
 
 def _bundles(group: PlacedGroup) -> PlacementGroup:

@@ -15,9 +15,7 @@ from dataclasses import dataclass, replace
 USAGE, ENVIRONMENT, PREEMPTED, INTERRUPTED = 2, 5, 75, 128 + signal.SIGINT
 
 CODES = {
-    "hone.launch.errors.EnvironmentError_": ENVIRONMENT,
     "hone.datasets.errors.DataError": 3,
-    "hone.learner.errors.CheckpointError": 4,
     "hone.learner.errors.ModelError": 5,
     "hone.rollout.errors.RewardError": 6,
     "hone.rollout.errors.EngineError": 7,
@@ -63,10 +61,6 @@ class UsageError(Exception):
     def code(self) -> int:
         """The lowest code among the problems: what is mended first."""
         return min(problem.code for problem in self.problems)
-
-
-class EnvironmentError_(Exception):
-    """The machine lacks what the run needs: devices, memory, disk, a working installation."""
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -4,6 +4,7 @@ Before the loop has begun there is no step to finish, so once is enough.
 """
 
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
@@ -37,4 +38,6 @@ class Interrupt:
         again, self.asked, self.preempted = self.asked, True, number == signal.SIGTERM
         if again or not self.patient:
             raise Preempted if self.preempted else KeyboardInterrupt
-        self._notice("stopping after this step and saving the model; press Ctrl-C again to stop now")
+        # Not from the handler itself: the main thread may be in the middle of printing.
+        text = "stopping after this step and saving the model; press Ctrl-C again to stop now"
+        threading.Thread(target=self._notice, args=(text,), name="hone-notice").start()

@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from hone.datasets.tokenizer import VOCABULARY_FILES
 from hone.launch.errors import ENVIRONMENT, Problem, exit_code
 from hone.launch.names import closest
 from hone.launch.schema import shown
@@ -13,7 +15,14 @@ from hone.launch.toml import nearest
 from hone.learner.errors import ModelError
 from hone.learner.model_files import check_model
 
-TOKENIZERS = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"}
+LONGEST_HEADER = 100_000_000
+"""Bytes a safetensors header may have; the format's own limit."""
+
+
+def stated(error: Exception, *, otherwise: str) -> Problem:
+    """Another package's error as a problem: its text is what is wrong and, behind the first semicolon, how to mend it."""
+    what, _, mend = str(error).partition("; ")
+    return Problem(what=what, mend=mend or otherwise, code=exit_code(error))
 
 
 def faults(name: str, *, max_len: int) -> Iterator[Problem]:
@@ -25,7 +34,7 @@ def faults(name: str, *, max_len: int) -> Iterator[Problem]:
     try:
         check_model(name)
     except ModelError as error:
-        yield Problem(what=str(error), mend="", code=exit_code(error))
+        yield stated(error, otherwise="name the directory that holds config.json and the *.safetensors; a hub id is written org/name")
         return
     if not path.is_dir():
         return
@@ -40,8 +49,12 @@ def faults(name: str, *, max_len: int) -> Iterator[Problem]:
     if gone := sorted(shards - files):
         what = f"{name} lacks {len(gone)} of its {len(shards)} weight files: {', '.join(gone[:3])}"
         yield Problem(what=what, mend="copy or download the model again", code=ENVIRONMENT)
-    if not files & TOKENIZERS:
-        yield Problem(what=f"{name} has no tokenizer", mend="save the tokenizer beside the model", code=ENVIRONMENT)
+    for file in sorted(path.glob("*.safetensors")):
+        if fault := _weight_fault(file):
+            yield Problem(what=f"{file} {fault}", mend="copy or download the model again", code=ENVIRONMENT)
+    if not any(next(path.glob(pattern), None) for pattern in VOCABULARY_FILES):
+        mend = f"save the tokenizer beside the model: one of {', '.join(VOCABULARY_FILES)} and what belongs to it"
+        yield Problem(what=f"{name} has no tokenizer", mend=mend, code=ENVIRONMENT)
     yield from _remote_code(name, described, tokenizer)
     longest = described.get("max_position_embeddings")
     if isinstance(longest, int) and max_len > longest:
@@ -77,6 +90,27 @@ def _shards(path: Path) -> set[str]:
     if not isinstance(weights, dict):
         raise ValueError(f"{index} has no weight_map")
     return {str(file) for file in weights.values()}
+
+
+def _weight_fault(file: Path) -> str:
+    """What is wrong with a safetensors file: 8 bytes give the length of a JSON header, which gives that of the whole file."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            length = int.from_bytes(content.read(8), "little")
+            if size < 8 or (length <= LONGEST_HEADER and size < 8 + length):
+                return f"is cut off within its header: it has {size} bytes"
+            if length > LONGEST_HEADER:
+                return "is no safetensors file: it does not begin with the length of a header"
+            header = json.loads(content.read(length))
+        whole = 8 + length + max((int(one["data_offsets"][1]) for name, one in header.items() if name != "__metadata__"), default=0)
+    except OSError as error:
+        return f"cannot be read: {os.strerror(error.errno or 0)}"
+    except (ValueError, RecursionError, AttributeError, KeyError, IndexError, TypeError):
+        return "is no safetensors file: its header does not list tensors"
+    if size < whole:
+        return f"is cut off: it has {size} of the {whole} bytes that its header speaks of"
+    return f"has {size} bytes, more than the {whole} that its header speaks of" if size > whole else ""
 
 
 def _json_object(path: Path) -> dict[str, object]:

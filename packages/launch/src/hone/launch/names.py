@@ -148,6 +148,7 @@ RENAMED = {
 }
 
 WITHOUT_COUNTERPART = {
+    "resume": "resuming is not there yet; --config RUN/config.toml repeats a run",
     "algo.advantage.estimator": VERB,
     "advantage_estimator": VERB,
     "algorithm.adv_estimator": VERB,

@@ -1,14 +1,51 @@
 """From a settled configuration and prepared prompts to the plan the parts are built from."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import transformers
 
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.parts import Plan
 from hone.launch.prompts import PromptData
+from hone.learner.errors import ModelError
 from hone.rollout.executor import Judge, SingleTurn
 from hone.rollout.types import Engine
+
+
+def in_full(model: str) -> str:
+    """A model directory by its full path, for processes that start elsewhere; a hub id as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
+
+
+def stop_ids(model: str, tokenizer: "transformers.PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """The ids that end a response: the tokenizer's and those of the model's generation config; every engine gets the same."""
+    try:
+        of_model = transformers.GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        of_model = None  # a model need not come with one; transformers says so with an OSError and nothing finer
+    found = [of_model] if isinstance(of_model, int) else list(of_model or ())
+    own = tokenizer.eos_token_id
+    return tuple(sorted({*found, *(() if own is None else (int(str(own)),))}))
+
+
+def vocabulary(models: Mapping[str, str], tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
+    """Ids that the tokenizer and every model know. Raises ModelError where a role's model is of another vocabulary than the policy."""
+    sizes = {role: int(transformers.AutoConfig.from_pretrained(model).get_text_config().vocab_size) for role, model in models.items()}
+    for role, size in sizes.items():
+        if size != sizes["policy"]:
+            raise ModelError(
+                f"the {role} knows {size} token ids and the policy {sizes['policy']}: {models[role]} and {models['policy']} are of "
+                "different vocabularies; all roles read the same ids, so name models that share a tokenizer"
+            )
+    if len(tokenizer) > sizes["policy"]:
+        raise ModelError(
+            f"the tokenizer of {models['policy']} knows {len(tokenizer)} ids, its model only {sizes['policy']}: a token was "
+            "added and the model not resized; call model.resize_token_embeddings(len(tokenizer)) and save both again"
+        )
+    return len(tokenizer)
 
 
 def make_plan(
@@ -28,9 +65,9 @@ def make_plan(
     """
     models = {"policy": model}
     if "values" in config.algo.needs:
-        models["critic"] = config.critic.model_name_or_path or model
+        models["critic"] = in_full(config.critic.model_name_or_path or model)
     if "ref_logp" in config.algo.needs:
-        models["reference"] = config.ref.model_name_or_path or model
+        models["reference"] = in_full(config.ref.model_name_or_path or model)
 
     def executor(engine: Engine, engine_version: str, prompts_per_call: int) -> SingleTurn:
         return SingleTurn(
@@ -47,13 +84,12 @@ def make_plan(
         )
 
     samples = config.rollout.batch_size * config.rollout.n_samples_per_prompt
-    eos = prompts.tokenizer.eos_token_id
     return Plan(
         config=config,
         models=models,
         optimiser_steps=steps * math.ceil(samples / config.train.batch_size) * config.train.max_epochs,
-        vocabulary=len(prompts.tokenizer),
-        eos_token_ids=() if eos is None else (int(str(eos)),),
+        vocabulary=vocabulary(models, prompts.tokenizer),
+        eos_token_ids=stop_ids(model, prompts.tokenizer),
         executor=executor,
         source=prompts.steps,
         logs=logs,

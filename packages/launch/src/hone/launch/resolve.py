@@ -113,8 +113,21 @@ def _laid_over(
             config = replaced(config, own)
         except ValueError as error:
             where = ", ".join(told(name, value, sources[name]) for name, value in own.items())
-            problems.append(Problem(what=f"{group}: {error}", mend="", where=where))
+            what, _, mend = str(error).partition("; ")
+            problems.append(Problem(what=f"{group}: {what}", mend=mend or _combined(group, values, known), where=where))
     return config, problems
+
+
+def _combined(group: str, values: Mapping[str, object], known: Mapping[str, Setting]) -> str:
+    """How to mend values of a group that do not go together."""
+    length = f"{group}.length"
+    if length not in known:
+        return "give values that go together, or leave them at their defaults"
+    over = known[f"{group}.over"].flag
+    if values.get(length) is not None:
+        return f"drop {known[length].flag}, or add {over} constant"
+    longest = values.get("rollout.max_new_tokens", known["rollout.max_new_tokens"].default)
+    return f"add {known[length].flag} {longest}, which is rollout.max_new_tokens, or drop {over}"
 
 
 def _by_group(values: Mapping[str, object], known: Mapping[str, Setting]) -> Iterator[tuple[str, dict[str, object]]]:

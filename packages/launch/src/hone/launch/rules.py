@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from hone.algos.algorithms import GRPO
+from hone.datasets.chat import template_problems
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.errors import Problem
 from hone.launch.names import flag
@@ -39,9 +40,10 @@ def notes(resolved: Resolved, gpus: int) -> Iterator[str]:
         yield f"{', '.join(idle)}: run.backend local has no vLLM engine"
 
 
-def ranks(config: PolicyGradientConfig) -> int:
-    """Processes that train the policy."""
-    return config.actor.num_nodes * config.actor.num_gpus_per_node
+def ranks(config: PolicyGradientConfig, group: str = "actor") -> int:
+    """Processes that train the policy, or that host the model of another group."""
+    model = getattr(config, group)
+    return model.num_nodes * model.num_gpus_per_node
 
 
 def _batches(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -92,13 +94,9 @@ def _penalty(resolved: Resolved, _: int) -> Iterator[Problem]:
 
 def _prompts(resolved: Resolved, _: int) -> Iterator[Problem]:
     data, sources = resolved.config.data, resolved.sources
-    if data.input_template is not None and (found := data.input_template.count("{}")) != 1:
-        what = f"data.input_template must contain {{}} exactly once, for the prompt; {shown(data.input_template)} has it {found} times"
-        yield Problem(what=what, mend="other braces stand for themselves", settings=("data.input_template",))
-    if data.input_template is not None and data.apply_chat_template:
-        what = "a prompt is put into a template of its own or into the tokenizer's chat template, not both"
-        mend = "drop --data.input-template, or --data.apply-chat-template"
-        yield Problem(what=what, mend=mend, settings=("data.input_template", "data.apply_chat_template"))
+    for problem in template_problems(data):
+        what, mend = problem.rsplit("; ", 1)  # the last one: a template may have some of its own
+        yield Problem(what=what, mend=mend, settings=("data.input_template", *(["data.apply_chat_template"] * data.apply_chat_template)))
     if data.prompt_dataset is None:
         for name in ("data.input_key", "data.label_key", "data.input_template"):
             if _typed(sources[name]):
@@ -125,7 +123,7 @@ def _steps(resolved: Resolved, _: int) -> Iterator[Problem]:
     if config.ckpt.save_steps == 0:
         what = "ckpt.save_steps 0 says neither when nor never"
         yield Problem(what=what, mend="-1 to save at the end only, or a number of steps from 1", settings=("ckpt.save_steps",))
-    if "critic.freezing_steps" in resolved.sources and config.train.max_steps and config.critic.freezing_steps >= config.train.max_steps:
+    if "values" in config.algo.needs and config.train.max_steps and config.critic.freezing_steps >= config.train.max_steps:
         what = f"the policy would never learn: it stands still for {config.critic.freezing_steps} steps of {config.train.max_steps}"
         mend = f"--critic.freezing-steps below {config.train.max_steps}, or raise --train.max-steps"
         yield Problem(what=what, mend=mend, settings=("critic.freezing_steps", "train.max_steps"))
@@ -157,13 +155,20 @@ def _backend(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         if config.ds.zero_stage > 0:
             what = f"run.backend local has one process and no DeepSpeed: there is nothing to shard with zero_stage {config.ds.zero_stage}"
             yield Problem(what=what, mend="--ds.zero-stage 0, or --run.backend ray", settings=("ds.zero_stage", "run.backend"))
-        if ranks(config) > 1:
-            what = f"run.backend local has one process, not {ranks(config)} ranks"
-            names = ("actor.num_nodes", "actor.num_gpus_per_node", "run.backend")
+        crowds = {group: ranks(config, group) for group in _models(config) if ranks(config, group) > 1}
+        if crowds:
+            what = f"run.backend local has one process, not {max(crowds.values())} ranks ({', '.join(crowds)})"
+            names = (*(f"{group}.{size}" for group in crowds for size in ("num_nodes", "num_gpus_per_node")), "run.backend")
             yield Problem(what=what, mend="--run.backend ray, or one rank", settings=names)
     if not gpus and config.vllm.sync_backend in ("ipc", "nccl") and not _cluster(config):
         what = f"vllm.sync_backend {config.vllm.sync_backend} moves weights between GPUs, and none is visible"
         yield Problem(what=what, mend="--vllm.sync-backend auto", settings=("vllm.sync_backend",))
+
+
+def _models(config: PolicyGradientConfig) -> list[str]:
+    """Groups whose model the algorithm runs."""
+    needed = {"policy": True, "critic": "values" in config.algo.needs, "reference": "ref_logp" in config.algo.needs}
+    return [group for role, group in ROLES.items() if needed[role]]
 
 
 def _devices(resolved: Resolved, gpus: int) -> Iterator[Problem]:

@@ -57,7 +57,7 @@ def options(verb: str, settings: "Mapping[str, Setting]", word: str) -> bool:
         console.print(Text(entry.story))
         console.print("\n[cyan]examples[/]")
         for example in entry.examples:
-            console.print(f"  {example}", soft_wrap=True)
+            console.print(Text(f"  {example}"), soft_wrap=True)
         console.print("\n[cyan]general[/]")
         for option, meaning in GENERAL.items():
             _entry(console, option, meaning.format(recipes=", ".join(RECIPES)))

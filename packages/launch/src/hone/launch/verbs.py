@@ -13,7 +13,10 @@ class Verb:
     examples: tuple[str, ...]
 
 
-_OWN = "--actor.model-name-or-path DIR --data.prompt-dataset FILE.jsonl --data.label-key answer --reward.remote-url reward.py"
+# Broken where a shell goes on reading, so that it can be pasted from a narrow terminal.
+_OWN = """\\
+    --actor.model-name-or-path DIR --data.prompt-dataset FILE.jsonl \\
+    --data.label-key answer --reward.remote-url reward.py"""
 
 VERBS = {
     "ppo": Verb(

@@ -92,7 +92,7 @@ class DeepSpeedConfig:
     """How models are held and sharded."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimiser states, 2 and gradients, 3 and parameters."""
+    """What DeepSpeed shards over the ranks: 0 nothing (in bf16 as 1), 1 optimiser states, 2 and gradients, 3 and parameters."""
     param_dtype: Literal["fp32", "bf16"] = "bf16"
     """Number format of the parameters in forward and backward; optimiser states are fp32 always."""
     value_head_prefix: str = "score"

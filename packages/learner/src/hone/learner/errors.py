@@ -5,10 +5,6 @@ class ModelError(Exception):
     """A model that cannot be used: not found, in a format that is not safe to read, or of an unsupported architecture."""
 
 
-class CheckpointError(Exception):
-    """A checkpoint that is missing, incomplete, or of another run."""
-
-
 class NumericsError(Exception):
     """A loss or a gradient norm that is not finite; the parameters are as they were before the step."""
 

@@ -132,6 +132,11 @@ def _ledger(events: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["## Ledger", "", "**It does not balance.**", "", *_fenced(str(error))]
     lines = ["## Ledger", "", "Every prompt drawn was trained on, dropped with a reason, or still open when the run ended:", ""]
     lines += [f"{totals.issued} issued = {totals.trained} trained + {totals.dropped} dropped + {totals.open} open."]
+    if rows := [event for event in events if event["kind"] == "row_dropped"]:
+        lines += [
+            "",
+            f"{len(rows)} rows of the data could not be drawn at all, the first: {_cell(rows[0]['reason'])}; all are in `events.jsonl`.",
+        ]
     return [*lines, *(["", *(f"- dropped {count}: {_cell(reason)}" for reason, count in totals.reasons.items())] if totals.reasons else [])]
 
 

@@ -7,34 +7,40 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
+import psutil
 import transformers
 from rich.console import Console
 
 from hone.launch.builtin import builtin_model, cache_directory
 from hone.launch.config import PolicyGradientConfig
-from hone.launch.errors import INTERRUPTED, PREEMPTED
+from hone.launch.errors import INTERRUPTED, PREEMPTED, exit_code
 from hone.launch.interrupt import Interrupt
 from hone.launch.observe import manifest
 from hone.launch.observe.display import Display, make_display
-from hone.launch.observe.ledger import Ledger
+from hone.launch.observe.files import replace_text
+from hone.launch.observe.ledger import Ledger, LedgerError
 from hone.launch.observe.peak_memory import PeakMemory
 from hone.launch.observe.progress import READY, RunInfo
+from hone.launch.observe.redact import redact
 from hone.launch.observe.report import conclude
 from hone.launch.observe.run_directory import RunDirectory
 from hone.launch.observe.summary import Summary
 from hone.launch.parts import Assembly
-from hone.launch.plan import make_plan
-from hone.launch.processes import Descendants, adopt_orphans, keep_bytecode
+from hone.launch.plan import in_full, make_plan
+from hone.launch.processes import Descendants, adopt_orphans, keep_bytecode, prepare_environment
 from hone.launch.prompts import PromptData, prepare
 from hone.launch.rollout_rows import rows
 from hone.launch.toml import to_toml
 from hone.launch.train import train
+from hone.learner.errors import ModelError
 from hone.rollout.rewards.pool import RewardPool
 from hone.rollout.types import Prompt
 
@@ -43,13 +49,15 @@ BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
 
 def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
     """Carry out a run; returns its exit code, or raises what stopped it (the run directory then tells, too)."""
-    began = time.monotonic()
+    # From pressing enter: half of the start is spent before this line, on imports.
+    began = time.monotonic() - (time.time() - psutil.Process().create_time())
     keep_bytecode(cache_directory() / "bytecode")
     adopt_orphans()
     # Loading and saving are shown by the display; a second bar in between would tear it.
     transformers.utils.logging.disable_progress_bar()
     console = Console(highlight=False)
-    model = config.actor.model_name_or_path or str(_built_in(console))
+    asked = config.actor.model_name_or_path
+    model = str(_built_in(console)) if asked is None else in_full(asked)
     prompts = prepare(
         config.data,
         model=model,
@@ -78,10 +86,13 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
         summarise = partial(_summary, began=began, memory=memory)
         try:
             outcome = session.carry_out(interrupt)
+        except KeyboardInterrupt:
+            _finish(directory, display, summarise("stopped"))
+            raise
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt)
-            summary = summarise("stopped" if stopped else "failed", error=None if stopped else str(error) or type(error).__name__)
-            _finish(directory, display, summary)
+            _keep_traceback(directory, error)
+            message = str(error) if exit_code(error) != 1 else f"{type(error).__name__}: {error}"
+            _finish(directory, display, summarise("failed", error=message))
             raise
         exported = str(directory.model)
         _finish(directory, display, summarise(outcome, model=exported, next_commands=_next_commands(config, exported, str(directory.path))))
@@ -114,6 +125,9 @@ class Session:
         config = self._config
         for uid, reason in self._prompts.dropped:
             self._directory.append_event("row_dropped", uid=uid, reason=reason)
+        if dropped := self._prompts.dropped:
+            total = self._prompts.rows + len(dropped)
+            self._display.note(f"{len(dropped)} of {total} rows are left out, the first: {dropped[0][1]} (all in events.jsonl)")
         with ExitStack() as stack:
             self._display.startup("reward", "loading the function")
             pool = RewardPool(
@@ -125,16 +139,37 @@ class Session:
             stack.callback(pool.close)
             self._display.startup("reward", READY)
             parts = self._build(pool)
-            stack.callback(parts.close)
+            stack.push(partial(self._close, parts))
             interrupt.patient = True
             try:
                 outcome = self._loop(parts, interrupt)
             except Exception:
                 self._rescue(parts)
                 raise
-            parts.export("policy", str(self._directory.model))
-        self._ledger.verify()
+            self._export(parts, self._directory.model)
+        totals = self._ledger.verify()
+        if totals.open:
+            raise LedgerError(
+                f"{totals.open} prompts were drawn and neither trained nor dropped: {', '.join(self._ledger.open_prompts[:10])}"
+            )
         return outcome
+
+    def _export(self, parts: Assembly, directory: Path) -> None:
+        """Have the policy written, and see for ourselves that it is there: a rank may live elsewhere."""
+        parts.export("policy", str(directory.resolve()))
+        if not (directory / "config.json").is_file():
+            raise ModelError(
+                f"the model was exported but is not in {directory}; ranks on other machines need the run directory on a shared disk"
+            )
+
+    def _close(self, parts: Assembly, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """End the parts. What fails here is raised, unless the run is failing already: then it is written down beside that."""
+        try:
+            parts.close()
+        except Exception as closing:
+            if error is None:
+                raise
+            self._directory.append_event("closing_failed", error=f"{type(closing).__name__}: {closing}")
 
     def _rescue(self, parts: Assembly) -> None:
         """Keep what was learnt before a failure, if anything was; the failure itself is what the run ends with."""
@@ -142,7 +177,7 @@ class Session:
             return
         kept = self._directory.checkpoints / f"failed_in_step_{self._done + 1}"
         try:
-            parts.export("policy", str(kept))
+            self._export(parts, kept)
         except Exception as error:  # the learner is gone, too: recorded beside the failure that is being raised
             self._directory.append_event("rescue_failed", error=f"{type(error).__name__}: {error}")
             return
@@ -152,9 +187,7 @@ class Session:
     def _build(self, pool: RewardPool) -> Assembly:
         config = self._config
         if config.run.backend == "ray":
-            # Ray decides once, as it is imported, whether a machine of its own may talk to others; ours listens on loopback only.
-            if "RAY_ADDRESS" not in os.environ:
-                os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+            prepare_environment()
             from hone.launch.cluster import build
         else:
             from hone.launch.local import build
@@ -190,7 +223,7 @@ class Session:
             self._display.step(metrics)
             self._done = step.number
             if config.ckpt.save_steps > 0 and step.number % config.ckpt.save_steps == 0:
-                parts.export("policy", str(self._directory.checkpoints / f"step_{step.number}"))
+                self._export(parts, self._directory.checkpoints / f"step_{step.number}")
             if interrupt.asked and step.number < self._steps:
                 return "stopped"
         return "finished"
@@ -206,6 +239,8 @@ def _built_in(console: Console) -> Path:
     """The built-in model, made now (with a progress bar) if this is the first run."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if not console.is_terminal and not any(cache_directory().glob("arithmetic-*")):
+        console.print("making the built-in model (first run only, up to a minute)")
     columns = (
         TextColumn("making the built-in model (first run only)"),
         BarColumn(),
@@ -215,6 +250,12 @@ def _built_in(console: Console) -> Path:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", visible=False, loss=math.nan)
         return builtin_model(progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps, loss=loss, visible=True))
+
+
+def _keep_traceback(directory: RunDirectory, error: BaseException) -> None:
+    """Where it happened, for whoever looks into it; secrets struck out as everywhere in a run directory."""
+    text = redact("".join(traceback.format_exception(error)))
+    replace_text(directory.logs / "traceback.txt", text)
 
 
 def _summary(outcome: Literal["finished", "stopped", "failed"], *, began: float, memory: PeakMemory, **fields: Any) -> Summary:

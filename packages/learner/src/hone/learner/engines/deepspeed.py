@@ -66,7 +66,7 @@ class DeepSpeedEngine:
     """See `Engine`. A frozen model (no `training`) is sharded by stage 3 alone, since nothing else of it could be."""
 
     def __init__(self, module: PolicyModel | CriticModel, *, role: str, training: Training | None, ds: DeepSpeedConfig) -> None:
-        self.module, self.role, self.training, self.stage = module, role, training, ds.zero_stage
+        self.module, self.role, self.training, self.stage = module, role, training, _stage(ds)
         self.steps = 0
         self.engine: Any = module
         self.bad_losses = torch.zeros((), device=next(module.parameters()).device)
@@ -98,7 +98,7 @@ class DeepSpeedEngine:
         lr = self.training.lr(self.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        # Stage 0 leaves the whole gradient on every rank and updates whatever it is; the other stages look at the norm themselves.
+        # Stage 0 leaves the whole gradient on every rank and updates whatever it is; the others, so all of bf16, look at the norm.
         norm = self._whole_norm() if self.stage == 0 else None
         if norm is None or math.isfinite(norm):
             self.engine.step()
@@ -135,11 +135,18 @@ class DeepSpeedEngine:
         return float(get_total_norm([parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]))
 
 
+def _stage(ds: DeepSpeedConfig) -> int:
+    """The stage that DeepSpeed runs: `zero_stage`, but 1 for 0 in bf16."""
+    # In bf16 DeepSpeed's stage 0 is an optimiser of its own: it sums gradients and rounds their norm in bf16, and its first update
+    # is scaled as Adam's second. Stage 1 is the same mathematics as the others and shards nothing but optimiser states.
+    return max(ds.zero_stage, 1) if ds.param_dtype == "bf16" else ds.zero_stage
+
+
 def _settings(ds: DeepSpeedConfig, training: Training | None) -> dict[str, object]:
     settings: dict[str, object] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": ds.zero_stage, "stage3_param_persistence_threshold": WHOLE_BELOW},
+        "zero_optimization": {"stage": _stage(ds), "stage3_param_persistence_threshold": WHOLE_BELOW},
         "bf16": {"enabled": ds.param_dtype == "bf16"},
         # AdamW as torch has it; "untested" means that DeepSpeed's own list does not name it.
         "zero_allow_untested_optimizer": True,
@@ -147,7 +154,7 @@ def _settings(ds: DeepSpeedConfig, training: Training | None) -> dict[str, objec
     }
     if training is not None:
         settings["gradient_clipping"] = training.config.max_norm
-    if ds.param_dtype == "bf16" and ds.zero_stage > 0:
+    if ds.param_dtype == "bf16":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 

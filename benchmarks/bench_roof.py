@@ -1,0 +1,61 @@
+"""What this machine can do, and the one way the other benchmarks compare: ours, peers and a roof in turn, in one process.
+
+Flow: `beside` times ours with pytest-benchmark; before each of its rounds every peer and the roof run once. A neighbour
+that slows the machine then slows all of them, and ratios of medians mean something where seconds do not.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+
+def beside(
+    benchmark: BenchmarkFixture,
+    ours: Callable[[], object],
+    *,
+    peers: Mapping[str, Callable[[], object]],
+    roof: Callable[[], object],
+    rounds: int,
+) -> None:
+    """Times all of them; `extra_info` gets milliseconds, `times_slower_than_ours_<peer>`, and `share_of_roof` = roof / ours.
+
+    No warm-up round: the caller has run ours and the peers once, to assert that they agree.
+    """
+    others = {**peers, "roof": roof}
+    seconds: dict[str, list[float]] = {name: [] for name in others}
+
+    def time_the_others() -> None:
+        for name, function in others.items():
+            began = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - began)
+
+    benchmark.pedantic(ours, setup=time_the_others, rounds=rounds)
+    ours_s = benchmark.stats.stats.median
+    benchmark.extra_info["ours_ms"] = 1e3 * ours_s
+    for name in others:
+        benchmark.extra_info[f"{name}_ms"] = 1e3 * median(seconds[name])
+    for name in peers:
+        benchmark.extra_info[f"times_slower_than_ours_{name}"] = median(seconds[name]) / ours_s
+    benchmark.extra_info["share_of_roof"] = median(seconds["roof"]) / ours_s
+
+
+def test_memory_copy(benchmark: BenchmarkFixture) -> None:
+    source = torch.ones(16 * 2**20)
+    target = torch.empty_like(source)
+    benchmark.pedantic(target.copy_, args=(source,), rounds=15, warmup_rounds=1)
+    assert torch.equal(source, target)
+    benchmark.extra_info["gb_per_s_read_and_written"] = 2 * source.nbytes / benchmark.stats.stats.median / 1e9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_matrix_product(benchmark: BenchmarkFixture, dtype: torch.dtype) -> None:
+    side = 1536
+    left = torch.ones(side, side, dtype=dtype)
+    product = benchmark.pedantic(torch.matmul, args=(left, left), rounds=7, warmup_rounds=1)
+    assert bool((product == side).all())
+    benchmark.extra_info["gflop_per_s"] = 2 * side**3 / benchmark.stats.stats.median / 1e9
