@@ -80,11 +80,16 @@ def penalised_surrogate(
         clip_high=clip_high,
         dual_clip=dual_clip,
     )
-    loss = loss + kl.loss(outputs, scored)
+    return with_penalties(loss, outputs, scored, kl=kl, entropy_coef=entropy_coef)
+
+
+def with_penalties(policy: Loss, outputs: Outputs, scored: Scored, *, kl: KLPenalty, entropy_coef: float) -> Loss:
+    """A policy loss, plus the KL penalty, minus the entropy bonus; the figure "entropy" wherever entropy is given."""
+    loss = policy + kl.loss(outputs, scored)
     if outputs.entropy is not None:
         # Without a bonus the entropy is a figure only; detached, nothing is sent back through it.
         entropy = outputs.entropy if entropy_coef > 0 else outputs.entropy.detach()
-        loss = loss + entropy_bonus(entropy, scored.weights, scored.action_mask, coef=entropy_coef)
-    elif entropy_coef > 0:
+        return loss + entropy_bonus(entropy, scored.weights, scored.action_mask, coef=entropy_coef)
+    if entropy_coef > 0:
         raise ValueError(f"entropy_coef is {entropy_coef}, but the outputs have no entropy; compute it with the log-probabilities")
     return loss
