@@ -75,6 +75,7 @@ def plan(verb: str, directory: Path, *, zero_stage: int = 0, ranks: int = 1) -> 
         steps=STEPS,
         judge=DigitShare(),
         logs=directory,
+        scratch=directory,
         on_start=lambda role, state: None,
         on_phase=lambda name, seconds: None,
     )

@@ -3,6 +3,7 @@
 `just golden` rewrites the committed text; the difference belongs into the commit that meant it.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def ray_learners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
             closers=[group.close],
         )
 
-    cluster.start()
-    yield build
-    cluster.stop(tmp_path_factory.mktemp("logs"))
+    with tempfile.TemporaryDirectory(prefix="hone-golden-") as scratch:
+        cluster.start(Path(scratch))
+        yield build
+        cluster.stop(tmp_path_factory.mktemp("logs"), Path(scratch))

@@ -3,12 +3,14 @@
 import json
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from hone.launch.interrupt import SAME_PRESS_S
 from hone.launch.observe.ledger import replay
 from hone.launch.observe.run_directory import read_events, read_metrics
 from tests.launch.conftest import GSM8K, MADE_UP, SHORT_IS_GOOD, save_model, write_reward, write_rows
@@ -103,6 +105,7 @@ def test_ctrl_c_twice_ends_at_once(tokenizer: PreTrainedTokenizerFast, tmp_path:
         run.wait_for(marker.exists)
         run.interrupt()
         run.wait_for(lambda: "interrupted" in (tmp_path / "run" / "events.jsonl").read_text())
+        time.sleep(2 * SAME_PRESS_S)  # a hand lifts in between
         run.interrupt()
         output = run.finish(limit_s=30)
     assert run.process.returncode == 130, output

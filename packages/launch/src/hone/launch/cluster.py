@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -30,8 +29,6 @@ OBJECT_STORE_BYTES = 1 << 30
 """Memory for batches in flight on a machine without GPUs, taken from shared memory as it is used; with GPUs Ray decides."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """Our names of number formats -> vLLM's."""
-OWN_RAY = "hone-ray-"
-"""How the temporary directory of a Ray of our own begins; anybody else's is left alone."""
 SHARED_DEVICE = 0.5
 """Share of a GPU a learner rank and an engine each ask for when they live on the same one."""
 
@@ -39,12 +36,12 @@ SHARED_DEVICE = 0.5
 def build(plan: Plan) -> Assembly:
     """Start Ray, the engines and the learner ranks (side by side, for each takes its time), and connect them."""
     plan.on_start("Ray", "starting")
-    gpus = start()
+    gpus = start(plan.scratch)
     plan.on_start("Ray", READY)
     try:
         return _connected(plan, gpus)
     except BaseException:
-        stop(plan.logs)
+        stop(plan.logs, plan.scratch)
         raise
 
 
@@ -93,12 +90,15 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         publisher=publisher,
         runner=runner,
         on_phase=plan.on_phase,
-        closers=[*(engine.close for engine in engines), *(group.close for group in built), lambda: stop(plan.logs)],
+        closers=[*(engine.close for engine in engines), *(group.close for group in built), lambda: stop(plan.logs, plan.scratch)],
     )
 
 
-def start() -> int:
-    """Start Ray on this machine, listening on loopback only, or join the cluster that RAY_ADDRESS names; returns its GPUs."""
+def start(scratch: Path) -> int:
+    """Start Ray on this machine, listening on loopback only, or join the cluster that RAY_ADDRESS names; returns its GPUs.
+
+    A Ray of our own keeps its files in `scratch`, whose path must be short: a socket's may have 107 bytes.
+    """
     # Torch tensors in the object store are read in place instead of being copied out (measured 150 times faster).
     os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
     # What is read in place is read-only, which torch warns of; the learner writes into nothing it was handed.
@@ -118,22 +118,20 @@ def start() -> int:
         log_to_driver=False,
         logging_level="error",
         object_store_memory=None if visible_gpus() else OBJECT_STORE_BYTES,
-        # A place of its own, so that it can be removed; short, because a socket's path may have 107 bytes.
-        _temp_dir=tempfile.mkdtemp(prefix=OWN_RAY),
+        _temp_dir=str(scratch),
     )
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def stop(logs: Path) -> None:
-    """End Ray; of a Ray of our own keep what the workers printed in the run directory, and remove the rest."""
+def stop(logs: Path, scratch: Path) -> None:
+    """End Ray; of a Ray of our own keep what the workers printed in the run directory."""
     session = Path(ray._private.worker._global_node.get_session_dir_path())  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess] - Ray names it nowhere else
     ray.shutdown()
-    if not session.parent.name.startswith(OWN_RAY):
+    if session.parent.resolve() != scratch.resolve():
         return
     for printed in sorted((session / "logs").glob("worker-*")):
         if printed.stat().st_size:
             shutil.copyfile(printed, logs / printed.name)
-    shutil.rmtree(session.parent)
 
 
 def _bundles(group: PlacedGroup) -> PlacementGroup:

@@ -3,10 +3,15 @@
 Before the loop has begun there is no step to finish, so once is enough.
 """
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
+
+SAME_PRESS_S = 0.3
+"""A signal this soon after the last [s] is the same press: the terminal sends Ctrl-C to all, and `uv run` passes it on once more."""
 
 
 class Preempted(KeyboardInterrupt):
@@ -23,6 +28,7 @@ class Interrupt:
     def __init__(self, notice: Callable[[str], None]) -> None:
         self.asked = False
         self.preempted = False
+        self._last = -math.inf
         self.patient = False
         self._notice = notice
 
@@ -35,6 +41,10 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        since, self._last = now - self._last, now
+        if since < SAME_PRESS_S:
+            return
         again, self.asked, self.preempted = self.asked, True, number == signal.SIGTERM
         if again or not self.patient:
             raise Preempted if self.preempted else KeyboardInterrupt

@@ -58,7 +58,8 @@ class Parts(Protocol):
 class Plan:
     """What the parts of a run are built from, settled before anything is started.
 
-    `models` maps role -> model directory or hub id, for the roles this run has; `optimiser_steps` is the length of the
+    `models` maps role -> model directory or hub id, for the roles this run has; `scratch` is a short path for Ray's own files, there
+    until every process has ended; `optimiser_steps` is the length of the
     learning-rate schedule; `vocabulary` the number of token ids the tokenizer knows; `on_start(role, state)` hears of what is
     being brought up.
     """
@@ -71,6 +72,7 @@ class Plan:
     executor: Callable[[Engine, str, int], SingleTurn]
     source: Callable[[], Iterator[list[Prompt]]]
     logs: Path
+    scratch: Path
     on_start: Callable[[str, str], None]
     on_phase: Callable[[str, float | None], None]
 

@@ -56,6 +56,7 @@ def make_plan(
     steps: int,
     judge: Judge,
     logs: Path,
+    scratch: Path,
     on_start: Callable[[str, str], None],
     on_phase: Callable[[str, float | None], None],
 ) -> Plan:
@@ -93,6 +94,7 @@ def make_plan(
         executor=executor,
         source=prompts.steps,
         logs=logs,
+        scratch=scratch,
         on_start=on_start,
         on_phase=on_phase,
     )

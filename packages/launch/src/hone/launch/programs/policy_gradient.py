@@ -6,6 +6,7 @@ Order: prompts -> run directory -> model -> parts -> loop -> export -> report ->
 import math
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -73,7 +74,8 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
     info = RunInfo(verb=config.algo.name, model=model, data=prompts.name, directory=str(directory.path), total_steps=steps)
 
     with ExitStack() as stack:
-        stack.enter_context(Descendants())
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hone-ray-")))
+        stack.enter_context(Descendants())  # after the directory, so that nobody writes there any more when it is removed
         memory = stack.enter_context(PeakMemory(os.getpid()))
         display = stack.enter_context(make_display(console, info))
 
@@ -82,7 +84,9 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
             display.note(text)
 
         interrupt = stack.enter_context(Interrupt(notice))
-        session = Session(config=config, model=model, prompts=prompts, steps=steps, directory=directory, display=display, memory=memory)
+        session = Session(
+            config=config, model=model, prompts=prompts, steps=steps, directory=directory, display=display, memory=memory, scratch=scratch
+        )
         summarise = partial(_summary, began=began, memory=memory)
         try:
             outcome = session.carry_out(interrupt)
@@ -114,7 +118,9 @@ class Session:
         directory: RunDirectory,
         display: Display,
         memory: PeakMemory,
+        scratch: Path,
     ) -> None:
+        self._scratch = scratch
         self._config, self._model, self._prompts, self._steps = config, model, prompts, steps
         self._directory, self._display, self._memory = directory, display, memory
         self._ledger = Ledger(directory.append_event)
@@ -198,6 +204,7 @@ class Session:
             steps=self._steps,
             judge=pool,
             logs=self._directory.logs,
+            scratch=self._scratch,
             on_start=self._display.startup,
             on_phase=self._display.phase,
         )
