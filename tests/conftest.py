@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from hone.launch.processes import prepare_environment
+
+prepare_environment()  # before any test imports Ray, which looks at its environment once
+
 
 @pytest.fixture(scope="session")
 def hone_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

@@ -46,8 +46,8 @@ class Run:
             return
 
     def core(self) -> psutil.Process:
-        """The vLLM engine core, which is a process of its own."""
-        return next(process for process in self.seen if process.is_running() and "EngineCore" in f"{process.name()} {process.cmdline()}")
+        """The vLLM engine core, which is a process of its own; the kernel keeps 15 letters of its name."""
+        return next(process for process in self.seen if process.is_running() and "EngineCor" in f"{process.name()} {process.cmdline()}")
 
     def interrupt(self) -> None:
         """Ctrl-C: SIGINT to the whole foreground group."""

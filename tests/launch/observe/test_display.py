@@ -34,6 +34,11 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def an_ordinary_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
 def terminal(width=80, height=24):
     return Console(
         file=Terminal(), force_terminal=True, width=width, height=height, legacy_windows=False, color_system="truecolor", highlight=False
