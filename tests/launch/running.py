@@ -45,9 +45,15 @@ class Run:
         except psutil.NoSuchProcess:
             return
 
-    def core(self) -> psutil.Process:
+    def core(self) -> psutil.Process | None:
         """The vLLM engine core, which is a process of its own; the kernel keeps 15 letters of its name."""
-        return next(process for process in self.seen if process.is_running() and "EngineCor" in f"{process.name()} {process.cmdline()}")
+        for process in self.seen:
+            try:
+                if "EngineCor" in f"{process.name()} {process.cmdline()}":
+                    return process
+            except psutil.NoSuchProcess:
+                continue  # one of the short-lived ones
+        return None
 
     def interrupt(self) -> None:
         """Ctrl-C: SIGINT to the whole foreground group."""
