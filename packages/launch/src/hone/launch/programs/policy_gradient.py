@@ -5,6 +5,7 @@ Order: prompts -> run directory -> model -> parts -> loop -> export -> report ->
 
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -74,7 +75,8 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
     info = RunInfo(verb=config.algo.name, model=model, data=prompts.name, directory=str(directory.path), total_steps=steps)
 
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hone-ray-")))
+        scratch = Path(tempfile.mkdtemp(prefix="hone-ray-"))
+        stack.callback(_remove, scratch, directory)
         stack.enter_context(Descendants())  # after the directory, so that nobody writes there any more when it is removed
         memory = stack.enter_context(PeakMemory(os.getpid()))
         display = stack.enter_context(make_display(console, info))
@@ -257,6 +259,14 @@ def _built_in(console: Console) -> Path:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", visible=False, loss=math.nan)
         return builtin_model(progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps, loss=loss, visible=True))
+
+
+def _remove(scratch: Path, directory: RunDirectory) -> None:
+    """Remove Ray's own files. A run is not failed by what cannot be removed, but it is written down."""
+    try:
+        shutil.rmtree(scratch)
+    except OSError as error:
+        directory.append_event("scratch_left", path=str(scratch), error=str(error))
 
 
 def _keep_traceback(directory: RunDirectory, error: BaseException) -> None:
