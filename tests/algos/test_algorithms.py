@@ -12,9 +12,9 @@ from torch.testing import assert_close
 
 from hone.algos.advantages import discounted_returns, gae, group_normalised, row_sums, spread, whiten
 from hone.algos.algorithms import ALGORITHMS
-from hone.algos.algorithms.grpo import GRPO, GroupAdvantage
+from hone.algos.algorithms.grpo import GRPO
 from hone.algos.algorithms.ppo import PPO, GAEAdvantage
-from hone.algos.algorithms.terms import KLPenalty
+from hone.algos.algorithms.terms import Clip, GroupAdvantage, KLPenalty
 from hone.algos.kl import kl_per_token
 from hone.algos.protocol import ActorCritic, Algorithm, Outputs
 from hone.algos.ranges import violations
@@ -47,12 +47,12 @@ def test_needs(algo, needs):
 
 
 def test_values_out_of_range_are_found_with_their_dotted_name():
-    algo = PPO(dual_clip=1.0, value_clip=0.0, eps_clip_low=1.5, kl=KLPenalty(init_coef=-1.0), advantage=GAEAdvantage(lambd=1.1))
+    algo = PPO(clip=Clip(low=1.5, dual=1.0), value_clip=0.0, kl=KLPenalty(init_coef=-1.0), advantage=GAEAdvantage(lambd=1.1))
     found = {name: str(limit) for name, _, limit in violations(algo)}
     assert found == {
-        "dual_clip": "(1, inf)",
+        "clip.dual": "(1, inf)",
         "value_clip": "(0, inf)",
-        "eps_clip_low": "[0, 1]",
+        "clip.low": "[0, 1]",
         "kl.init_coef": "[0, inf)",
         "advantage.lambd": "[0, 1]",
     }

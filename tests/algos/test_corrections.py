@@ -13,16 +13,13 @@ from torch.testing import assert_close
 from hone.algos.batch import select
 from hone.algos.corrections import (
     correction_weights,
-    decoupled_surrogate,
-    effective_sample_size,
     log_weights,
-    mismatch_figures,
     off_policy_sequence_mask,
-    proximal_approximation,
-    sample_size_figures,
     sequence_mask_tis,
     weights_of_kept,
 )
+from hone.algos.decoupled import decoupled_surrogate, proximal_approximation
+from hone.algos.mismatch import effective_sample_size, mismatch_figures, sample_size_figures
 from hone.algos.policy_losses import clipped_surrogate
 from hone.algos.reduce import Reduction, token_weights
 from hone.algos.soft_losses import scaled_advantages

@@ -69,7 +69,7 @@ def test_a_step_needs_a_row():
         next(optimiser_steps(scored, batch_size=0, reduction=Reduction(), generator=torch.Generator()))
 
 
-@pytest.mark.parametrize("name", ["rewards", "old_logp", "ref_logp", "values"])
+@pytest.mark.parametrize("name", ["old_logp", "ref_logp", "values"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_is_named_with_its_place(name, value):
     batch = _unjudged(scored_batch([[True, True], [False, True]], Reduction(), seed=0))
@@ -79,6 +79,19 @@ def test_a_number_that_is_not_finite_is_named_with_its_place(name, value):
     broken[3] = value
     with pytest.raises(FloatingPointError, match=rf"{name}: 1 of 3 action tokens are not finite, the first {value} at token 1 of row 1"):
         judge(PPO(), dataclasses.replace(batch, **{name: broken}))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_is_for_its_author_to_mend(value):
+    batch = _unjudged(scored_batch([[True, True], [False, True]], Reduction(), seed=0))
+    rewards = batch.rewards.clone()
+    rewards[2] = math.nan  # off the mask: no matter
+    judge(PPO(), dataclasses.replace(batch, rewards=rewards))
+    rewards[3] = value
+    with pytest.raises(
+        ValueError, match=rf"1 of 3 rewards are not finite, at index 3 {value}; nothing was trained on them: mend the reward"
+    ):
+        judge(PPO(), dataclasses.replace(batch, rewards=rewards))
 
 
 def test_an_advantage_that_overflows_is_named():

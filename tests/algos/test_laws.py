@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from hone.algos.algorithms.grpo import GRPO
 from hone.algos.algorithms.ppo import PPO
-from hone.algos.algorithms.terms import KLPenalty
+from hone.algos.algorithms.terms import Clip, KLPenalty
 from hone.algos.batch import select
 from hone.algos.protocol import Outputs
 from hone.algos.reduce import Reduction
@@ -23,7 +23,7 @@ def _policy(algo):
 
 
 LOSSES = {
-    "ppo": _policy(PPO(dual_clip=3.0)),
+    "ppo": _policy(PPO(clip=Clip(dual=3.0))),
     "ppo with entropy": _policy(PPO(entropy_coef=0.1, kl=KLPenalty(init_coef=0.0))),
     "grpo": _policy(GRPO()),
     "grpo with k3 as written": _policy(GRPO(kl=KLPenalty(init_coef=0.1, estimator="k3", use_loss=True, gradient="as_written"))),

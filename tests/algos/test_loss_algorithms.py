@@ -13,12 +13,13 @@ from torch.testing import assert_close
 from hone.algos.algorithms.cispo import CISPO
 from hone.algos.algorithms.dapo import DAPO
 from hone.algos.algorithms.gmpo import GMPO
-from hone.algos.algorithms.grpo import GRPO, GroupAdvantage
+from hone.algos.algorithms.grpo import GRPO
 from hone.algos.algorithms.gspo import GSPO
 from hone.algos.algorithms.sapo import SAPO
-from hone.algos.algorithms.terms import KLPenalty
+from hone.algos.algorithms.terms import Clip, GroupAdvantage, KLPenalty
 from hone.algos.batch import select
-from hone.algos.corrections import correction_weights, decoupled_surrogate
+from hone.algos.corrections import correction_weights
+from hone.algos.decoupled import decoupled_surrogate
 from hone.algos.divergence_mask import dppo_loss
 from hone.algos.policy_losses import clipped_surrogate
 from hone.algos.protocol import ActorCritic, Algorithm, Outputs
@@ -57,8 +58,8 @@ def _judged(batch):
 LOSSES = {
     **{algo.name: _policy(algo()) for algo in ALGORITHMS},
     **{f"{algo.name} with penalties": _policy(algo(kl=AS_WRITTEN, entropy_coef=0.1)) for algo in ALGORITHMS},
-    "gspo, wide": _policy(GSPO(eps_clip_low=0.2, eps_clip_high=0.2)),
-    "gspo by token": _policy(GSPO(gradient="token", eps_clip_low=0.2, eps_clip_high=0.2)),
+    "gspo, wide": _policy(GSPO(clip=Clip())),
+    "gspo by token": _policy(GSPO(gradient="token", clip=Clip())),
     "cispo, two sides": _policy(CISPO(ratio_cap=1.2, ratio_floor=0.8)),
     "reinforce": lambda current, batch: reinforce_loss(current, *_judged(batch)),
     "dppo, tv": lambda current, batch: dppo_loss(current, batch.old_logp, *_judged(batch), divergence="tv", threshold=0.1),
@@ -163,8 +164,8 @@ def test_every_algorithm_keeps_the_protocol(algo):
 
 def test_the_papers_defaults():
     sequence = Reduction(over="sequence")
-    assert DAPO() == DAPO(eps_clip_low=0.2, eps_clip_high=0.28, reduction=Reduction())
-    assert GSPO() == GSPO(eps_clip_low=3e-4, eps_clip_high=4e-4, gradient="sequence", reduction=sequence)
+    assert DAPO() == DAPO(clip=Clip(low=0.2, high=0.28), reduction=Reduction())
+    assert GSPO() == GSPO(clip=Clip(low=3e-4, high=4e-4), gradient="sequence", reduction=sequence)
     assert CISPO() == CISPO(ratio_cap=5.0, ratio_floor=0.0, reduction=Reduction())
     assert SAPO() == SAPO(temperature_positive=1.0, temperature_negative=1.05, reduction=sequence)
     assert GMPO() == GMPO(log_clip_low=0.4, log_clip_high=0.4, reduction=sequence)
@@ -173,8 +174,8 @@ def test_the_papers_defaults():
 @pytest.mark.parametrize(
     ("algo", "found"),
     [
-        (DAPO(eps_clip_low=1.5, dual_clip=1.0), {"eps_clip_low": "[0, 1]", "dual_clip": "(1, inf)"}),
-        (GSPO(eps_clip_high=-0.1), {"eps_clip_high": "[0, inf)"}),
+        (DAPO(clip=Clip(low=1.5, dual=1.0)), {"clip.low": "[0, 1]", "clip.dual": "(1, inf)"}),
+        (GSPO(clip=Clip(high=-0.1)), {"clip.high": "[0, inf)"}),
         (CISPO(ratio_cap=0.2, ratio_floor=1.1), {"ratio_cap": "[1, inf)", "ratio_floor": "[0, 1]"}),
         (SAPO(temperature_negative=0.0), {"temperature_negative": "(0, inf)"}),
         (GMPO(log_clip_low=-0.4, entropy_coef=-1.0), {"log_clip_low": "[0, inf)", "entropy_coef": "[0, inf)"}),
@@ -216,7 +217,7 @@ def test_penalties_are_added_once_and_reported(algo, batch):
 def test_dapo_with_equal_bounds_and_weights_by_token_is_grpos_loss(batch):
     outputs = Outputs(logp=batch.rollout_logp)
     grpo = GRPO(kl=KLPenalty(init_coef=0.0), reduction=Reduction())
-    dapo = DAPO(eps_clip_high=0.2)
+    dapo = DAPO(clip=Clip())
     assert dapo.reduction == grpo.reduction
     assert_close(dapo.loss(outputs, batch).total, grpo.loss(outputs, batch).total, rtol=0, atol=0)
 

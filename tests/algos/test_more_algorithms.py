@@ -17,7 +17,7 @@ from hone.algos.algorithms.reinforce import Reinforce, ReturnAdvantage
 from hone.algos.algorithms.reinforce_baseline import ReinforceBaseline
 from hone.algos.algorithms.remax import ReMax, with_greedy
 from hone.algos.algorithms.rloo import RLOO
-from hone.algos.algorithms.terms import KLPenalty
+from hone.algos.algorithms.terms import Clip, KLPenalty
 from hone.algos.algorithms.vapo import VAPO, LengthAdaptiveAdvantage
 from hone.algos.batch import Batch, select
 from hone.algos.judge import judge
@@ -48,7 +48,8 @@ def test_every_algorithm_keeps_the_protocol(algorithm):
     algo = algorithm()
     assert isinstance(algo, Algorithm) and list(violations(algo)) == []
     assert isinstance(algo, ActorCritic) == ("values" in algo.needs) == (algorithm is VAPO)
-    assert algorithm(kl=NONE).needs == {"old_logp"} | ({"values"} if algorithm is VAPO else set())
+    own = {VAPO: {"values"}, ReMax: {"greedy_scores"}}
+    assert algorithm(kl=NONE).needs == {"old_logp"} | own.get(algorithm, set())
     for kl in (IN_REWARD, IN_LOSS):
         assert algorithm(kl=kl).needs == algorithm(kl=NONE).needs | {"ref_logp"}
 
@@ -60,7 +61,7 @@ def test_names_and_defaults_are_the_papers():
     assert RLOO().kl == KLPenalty(init_coef=0.03)
     assert OPO().kl.init_coef == DrGRPO().kl.init_coef == VAPO().kl.init_coef == 0
     assert DrGRPO().reduction == Reduction(over="constant", length=3000)
-    assert (VAPO().eps_clip_low, VAPO().eps_clip_high, VAPO().imitation_coef) == (0.2, 0.28, 0.1)
+    assert (VAPO().clip, VAPO().imitation_coef) == (Clip(low=0.2, high=0.28), 0.1)
     assert (VAPO().advantage.alpha, VAPO().advantage.value_lambd) == (0.05, 1.0)
 
 
@@ -156,7 +157,7 @@ def test_vapo_imitates_correct_rows_golden():
 
 def test_remax_asks_for_greedy_scores_and_compares_with_them():
     batch = _f2()
-    with pytest.raises(ValueError, match="remax needs the score of one greedy response per prompt"):
+    with pytest.raises(ValueError, match="the batch has no greedy_scores; `with_greedy` fills it"):
         ReMax().advantages(batch)
     with pytest.raises(ValueError, match="group 7 has no greedy sample"):
         with_greedy(batch, _fp64(1.0), torch.tensor([8]))
@@ -223,7 +224,7 @@ def _evaluate(algo, batch):
 @law
 @given(batch=scored_batches(), data=st.data())
 def test_any_cut_of_a_step_adds_up_and_garbage_off_the_mask_changes_no_bit(algorithm, batch, data):
-    algo = algorithm(kl=IN_LOSS, dual_clip=3.0, entropy_coef=0.1)
+    algo = algorithm(kl=IN_LOSS, clip=Clip(dual=3.0), entropy_coef=0.1)
     order = data.draw(st.permutations(range(batch.rows)))
     edges = [0, *sorted(data.draw(st.lists(st.integers(0, batch.rows), max_size=3))), batch.rows]
     whole, gradient = _evaluate(algo, batch)

@@ -81,7 +81,7 @@ def test_help_shows_every_option_with_range_default_and_meaning(
 def test_help_for_a_word_shows_the_options_that_have_it(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = asked(capsys, "ppo", "--help", "clip")
     assert code == 0
-    assert "--algo.eps-clip-low" in out and "--algo.value-clip" in out
+    assert "--algo.clip.low" in out and "--algo.value-clip" in out
     assert "--train.seed" not in out
     assert asked(capsys, "ppo", "--help=clip")[1] == out
     code, _, err = asked(capsys, "ppo", "--help", "qqq")

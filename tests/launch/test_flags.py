@@ -45,9 +45,9 @@ def test_numbers_text_tuples_and_none() -> None:
 
 def test_openrlhf_names_that_live_elsewhere_are_translated() -> None:
     algo = settled("ppo --actor.eps-clip 0.3 --actor.dual_clip 3 --actor.entropy-coef 0.01 --critic.value-clip 0.7").config.algo
-    assert (algo.eps_clip_low, algo.eps_clip_high, algo.dual_clip, algo.entropy_coef, algo.value_clip) == (0.3, 0.3, 3.0, 0.01, 0.7)
+    assert (algo.clip.low, algo.clip.high, algo.clip.dual, algo.entropy_coef, algo.value_clip) == (0.3, 0.3, 3.0, 0.01, 0.7)
     algo = settled("grpo --actor.eps-clip-low-high 0.1 0.28").config.algo
-    assert (algo.eps_clip_low, algo.eps_clip_high) == (0.1, 0.28)
+    assert (algo.clip.low, algo.clip.high) == (0.1, 0.28)
 
 
 def test_debug_is_short_for_run_debug() -> None:

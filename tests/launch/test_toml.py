@@ -48,7 +48,7 @@ def test_roles_of_one_group_follow_the_size_that_was_given() -> None:
 
 def test_openrlhf_names_are_translated_in_a_file_too(tmp_path: Path) -> None:
     algo = asked(tmp_path, "[actor]\neps_clip_low_high = [0.1, 0.3]\nentropy_coef = 0.5").config.algo
-    assert (algo.eps_clip_low, algo.eps_clip_high, algo.entropy_coef) == (0.1, 0.3, 0.5)
+    assert (algo.clip.low, algo.clip.high, algo.entropy_coef) == (0.1, 0.3, 0.5)
 
 
 @pytest.mark.parametrize("text", [b"\xef\xbb\xbf[train]\r\nseed = 7\r\n", b"train.seed = 7", b'["train"]\nseed = 7', b"train = {seed = 7}"])

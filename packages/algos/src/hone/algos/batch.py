@@ -1,4 +1,6 @@
-"""The stages of the data: Trajectory (one sampled segment) -> Batch (packed rows) -> Scored (judged; the only type a loss takes).
+"""The stages of the data: Trajectory (one sampled segment) -> Batch (packed rows) -> Scored (judged; the only type a policy loss takes).
+
+All but the first are `Packed`, as are the labelled rows that offline algorithms learn from (`offline.py`).
 
 Shapes: T packed tokens, N sequences (rows), P prompts, n samples per prompt. Rows lie end to end in `[T]`; row i is
 `[cu_seqlens[i], cu_seqlens[i + 1])`. Everything is aligned with its own token: `logp[t]` is the log-probability [nats]
@@ -7,14 +9,18 @@ before `tokens[t]`. Entries where `action_mask` is False carry no meaning; no fu
 """
 
 import dataclasses
+import functools
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from hone.algos.checks import Spec, check_arguments, check_offsets, specs_of
 
 
 def rows_of_tokens(cu_seqlens: Int[Tensor, " N_plus_1"]) -> Int[Tensor, " T"]:
@@ -65,33 +71,24 @@ class Trajectory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Packed rows, nothing judged yet.
+class Packed:
+    """Rows of tokens lying end to end. `ref_logp` is filled by the learner where an algorithm's `needs` asks for it."""
 
-    `group[i]` is the index of row i's prompt within the batch. `old_logp`, `ref_logp` and `values` are filled by the
-    learner when an algorithm's `needs` asks for them; reading one that is missing is an error (`require`).
-    """
+    # Fields with one entry per row; tensors without an axis belong to the whole step; all others have one entry per token.
+    PER_ROW: ClassVar[frozenset[str]] = frozenset()
 
     tokens: Int[Tensor, " T"]
     cu_seqlens: Int[Tensor, " N_plus_1"]
     position_ids: Int[Tensor, " T"]
     action_mask: Bool[Tensor, " T"]
-    rollout_logp: Float[Tensor, " T"]
-    rewards: Float[Tensor, " T"]
-    version: Int[Tensor, " T"]
-    group: Int[Tensor, " N"]
-    truncated: Bool[Tensor, " N"]
     temperature: float = 1.0
-    old_logp: Float[Tensor, " T"] | None = None
     ref_logp: Float[Tensor, " T"] | None = None
-    values: Float[Tensor, " T"] | None = None
 
     def __post_init__(self) -> None:
-        tokens = self.tokens.shape[0]
-        if self.cu_seqlens.numel() < 1 or int(self.cu_seqlens[0]) != 0 or int(self.cu_seqlens[-1]) != tokens:
-            raise ValueError(f"cu_seqlens must run from 0 to the {tokens} packed tokens, got {self.cu_seqlens}")
-        if bool((self.cu_seqlens.diff() < 0).any()):
-            raise ValueError("cu_seqlens must not fall")
+        stage = type(self).__name__
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        check_arguments(stage, _specs(type(self)), tensors)
+        check_offsets(stage, self.cu_seqlens, tokens=self.tokens.shape[0])
 
     @property
     def rows(self) -> int:
@@ -108,24 +105,64 @@ class Batch:
         """Index of the row each token belongs to."""
         return rows_of_tokens(self.cu_seqlens)
 
-    def require(self, name: str) -> Float[Tensor, " T"]:
-        """The per-token field `name`, or a ValueError that says who fills it."""
+    def require(self, name: str) -> Tensor:
+        """The field `name`, or a ValueError that says who fills it."""
         value = getattr(self, name)
         if value is None:
-            raise ValueError(f"the batch has no {name}; the learner fills it when the algorithm's `needs` contains {name!r}")
+            raise ValueError(f"the batch has no {name}; {FILLED_BY[name]} fills it when the algorithm's `needs` contains {name!r}")
         return value
+
+
+FILLED_BY = {
+    "old_logp": "the learner",
+    "ref_logp": "the learner",
+    "values": "the learner",
+    "greedy_scores": "`with_greedy`",
+    "anchor": "`with_anchor`",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Packed):
+    """Sampled rows, nothing judged yet.
+
+    `group[i]` is the index of row i's prompt within the batch. `old_logp`, `ref_logp` and `values` are filled by the
+    learner when an algorithm's `needs` asks for them, `greedy_scores` (of the prompt's greedy response, for every row) by
+    `with_greedy`; reading one that is missing is an error (`require`).
+    """
+
+    PER_ROW: ClassVar[frozenset[str]] = frozenset({"group", "truncated", "greedy_scores"})
+
+    rollout_logp: Float[Tensor, " T"]
+    rewards: Float[Tensor, " T"]
+    version: Int[Tensor, " T"]
+    group: Int[Tensor, " N"]
+    truncated: Bool[Tensor, " N"]
+    old_logp: Float[Tensor, " T"] | None = None
+    values: Float[Tensor, " T"] | None = None
+    greedy_scores: Float[Tensor, " N"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored(Batch):
-    """A judged batch: every action token has an advantage and a weight; `returns` are the critic's targets, if any."""
+    """A judged batch: every action token has an advantage and a weight; `returns` are the critic's targets, if any.
+
+    `figures` tell of the whole rollout, whatever part of it this is: how far engine and learner are apart, how many groups
+    taught nothing (`judge`).
+    """
 
     advantages: Float[Tensor, " T"]
     weights: Float[Tensor, " T"]
     returns: Float[Tensor, " T"] | None = None
+    figures: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
 
 
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
+@functools.cache
+def _specs(stage: type[Packed]) -> dict[str, Spec]:
+    return specs_of(typing.get_type_hints(stage))
+
+
+AnyPacked = TypeVar("AnyPacked", bound=Packed)
 
 
 def pack(trajectories: Sequence[Trajectory]) -> Batch:
@@ -154,16 +191,15 @@ def pack(trajectories: Sequence[Trajectory]) -> Batch:
     )
 
 
-def select(batch: AnyBatch, rows: Sequence[int]) -> AnyBatch:
+def select(batch: AnyPacked, rows: Sequence[int]) -> AnyPacked:
     """The given rows, in the given order, as a batch of the same stage (weights are taken along unchanged)."""
     row_index = torch.tensor(list(rows), dtype=torch.long)
     cu_seqlens = torch.tensor([0, *accumulate(int(length) for length in batch.lengths[row_index])], dtype=torch.int32)
     shift = batch.cu_seqlens[row_index] - cu_seqlens[:-1]
     index = torch.arange(int(cu_seqlens[-1])) + shift[rows_of_tokens(cu_seqlens)]
     changes: dict[str, Tensor] = {"cu_seqlens": cu_seqlens}
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        if not isinstance(value, Tensor) or field.name == "cu_seqlens":
-            continue
-        changes[field.name] = value[row_index] if field.name in ("group", "truncated") else value[index]
+    for name in (one.name for one in dataclasses.fields(batch)):
+        value = getattr(batch, name)
+        if isinstance(value, Tensor) and value.dim() > 0 and name != "cu_seqlens":
+            changes[name] = value[row_index] if name in batch.PER_ROW else value[index]
     return dataclasses.replace(batch, **changes)

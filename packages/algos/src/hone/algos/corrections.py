@@ -4,13 +4,13 @@ u_t = old_logp_t - rollout_logp_t [nats]; a weight is w = exp of u aggregated by
 absolute ratios of learner over engine, both ends inside. T packed tokens, N rows; everything is exactly zero off the mask.
 Levels "sequence" and "geometric" need WHOLE rows in what they are given. By their names in the field:
 TIS = token, truncate. OpenRLHF's TIS = token, clip. IcePop = token, mask in [0.5, 5]. Sequence TIS = sequence, truncate.
-MIS = token or sequence, mask with low 0. Sequence-mask TIS, OPSM, decoupled PPO and A-3PO have functions of their own.
+MIS = token or sequence, mask with low 0. Sequence-mask TIS, M2PO and OPSM have functions of their own; decoupled PPO and A-3PO
+stand in `decoupled.py`. What a correction leaves of the sample is told by `mismatch.py`.
 
 A correction multiplies the advantages (`scaled_advantages`): a rejected token then costs nothing, however large its
 ratio, and stays in the denominator, as do the KL and entropy terms. `weights_of_kept` is the other choice.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -18,12 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hone.algos.advantages import row_sums, spread
-from hone.algos.masking import on_mask
-from hone.algos.policy_losses import clipped_surrogate
-from hone.algos.protocol import Loss
+from hone.algos.masking import on_mask, upcast
 from hone.algos.ratios import log_ratio
-from hone.algos.reduce import Reduction, token_weights, weighted_sum
-from hone.algos.soft_losses import scaled_advantages
+from hone.algos.reduce import Reduction, token_weights
 
 Level = Literal["token", "sequence", "geometric"]
 Mode = Literal["truncate", "clip", "mask"]
@@ -68,7 +65,7 @@ def correction_weights(
     Reference: arXiv 1606.02647 (truncate), 2510.18855 (mask, token), 2512.23075 (sequence).
     Raises ValueError unless 0 <= low <= high, or for a `low` above 0 with "truncate", which has no lower bound.
     """
-    _check_bounds(low, high)
+    check_bounds(low, high)
     if mode == "truncate" and low > 0:
         raise ValueError(f"low is {low}, but 'truncate' has no lower bound; choose 'clip' to raise small weights, 'mask' to reject them")
     weight = torch.exp(log_weights(old_logp, rollout_logp, action_mask, cu_seqlens, level=level))
@@ -95,6 +92,40 @@ def sequence_mask_tis(
     gate = correction_weights(old_logp, rollout_logp, action_mask, cu_seqlens, level="geometric", mode="mask", low=low, high=high)
     weight = correction_weights(old_logp, rollout_logp, action_mask, cu_seqlens, level="token", mode="truncate", high=cap)
     return torch.where(gate == 0, 0.0, weight)
+
+
+@torch.no_grad()
+def second_moment_mask(
+    old_logp: Float[Tensor, " T"], rollout_logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"], *, threshold: float
+) -> Float[Tensor, " T"]:
+    """M2PO: 1 on the tokens kept, 0 on those of the largest u^2, dropped until the mean of u^2 over the rest is below threshold.
+
+    At least one action token is kept. Over ALL the tokens given: give it a whole rollout. The paper takes 0.04 [nats^2].
+    Reference: arXiv 2510.01161. Raises ValueError unless threshold > 0.
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold is {threshold}; M2PO bounds a mean of squares, which needs one above 0 (0.04 in the paper)")
+    squares = log_ratio(old_logp, rollout_logp, action_mask)[action_mask].double().square()
+    ascending = squares.sort(stable=True)
+    means = ascending.values.cumsum(0) / torch.arange(1, squares.numel() + 1, device=squares.device)
+    # Means of a growing number of ever larger squares never fall, so the kept ones are a beginning of the order.
+    kept = torch.zeros_like(squares)
+    kept[ascending.indices[: max(1, int((means < threshold).sum()))]] = 1.0
+    return torch.zeros(action_mask.shape, dtype=upcast(old_logp).dtype, device=old_logp.device).masked_scatter_(
+        action_mask, kept.to(upcast(old_logp).dtype)
+    )
+
+
+@torch.no_grad()
+def self_normalised(correction: Float[Tensor, " T"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """c_t / (sum w c / sum w): corrections with a weighted mean of one, so that a step's size does not follow the mismatch.
+
+    w are weights by token for a token-level correction, by sequence for a sequence-level one, of ALL the tokens that shall share
+    the mean (a whole rollout). If every token is rejected, nothing is left to scale: all zero.
+    """
+    mass = on_mask(weights, action_mask).double().sum()
+    total = (on_mask(weights, action_mask).double() * on_mask(correction, action_mask).double()).sum()
+    return torch.where(total == 0, 0.0, on_mask(correction, action_mask).double() * mass / total).to(upcast(correction).dtype)
 
 
 @torch.no_grad()
@@ -127,95 +158,7 @@ def weights_of_kept(
     return token_weights(action_mask & (on_mask(correction, action_mask) != 0), cu_seqlens, reduction)
 
 
-def decoupled_surrogate(
-    logp: Float[Tensor, " T"],
-    proximal_logp: Float[Tensor, " T"],
-    behaviour_logp: Float[Tensor, " T"],
-    advantages: Float[Tensor, " T"],
-    weights: Float[Tensor, " T"],
-    action_mask: Bool[Tensor, " T"],
-    *,
-    clip_low: float,
-    clip_high: float,
-    weight_cap: float = math.inf,
-) -> Loss:
-    """Decoupled PPO: the clipped surrogate around a proximal policy, times min(exp(proximal - behaviour), weight_cap).
-
-    The behaviour policy sampled the token, the proximal policy says where to stay. With proximal = behaviour it is PPO.
-    Figures of `clipped_surrogate`. Reference: arXiv 2110.00641; 2505.24298. Raises ValueError for a cap below 0.
-    """
-    _check_bounds(0.0, weight_cap)
-    weight = torch.exp(log_ratio(proximal_logp.detach(), behaviour_logp, action_mask)).clamp(max=weight_cap)
-    corrected = scaled_advantages(advantages, weight, action_mask)
-    return clipped_surrogate(logp, proximal_logp.detach(), corrected, weights, action_mask, clip_low=clip_low, clip_high=clip_high)
-
-
-@torch.no_grad()
-def proximal_approximation(
-    logp: Float[Tensor, " T"],
-    behaviour_logp: Float[Tensor, " T"],
-    version: Int[Tensor, " T"],
-    action_mask: Bool[Tensor, " T"],
-    *,
-    policy_version: int,
-) -> Float[Tensor, " T"]:
-    """A-3PO's proximal log-probability without a forward pass: l_b + a (l - l_b), a = (lag - 1) / lag clipped to [0, 1].
-
-    lag = policy_version - version, in versions; a is 0, so behaviour itself, where the lag is 0 or the version unknown
-    (negative). Constant: no gradient. Zero off the mask. Reference: arXiv 2512.06547.
-    """
-    lag = (policy_version - version).clamp(min=1).to(torch.float64)
-    share = torch.where(version < 0, 0.0, (lag - 1) / lag)
-    behaviour = on_mask(behaviour_logp, action_mask)
-    return behaviour + on_mask(share, action_mask).to(behaviour.dtype) * log_ratio(logp, behaviour_logp, action_mask)
-
-
-def sample_size_figures(
-    correction: Float[Tensor, " T"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]
-) -> dict[str, Float[Tensor, ""]]:
-    """The sums that `effective_sample_size` needs, additive over cuts: sum w, sum w c and sum w c^2, c the correction."""
-    return {
-        "correction_mass": on_mask(weights, action_mask).sum().detach(),
-        "correction": weighted_sum(correction, weights, action_mask).detach(),
-        "correction_square": weighted_sum(on_mask(correction, action_mask).square(), weights, action_mask).detach(),
-    }
-
-
-def effective_sample_size(figures: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
-    """ESS as a share of all samples, (sum w c)^2 / (sum w sum w c^2) in [0, 1]: 1 iff the corrections are equal, 0 if none is left.
-
-    With weights by token it counts tokens, with weights by sequence and a sequence-level correction rows.
-    """
-    denominator = figures["correction_mass"] * figures["correction_square"]
-    # An overflowed square means that one sample outweighs all others.
-    share = figures["correction"].square() / denominator
-    return torch.where((denominator == 0) | denominator.isinf(), 0.0, share)
-
-
-@torch.no_grad()
-def mismatch_figures(
-    old_logp: Float[Tensor, " T"],
-    rollout_logp: Float[Tensor, " T"],
-    weights: Float[Tensor, " T"],
-    action_mask: Bool[Tensor, " T"],
-    cu_seqlens: Int[Tensor, " N_plus_1"],
-) -> dict[str, Float[Tensor, ""]]:
-    """How far engine and learner are apart, weighted means that add up over cuts between rows (all zero or one if equal).
-
-    "mismatch_k1" mean(-u) and "mismatch_k3" mean(e^u - 1 - u), estimates of KL(engine || learner) [nats];
-    "mismatch_chi2" mean(e^2u - 1); "mismatch_perplexity_ratio" mean over rows of exp(mean_row(-u)), learner over engine.
-    """
-    difference = log_ratio(old_logp, rollout_logp, action_mask)
-    per_row = log_weights(old_logp, rollout_logp, action_mask, cu_seqlens, level="geometric")
-    figures = {
-        "mismatch_k1": -difference,
-        "mismatch_k3": torch.expm1(difference) - difference,
-        "mismatch_chi2": torch.expm1(2 * difference),
-        "mismatch_perplexity_ratio": torch.exp(-per_row),
-    }
-    return {name: weighted_sum(per_token, weights, action_mask) for name, per_token in figures.items()}
-
-
-def _check_bounds(low: float, high: float) -> None:
+def check_bounds(low: float, high: float) -> None:
+    """Raise ValueError unless 0 <= low <= high."""
     if not 0 <= low <= high:
         raise ValueError(f"weight bounds [{low}, {high}]: need 0 <= low <= high, absolute ratios of learner over engine (1 = no mismatch)")

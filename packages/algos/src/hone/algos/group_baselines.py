@@ -31,6 +31,20 @@ def group_index(group: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
 
 
 @torch.no_grad()
+def group_figures(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Tensor, " N"]) -> dict[str, Float[Tensor, ""]]:
+    """Counts of groups with a live row: "groups", "groups_of_one" and "groups_of_equals" (of two rows or more, all scores equal).
+
+    The latter two teach a group baseline nothing: their advantages are zero.
+    """
+    index, sizes = _live_groups(group, live)
+    centred = group_centred(scores[live].double(), index)
+    varied = torch.zeros_like(sizes).index_add_(0, index, (centred != 0).long()) > 0
+    alone = sizes == 1
+    counts = {"groups": sizes > 0, "groups_of_one": alone, "groups_of_equals": ~varied & ~alone}
+    return {name: count.sum().float() for name, count in counts.items()}
+
+
+@torch.no_grad()
 def leave_one_out(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
     """RLOO: A_i = r_i - mean of the group's other rows = n / (n - 1) (r_i - mean), n live rows in the group.
 

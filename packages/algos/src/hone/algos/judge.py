@@ -11,22 +11,40 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hone.algos.batch import Batch, Scored, select
+from hone.algos.checks import require_finite
+from hone.algos.mismatch import effective_sample_size, mismatch_figures, sample_size_figures
 from hone.algos.protocol import Algorithm
-from hone.algos.reduce import Reduction, token_weights
+from hone.algos.ratios import importance_ratio
+from hone.algos.reduce import Reduction, token_weights, weighted_sum
+from hone.algos.soft_losses import scaled_advantages
 
 
 def judge(algo: Algorithm, batch: Batch) -> Scored:
-    """The batch with the algorithm's advantages, and weights as if the whole rollout were one optimiser step.
+    """The batch with the algorithm's advantages, corrected, and weights as if the whole rollout were one optimiser step.
 
-    Raises ValueError if a field in `algo.needs` is missing, FloatingPointError if it, a reward or an advantage is not finite.
+    `figures` of the result are the algorithm's own and, wherever `old_logp` is known, those of `mismatch_figures` over all
+    action tokens, "mismatch_ess" (what importance weights would leave of the sample) and, where advantages were corrected,
+    "correction_ess", "correction_mean" and "correction_rejected" (share of action tokens).
+    Raises ValueError if a field in `algo.needs` is missing, or a reward on the mask is not finite; FloatingPointError if
+    another needed number or an advantage is not finite.
     """
-    for name in ("rewards", *sorted(algo.needs)):
+    require_finite(
+        "judge",
+        "rewards",
+        batch.rewards,
+        batch.action_mask,
+        remedy="nothing was trained on them: mend the reward function, or drop the rows",
+    )
+    for name in sorted(algo.needs):
         _require_finite(batch, batch.require(name), name)
     judged = algo.advantages(batch)
     _require_finite(batch, judged.advantages, f"advantages of {algo.name}")
+    factor = algo.correction.factor(batch)
+    advantages = judged.advantages if factor is None else scaled_advantages(judged.advantages, factor, batch.action_mask)
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
     weights = token_weights(batch.action_mask, batch.cu_seqlens, algo.reduction)
-    return Scored(**fields, advantages=judged.advantages, returns=judged.returns, weights=weights)
+    figures = {**judged.figures, **_disagreement(batch), **({} if factor is None else _corrected(batch, factor))}
+    return Scored(**fields, advantages=advantages, returns=judged.returns, weights=weights, figures=figures)
 
 
 def optimiser_steps(scored: Scored, *, batch_size: int, reduction: Reduction, generator: torch.Generator) -> Iterator[Scored]:
@@ -39,8 +57,31 @@ def optimiser_steps(scored: Scored, *, batch_size: int, reduction: Reduction, ge
         yield dataclasses.replace(step, weights=token_weights(step.action_mask, step.cu_seqlens, reduction))
 
 
-def _require_finite(batch: Batch, per_token: Float[Tensor, " T"], name: str) -> None:
+def _disagreement(batch: Batch) -> dict[str, Float[Tensor, ""]]:
+    if batch.old_logp is None:
+        return {}
+    mask, cu_seqlens = batch.action_mask, batch.cu_seqlens
+    by_token = token_weights(mask, cu_seqlens, Reduction())
+    importance = importance_ratio(batch.old_logp, batch.rollout_logp, mask)
+    return {
+        **mismatch_figures(batch.old_logp, batch.rollout_logp, by_token, mask, cu_seqlens),
+        "mismatch_ess": effective_sample_size(sample_size_figures(importance, by_token, mask)),
+    }
+
+
+def _corrected(batch: Batch, factor: Float[Tensor, " T"]) -> dict[str, Float[Tensor, ""]]:
+    by_token = token_weights(batch.action_mask, batch.cu_seqlens, Reduction())
+    sizes = sample_size_figures(factor, by_token, batch.action_mask)
+    return {
+        "correction_ess": effective_sample_size(sizes),
+        "correction_mean": sizes["correction"],
+        "correction_rejected": weighted_sum((factor == 0).to(by_token.dtype), by_token, batch.action_mask),
+    }
+
+
+def _require_finite(batch: Batch, values: Float[Tensor, " _"], name: str) -> None:
     # A NaN set to zero here would train on, and hide its cause.
+    per_token = values[batch.row_of_token] if name in batch.PER_ROW else values
     broken = (~torch.isfinite(per_token) & batch.action_mask).nonzero().flatten()
     if broken.numel():
         token = int(broken[0])
@@ -48,5 +89,5 @@ def _require_finite(batch: Batch, per_token: Float[Tensor, " T"], name: str) -> 
         raise FloatingPointError(
             f"{name}: {broken.numel()} of {int(batch.action_mask.sum())} action tokens are not finite, the first {float(per_token[token])} "
             f"at token {token - int(batch.cu_seqlens[row])} of row {row} (group {int(batch.group[row])}); nothing was trained on them: "
-            "mend the reward function if it is a reward, else go back to an earlier checkpoint with a lower learning rate"
+            "go back to an earlier checkpoint with a lower learning rate"
         )

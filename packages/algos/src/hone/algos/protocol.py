@@ -1,9 +1,9 @@
 """What an algorithm is: a frozen dataclass of hyper-parameters with pure methods over the stages of the data.
 
-Flow: Batch --advantages--> Advantages --score--> Scored --loss--> Loss. Nothing here knows a model, a device or a rank.
+Flow: Batch --advantages--> Advantages --judge--> Scored --loss--> Loss. Nothing here knows a model, a device or a rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -23,10 +23,14 @@ class Outputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Advantages:
-    """Advantages per token, zero off the action mask; `returns` are the critic's targets where a critic exists."""
+    """Advantages per token, zero off the action mask; `returns` are the critic's targets where a critic exists.
+
+    `figures` are numbers of the whole rollout worth telling (a group baseline's groups of one, say).
+    """
 
     advantages: Float[Tensor, " T"]
     returns: Float[Tensor, " T"] | None = None
+    figures: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,15 @@ class Loss:
 
 
 @runtime_checkable
+class Corrected(Protocol):
+    """How samples count that another program, or an older policy, has drawn."""
+
+    def factor(self, batch: Batch) -> Float[Tensor, " T"] | None:
+        """What every advantage of a whole rollout is multiplied by; None where nothing is corrected."""
+        ...
+
+
+@runtime_checkable
 class Algorithm(Protocol):
     """The two pure methods of a policy-gradient algorithm, and what it needs computed beforehand."""
 
@@ -52,12 +65,17 @@ class Algorithm(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Per-token fields of `Batch` to fill before judging: "old_logp", "ref_logp", "values"."""
+        """Fields of `Batch` to fill before judging: "old_logp", "ref_logp", "values", "greedy_scores"."""
         ...
 
     @property
     def reduction(self) -> Reduction:
         """How the action tokens of one optimiser step are weighted."""
+        ...
+
+    @property
+    def correction(self) -> Corrected:
+        """How samples count for which engine and learner disagree; `judge` applies it."""
         ...
 
     def advantages(self, batch: Batch) -> Advantages:

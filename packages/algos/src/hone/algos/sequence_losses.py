@@ -29,18 +29,19 @@ def gspo_loss(
     *,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None = None,
 ) -> Loss:
     """GSPO: the clipped surrogate of one ratio per row, sum_t w_t L_t with L = -min(s A, clip(s, 1 - clip_low, 1 + clip_high) A).
 
     s_i = exp(mean over row i's action tokens of logp - old_logp), the same on all of them; a clipped row sends nothing
     back, any other sends s_i A / T_i to each token. The paper clips at 3e-4 and 4e-4: the mean makes s far narrower than rho.
-    With weights by token, long rows weigh more than the paper has it. Needs whole rows (see the module).
+    With weights by token, long rows weigh more than the paper has it. `dual_clip` as in `clipped_surrogate`, on s. Needs whole rows.
     Figures: "policy_loss", "ppo_clip_ratio" (weighted share of rows at a bound), "ppo_kl" (old_logp - logp [nats]).
     Reference: arXiv 2507.18071 eq 5 to 7.
     """
     sequence = _row_means(log_ratio(logp, old_logp, action_mask), action_mask, cu_seqlens)
     old = torch.zeros_like(sequence)
-    return clipped_surrogate(sequence, old, advantages, weights, action_mask, clip_low=clip_low, clip_high=clip_high)
+    return clipped_surrogate(sequence, old, advantages, weights, action_mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
 
 
 def gspo_token_loss(
@@ -53,6 +54,7 @@ def gspo_token_loss(
     *,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None = None,
 ) -> Loss:
     """GSPO-token: the value of the row's ratio, the gradient of the token's own, for advantages that differ within a row.
 
@@ -63,7 +65,7 @@ def gspo_token_loss(
     sequence = _row_means(log_ratio(logp.detach(), old_logp, action_mask), action_mask, cu_seqlens)
     carried = sequence + log_ratio(logp, logp.detach(), action_mask)
     old = torch.zeros_like(carried)
-    return clipped_surrogate(carried, old, advantages, weights, action_mask, clip_low=clip_low, clip_high=clip_high)
+    return clipped_surrogate(carried, old, advantages, weights, action_mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
 
 
 def gmpo_loss(

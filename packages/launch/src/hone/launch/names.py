@@ -23,9 +23,9 @@ class Alias:
 
 
 ALIASES = {
-    "actor.eps_clip": Alias(targets=("algo.eps_clip_low", "algo.eps_clip_high")),
-    "actor.eps_clip_low_high": Alias(targets=("algo.eps_clip_low", "algo.eps_clip_high"), spread=True),
-    "actor.dual_clip": Alias(targets=("algo.dual_clip",)),
+    "actor.eps_clip": Alias(targets=("algo.clip.low", "algo.clip.high")),
+    "actor.eps_clip_low_high": Alias(targets=("algo.clip.low", "algo.clip.high"), spread=True),
+    "actor.dual_clip": Alias(targets=("algo.clip.dual",)),
     "actor.entropy_coef": Alias(targets=("algo.entropy_coef",)),
     "critic.value_clip": Alias(targets=("algo.value_clip",)),
     "debug": Alias(targets=("run.debug",)),
@@ -110,9 +110,9 @@ RENAMED = {
     "num_train_epochs": "train.num_episodes",
     "max_steps": "train.max_steps",
     "reward_funcs": "reward.remote_url",
-    "epsilon": "algo.eps_clip_low",
-    "epsilon_high": "algo.eps_clip_high",
-    "delta": "algo.dual_clip",
+    "epsilon": "algo.clip.low",
+    "epsilon_high": "algo.clip.high",
+    "delta": "algo.clip.dual",
     "beta": "algo.kl.init_coef",
     "entropy_coef": "algo.entropy_coef",
     "max_grad_norm": "actor.max_norm",

@@ -1,7 +1,4 @@
-"""The algorithms by the name the command line and the reports know them by: one plain dict, no registry.
-
-All of them judge a plain `Batch`, but for ReMax, which needs greedy samples (`remax.with_greedy`) and so is used by name.
-"""
+"""The algorithms by the names users know them by: two plain dicts, no registry. `docs/algorithms.md` has a line for each."""
 
 from hone.algos.algorithms.cispo import CISPO
 from hone.algos.algorithms.dapo import DAPO
@@ -13,6 +10,7 @@ from hone.algos.algorithms.opo import OPO
 from hone.algos.algorithms.ppo import PPO
 from hone.algos.algorithms.reinforce import Reinforce
 from hone.algos.algorithms.reinforce_baseline import ReinforceBaseline
+from hone.algos.algorithms.remax import ReMax
 from hone.algos.algorithms.rloo import RLOO
 from hone.algos.algorithms.sapo import SAPO
 from hone.algos.algorithms.vapo import VAPO
@@ -30,6 +28,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "cispo": CISPO,
     "sapo": SAPO,
     "gmpo": GMPO,
+    "remax": ReMax,
     "vapo": VAPO,
     "opo": OPO,
 }

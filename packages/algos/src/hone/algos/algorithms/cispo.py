@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from hone.algos.algorithms.grpo import GRPO, GroupAdvantage
-from hone.algos.algorithms.terms import KLPenalty, with_penalties
+from hone.algos.algorithms.correction import Correction
+from hone.algos.algorithms.terms import GroupAdvantage, KLPenalty, kept, with_penalties
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import Advantages, Loss, Outputs
 from hone.algos.ranges import Range
@@ -27,6 +27,8 @@ class CISPO:
     """Largest ratio a token counts with, an absolute ratio (not a distance from one), at least 1."""
     ratio_floor: Annotated[float, Range(low=0, high=1)] = 0.0
     """Smallest ratio a token counts with, an absolute ratio, in [0, 1]; 0 leaves it open, as the paper does."""
+    correction: Correction = field(default_factory=Correction)
+    """How samples count for which engine and learner disagree."""
     entropy_coef: Annotated[float, Range(low=0)] = 0.0
     """Weight of the entropy bonus [per nat], at least 0."""
     reduction: Reduction = field(default_factory=Reduction)
@@ -38,11 +40,12 @@ class CISPO:
         return frozenset({"old_logp"}) | self.kl.needs
 
     def advantages(self, batch: Batch) -> Advantages:
-        """GRPO's."""
-        return GRPO(kl=self.kl, advantage=self.advantage).advantages(batch)
+        """Each row's summed reward against its group's, as GRPO's."""
+        return self.advantage.judge(batch, kl=self.kl)
 
     def loss(self, outputs: Outputs, scored: Scored) -> Loss:
         """The policy's loss over any part of an optimiser step."""
+        scored = kept(outputs, scored, correction=self.correction)
         policy = cispo_loss(
             outputs.logp,
             scored.require("old_logp"),

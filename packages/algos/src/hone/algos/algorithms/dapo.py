@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from hone.algos.algorithms.grpo import GRPO, GroupAdvantage
-from hone.algos.algorithms.terms import KLPenalty, penalised_surrogate
+from hone.algos.algorithms.correction import Correction
+from hone.algos.algorithms.terms import Clip, GroupAdvantage, KLPenalty, surrogate
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import Advantages, Loss, Outputs
 from hone.algos.ranges import Range
@@ -21,12 +21,10 @@ class DAPO:
     """Penalty for leaving the reference model; the paper has none."""
     advantage: GroupAdvantage = field(default_factory=GroupAdvantage)
     """Estimation of advantages."""
-    eps_clip_low: Annotated[float, Range(low=0, high=1)] = 0.2
-    """How far the ratio may fall below one before a bad token stops counting, in [0, 1]."""
-    eps_clip_high: Annotated[float, Range(low=0)] = 0.28
-    """How far the ratio may rise above one before a good token stops counting, at least 0."""
-    dual_clip: Annotated[float, Range(low=1, open_low=True)] | None = None
-    """Largest ratio a bad token counts with, above 1; none leaves it open."""
+    clip: Clip = field(default_factory=lambda: Clip(high=0.28))
+    """How far the policy may move from the one that sampled before a token stops counting."""
+    correction: Correction = field(default_factory=Correction)
+    """How samples count for which engine and learner disagree."""
     entropy_coef: Annotated[float, Range(low=0)] = 0.0
     """Weight of the entropy bonus [per nat], at least 0."""
     reduction: Reduction = field(default_factory=Reduction)
@@ -38,17 +36,9 @@ class DAPO:
         return frozenset({"old_logp"}) | self.kl.needs
 
     def advantages(self, batch: Batch) -> Advantages:
-        """GRPO's."""
-        return GRPO(kl=self.kl, advantage=self.advantage).advantages(batch)
+        """Each row's summed reward against its group's, as GRPO's."""
+        return self.advantage.judge(batch, kl=self.kl)
 
     def loss(self, outputs: Outputs, scored: Scored) -> Loss:
         """The policy's loss over any part of an optimiser step."""
-        return penalised_surrogate(
-            outputs,
-            scored,
-            kl=self.kl,
-            clip_low=self.eps_clip_low,
-            clip_high=self.eps_clip_high,
-            dual_clip=self.dual_clip,
-            entropy_coef=self.entropy_coef,
-        )
+        return surrogate(outputs, scored, clip=self.clip, correction=self.correction, kl=self.kl, entropy_coef=self.entropy_coef)

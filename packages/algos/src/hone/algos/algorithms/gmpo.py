@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from hone.algos.algorithms.grpo import GRPO, GroupAdvantage
-from hone.algos.algorithms.terms import KLPenalty, with_penalties
+from hone.algos.algorithms.correction import Correction
+from hone.algos.algorithms.terms import GroupAdvantage, KLPenalty, kept, with_penalties
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import Advantages, Loss, Outputs
 from hone.algos.ranges import Range
@@ -26,6 +26,8 @@ class GMPO:
     """How far a token's log-ratio may fall below zero before a bad token stops counting [nats], at least 0."""
     log_clip_high: Annotated[float, Range(low=0)] = 0.4
     """How far a token's log-ratio may rise above zero before a good token stops counting [nats], at least 0."""
+    correction: Correction = field(default_factory=Correction)
+    """How samples count for which engine and learner disagree."""
     entropy_coef: Annotated[float, Range(low=0)] = 0.0
     """Weight of the entropy bonus [per nat], at least 0."""
     reduction: Reduction = field(default_factory=lambda: Reduction(over="sequence"))
@@ -37,11 +39,12 @@ class GMPO:
         return frozenset({"old_logp"}) | self.kl.needs
 
     def advantages(self, batch: Batch) -> Advantages:
-        """GRPO's."""
-        return GRPO(kl=self.kl, advantage=self.advantage).advantages(batch)
+        """Each row's summed reward against its group's, as GRPO's."""
+        return self.advantage.judge(batch, kl=self.kl)
 
     def loss(self, outputs: Outputs, scored: Scored) -> Loss:
         """The policy's loss over any part of an optimiser step, cut between rows."""
+        scored = kept(outputs, scored, correction=self.correction)
         policy = gmpo_loss(
             outputs.logp,
             scored.require("old_logp"),

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from hone.algos.algorithms.grpo import GRPO, GroupAdvantage
-from hone.algos.algorithms.terms import KLPenalty, with_penalties
+from hone.algos.algorithms.correction import Correction
+from hone.algos.algorithms.terms import Clip, GroupAdvantage, KLPenalty, kept, with_penalties
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import Advantages, Loss, Outputs
 from hone.algos.ranges import Range
@@ -24,10 +24,10 @@ class GSPO:
     """Estimation of advantages."""
     gradient: Literal["sequence", "token"] = "sequence"
     """Whose gradient the row's ratio carries: its own, or (GSPO-token) each token's; they differ where advantages do within a row."""
-    eps_clip_low: Annotated[float, Range(low=0, high=1)] = 3e-4
-    """How far a row's ratio may fall below one before a bad row stops counting, in [0, 1]; far narrower than a token's."""
-    eps_clip_high: Annotated[float, Range(low=0)] = 4e-4
-    """How far a row's ratio may rise above one before a good row stops counting, at least 0."""
+    clip: Clip = field(default_factory=lambda: Clip(low=3e-4, high=4e-4))
+    """How far a row's ratio may move from one before the row stops counting; far narrower than a token's."""
+    correction: Correction = field(default_factory=Correction)
+    """How samples count for which engine and learner disagree."""
     entropy_coef: Annotated[float, Range(low=0)] = 0.0
     """Weight of the entropy bonus [per nat], at least 0."""
     reduction: Reduction = field(default_factory=lambda: Reduction(over="sequence"))
@@ -39,11 +39,12 @@ class GSPO:
         return frozenset({"old_logp"}) | self.kl.needs
 
     def advantages(self, batch: Batch) -> Advantages:
-        """GRPO's."""
-        return GRPO(kl=self.kl, advantage=self.advantage).advantages(batch)
+        """Each row's summed reward against its group's, as GRPO's."""
+        return self.advantage.judge(batch, kl=self.kl)
 
     def loss(self, outputs: Outputs, scored: Scored) -> Loss:
         """The policy's loss over any part of an optimiser step, cut between rows."""
+        scored = kept(outputs, scored, correction=self.correction)
         surrogate = gspo_loss if self.gradient == "sequence" else gspo_token_loss
         policy = surrogate(
             outputs.logp,
@@ -52,7 +53,8 @@ class GSPO:
             scored.weights,
             scored.action_mask,
             scored.cu_seqlens,
-            clip_low=self.eps_clip_low,
-            clip_high=self.eps_clip_high,
+            clip_low=self.clip.low,
+            clip_high=self.clip.high,
+            dual_clip=self.clip.dual,
         )
         return with_penalties(policy, outputs, scored, kl=self.kl, entropy_coef=self.entropy_coef)

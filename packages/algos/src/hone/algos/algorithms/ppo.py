@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hone.algos.advantages import gae, whiten
-from hone.algos.algorithms.terms import KLPenalty, penalised_surrogate
+from hone.algos.algorithms.correction import Correction
+from hone.algos.algorithms.terms import Clip, KLPenalty, surrogate
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import Advantages, Loss, Outputs
 from hone.algos.ranges import Range
@@ -39,12 +40,10 @@ class PPO:
     """Penalty for leaving the reference model."""
     advantage: GAEAdvantage = field(default_factory=GAEAdvantage)
     """Estimation of advantages."""
-    eps_clip_low: Annotated[float, Range(low=0, high=1)] = 0.2
-    """How far the ratio may fall below one before a bad token stops counting, in [0, 1]."""
-    eps_clip_high: Annotated[float, Range(low=0)] = 0.2
-    """How far the ratio may rise above one before a good token stops counting, at least 0."""
-    dual_clip: Annotated[float, Range(low=1, open_low=True)] | None = None
-    """Largest ratio a bad token counts with, above 1; none leaves it open."""
+    clip: Clip = field(default_factory=Clip)
+    """How far the policy may move from the one that sampled before a token stops counting."""
+    correction: Correction = field(default_factory=Correction)
+    """How samples count for which engine and learner disagree."""
     entropy_coef: Annotated[float, Range(low=0)] = 0.0
     """Weight of the entropy bonus [per nat], at least 0."""
     value_clip: Annotated[float, Range(low=0, open_low=True)] | None = 0.5
@@ -69,15 +68,7 @@ class PPO:
 
     def loss(self, outputs: Outputs, scored: Scored) -> Loss:
         """The policy's loss over any part of an optimiser step."""
-        return penalised_surrogate(
-            outputs,
-            scored,
-            kl=self.kl,
-            clip_low=self.eps_clip_low,
-            clip_high=self.eps_clip_high,
-            dual_clip=self.dual_clip,
-            entropy_coef=self.entropy_coef,
-        )
+        return surrogate(outputs, scored, clip=self.clip, correction=self.correction, kl=self.kl, entropy_coef=self.entropy_coef)
 
     def value_loss(self, values: Float[Tensor, " T"], scored: Scored) -> Loss:
         """The critic's loss over any part of an optimiser step."""

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from hone.algos.advantages import row_sums, spread
-from hone.algos.algorithms.terms import KLPenalty, penalised_surrogate
+from hone.algos.algorithms.correction import Correction
+from hone.algos.algorithms.terms import Clip, KLPenalty, surrogate
 from hone.algos.batch import Batch, Scored
-from hone.algos.group_baselines import action_counts, leave_one_out
+from hone.algos.group_baselines import action_counts, group_figures, leave_one_out
 from hone.algos.protocol import Advantages, Loss, Outputs
 from hone.algos.ranges import Range
 from hone.algos.reduce import Reduction
@@ -24,12 +25,10 @@ class RLOO:
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.03))
     """Penalty for leaving the reference model."""
-    eps_clip_low: Annotated[float, Range(low=0, high=1)] = 0.2
-    """How far the ratio may fall below one before a bad token stops counting, in [0, 1]."""
-    eps_clip_high: Annotated[float, Range(low=0)] = 0.2
-    """How far the ratio may rise above one before a good token stops counting, at least 0."""
-    dual_clip: Annotated[float, Range(low=1, open_low=True)] | None = None
-    """Largest ratio a bad token counts with, above 1; none leaves it open."""
+    clip: Clip = field(default_factory=Clip)
+    """How far the policy may move from the one that sampled before a token stops counting."""
+    correction: Correction = field(default_factory=Correction)
+    """How samples count for which engine and learner disagree."""
     entropy_coef: Annotated[float, Range(low=0)] = 0.0
     """Weight of the entropy bonus [per nat], at least 0."""
     reduction: Reduction = field(default_factory=Reduction)
@@ -48,17 +47,10 @@ class RLOO:
         """
         mask, cu_seqlens = batch.action_mask, batch.cu_seqlens
         scores = row_sums(batch.rewards + self.kl.reward(batch), mask, cu_seqlens)
-        per_row = leave_one_out(scores, batch.group, action_counts(mask, cu_seqlens) > 0)
-        return Advantages(advantages=spread(per_row, mask, cu_seqlens))
+        live = action_counts(mask, cu_seqlens) > 0
+        per_row = leave_one_out(scores, batch.group, live)
+        return Advantages(advantages=spread(per_row, mask, cu_seqlens), figures=group_figures(scores, batch.group, live))
 
     def loss(self, outputs: Outputs, scored: Scored) -> Loss:
         """The policy's loss over any part of an optimiser step."""
-        return penalised_surrogate(
-            outputs,
-            scored,
-            kl=self.kl,
-            clip_low=self.eps_clip_low,
-            clip_high=self.eps_clip_high,
-            dual_clip=self.dual_clip,
-            entropy_coef=self.entropy_coef,
-        )
+        return surrogate(outputs, scored, clip=self.clip, correction=self.correction, kl=self.kl, entropy_coef=self.entropy_coef)

@@ -1,18 +1,23 @@
-"""What several algorithms are composed of: the KL penalty's settings, and the surrogate with its penalties."""
+"""What the policy-gradient algorithms are composed of: settings of the KL penalty and the clip, the surrogate, group advantages."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from hone.algos.advantages import discounted_returns, group_centred, group_normalised, row_sums, spread
+from hone.algos.algorithms.correction import Correction
 from hone.algos.batch import Batch, Scored
+from hone.algos.group_baselines import action_counts, group_figures
 from hone.algos.kl import kl_loss, kl_per_token
 from hone.algos.policy_losses import clipped_surrogate, entropy_bonus
-from hone.algos.protocol import Loss, Outputs
+from hone.algos.protocol import Advantages, Loss, Outputs
 from hone.algos.ranges import Range
 from hone.algos.reduce import weighted_sum
+from hone.algos.soft_losses import scaled_advantages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,28 +64,40 @@ class KLPenalty:
         return kl_loss(outputs.logp, ref_logp, scored.weights, mask, coef=self.init_coef, estimator=self.estimator, gradient=self.gradient)
 
 
-def penalised_surrogate(
-    outputs: Outputs,
-    scored: Scored,
-    *,
-    kl: KLPenalty,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-) -> Loss:
-    """The clipped surrogate, plus the KL penalty, minus the entropy bonus; the figure "entropy" wherever entropy is given."""
-    loss = clipped_surrogate(
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """How far the policy may move from the one that sampled before a token stops counting."""
+
+    low: Annotated[float, Range(low=0, high=1)] = 0.2
+    """How far the ratio may fall below one before a bad token stops counting, in [0, 1]."""
+    high: Annotated[float, Range(low=0)] = 0.2
+    """How far the ratio may rise above one before a good token stops counting, at least 0."""
+    dual: Annotated[float, Range(low=1, open_low=True)] | None = None
+    """Largest ratio a bad token counts with, above 1; none leaves it open."""
+
+
+def surrogate(outputs: Outputs, scored: Scored, *, clip: Clip, correction: Correction, kl: KLPenalty, entropy_coef: float) -> Loss:
+    """The clipped surrogate, plus the KL penalty, minus the entropy bonus: the loss of every algorithm that clips by token."""
+    scored = kept(outputs, scored, correction=correction)
+    policy = clipped_surrogate(
         outputs.logp,
         scored.require("old_logp"),
         scored.advantages,
         scored.weights,
         scored.action_mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
+        clip_low=clip.low,
+        clip_high=clip.high,
+        dual_clip=clip.dual,
     )
-    return with_penalties(loss, outputs, scored, kl=kl, entropy_coef=entropy_coef)
+    return with_penalties(policy, outputs, scored, kl=kl, entropy_coef=entropy_coef)
+
+
+def kept(outputs: Outputs, scored: Scored, *, correction: Correction) -> Scored:
+    """The scored rows without the advantages of those that the current policy has left behind (OPSM), if that is asked for."""
+    keep = correction.keep(outputs, scored)
+    if keep is None:
+        return scored
+    return replace(scored, advantages=scaled_advantages(scored.advantages, keep, scored.action_mask))
 
 
 def with_penalties(policy: Loss, outputs: Outputs, scored: Scored, *, kl: KLPenalty, entropy_coef: float) -> Loss:
@@ -93,3 +110,37 @@ def with_penalties(policy: Loss, outputs: Outputs, scored: Scored, *, kl: KLPena
     if entropy_coef > 0:
         raise ValueError(f"entropy_coef is {entropy_coef}, but the outputs have no entropy; compute it with the log-probabilities")
     return loss
+
+
+RowEstimator = Callable[[Float[Tensor, " N"], Int[Tensor, " N"]], Float[Tensor, " N"]]
+"""(scores, group) of live rows -> their advantages."""
+
+
+def group_advantages(batch: Batch, estimate: RowEstimator, *, kl: KLPenalty) -> Advantages:
+    """Each row's summed reward against its group's, on all of the row's action tokens, with the counts of `group_figures`.
+
+    A row without action tokens has no score and stays out of its group. A KL penalty in the reward is added as its
+    reward to go after the baseline, which would otherwise rescale it by how the rewards happen to spread.
+    """
+    mask, cu_seqlens = batch.action_mask, batch.cu_seqlens
+    scores = row_sums(batch.rewards, mask, cu_seqlens)
+    live = action_counts(mask, cu_seqlens) > 0
+    per_row = scores.new_zeros(batch.rows).masked_scatter_(live, estimate(scores[live], batch.group[live]))
+    advantages = spread(per_row, mask, cu_seqlens) + discounted_returns(kl.reward(batch), mask, cu_seqlens, gamma=1.0)
+    return Advantages(advantages=advantages, figures=group_figures(scores, batch.group, live))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupAdvantage:
+    """How a row's score is compared with its group's. Reference: arXiv 2402.03300 section 4.1.2."""
+
+    normalize_std: bool = True
+    """Divide by the standard deviation of the group's scores; otherwise only their mean is taken off."""
+    eps: Annotated[float, Range(low=0)] = 1e-6
+    """Added to that standard deviation [reward], at least 0."""
+
+    def judge(self, batch: Batch, *, kl: KLPenalty) -> Advantages:
+        """`group_advantages` of scores less their group's mean, over the group's deviation if asked for."""
+        if self.normalize_std:
+            return group_advantages(batch, lambda scores, group: group_normalised(scores, group, eps=self.eps), kl=kl)
+        return group_advantages(batch, group_centred, kl=kl)

@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hone.algos.advantages import row_sums, whiten
-from hone.algos.algorithms.terms import KLPenalty, penalised_surrogate
+from hone.algos.algorithms.correction import Correction
+from hone.algos.algorithms.terms import Clip, KLPenalty, surrogate
 from hone.algos.batch import Batch, Scored
 from hone.algos.lambda_schedules import length_adaptive_gae
 from hone.algos.protocol import Advantages, Loss, Outputs
@@ -41,12 +42,10 @@ class VAPO:
     """Penalty for leaving the reference model."""
     advantage: LengthAdaptiveAdvantage = field(default_factory=LengthAdaptiveAdvantage)
     """Estimation of advantages."""
-    eps_clip_low: Annotated[float, Range(low=0, high=1)] = 0.2
-    """How far the ratio may fall below one before a bad token stops counting, in [0, 1]."""
-    eps_clip_high: Annotated[float, Range(low=0)] = 0.28
-    """How far the ratio may rise above one before a good token stops counting, at least 0."""
-    dual_clip: Annotated[float, Range(low=1, open_low=True)] | None = None
-    """Largest ratio a bad token counts with, above 1; none leaves it open."""
+    clip: Clip = field(default_factory=lambda: Clip(high=0.28))
+    """How far the policy may move from the one that sampled before a token stops counting."""
+    correction: Correction = field(default_factory=Correction)
+    """How samples count for which engine and learner disagree."""
     entropy_coef: Annotated[float, Range(low=0)] = 0.0
     """Weight of the entropy bonus [per nat], at least 0."""
     imitation_coef: Annotated[float, Range(low=0)] = 0.1
@@ -84,15 +83,7 @@ class VAPO:
         The likelihood of correct rows has the weights of the step, so that it adds up over micro-batches: the paper's mean
         over correct tokens alone (eq 9), times the share of the step's weight that they have.
         """
-        loss = penalised_surrogate(
-            outputs,
-            scored,
-            kl=self.kl,
-            clip_low=self.eps_clip_low,
-            clip_high=self.eps_clip_high,
-            dual_clip=self.dual_clip,
-            entropy_coef=self.entropy_coef,
-        )
+        loss = surrogate(outputs, scored, clip=self.clip, correction=self.correction, kl=self.kl, entropy_coef=self.entropy_coef)
         if self.imitation_coef == 0:
             return loss
         imitation = nll(outputs.logp, scored.weights, self._correct(scored)).total
