@@ -92,9 +92,9 @@ def check_arguments(function: str, specs: Mapping[str, Spec], arguments: Mapping
 
 def check_offsets(function: str, cu_seqlens: Tensor, *, tokens: int) -> None:
     """Raise ValueError unless cu_seqlens runs from 0 to `tokens` and never falls."""
-    ends = cu_seqlens.tolist() if cu_seqlens.numel() < 5 else [int(cu_seqlens[0]), "...", int(cu_seqlens[-1])]
     if cu_seqlens.numel() < 1 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
-        raise ValueError(f"{function}: cu_seqlens is {ends}; it must run from 0 to the {tokens} packed tokens: [0, *lengths.cumsum(0)]")
+        ends = f"runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}" if cu_seqlens.numel() else "is empty"
+        raise ValueError(f"{function}: cu_seqlens {ends}; it must run from 0 to the {tokens} packed tokens: [0, *lengths.cumsum(0)]")
     if bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"{function}: cu_seqlens falls somewhere; no row has fewer than 0 tokens: [0, *lengths.cumsum(0)]")
 

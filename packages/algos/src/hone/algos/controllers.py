@@ -27,7 +27,8 @@ class FixedKL:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveKL:
-    """A KL coefficient that keeps KL(policy || reference) of a sequence near a target. Reference: arXiv 1909.08593 section 2.2."""
+    """A KL coefficient that keeps KL(policy || reference) of a sequence near a target. Reference: arXiv 1909.08593 section 2.2;
+    the share n / horizon, the horizon and the target as in its code."""
 
     coef: Annotated[float, Range(low=0)] = 0.01
     """Weight of the KL penalty now [reward per nat], at least 0; at 0 it stays there."""
@@ -53,7 +54,7 @@ class AdaptiveKL:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveEntropy:
-    """An entropy coefficient that rises while the policy's entropy is too low. Reference: arXiv 2505.22312."""
+    """An entropy coefficient that rises while the policy's entropy is too low. Reference: arXiv 2505.22312 eq 3.2."""
 
     level: Annotated[float, Range(low=0, high=1)] = 0.0
     """Coefficient held ready [per nat], in [0, 1]."""

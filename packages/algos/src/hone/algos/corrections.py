@@ -37,7 +37,7 @@ def log_weights(
 ) -> Float[Tensor, " T"]:
     """Log w on every action token [nats]: u_t, or its row's sum ("sequence", a product of ratios) or mean ("geometric").
 
-    "geometric" is no importance weight, fit for gating only. Reference: arXiv 2512.23075.
+    "geometric" is no importance weight, fit for gating only. Reference: "When Speed Kills Stability", https://richardli.xyz/rl-collapse
     """
     difference = log_ratio(old_logp, rollout_logp, action_mask)
     if level == "token":
@@ -62,7 +62,8 @@ def correction_weights(
     """Bounded importance weight: min(w, high) | clip(w, low, high) | w 1[low <= w <= high] for truncate | clip | mask.
 
     "clip" also RAISES small weights to `low`. "mask" with [0, inf] leaves w as it is. A rejected token has exactly zero.
-    Reference: arXiv 1606.02647 (truncate), 2510.18855 (mask, token), 2512.23075 (sequence).
+    Reference: arXiv 1802.01561 (truncate), 2510.18855 eq 1 to 3 (mask, token); "When Speed Kills Stability",
+    https://richardli.xyz/rl-collapse (sequence).
     Raises ValueError unless 0 <= low <= high, or for a `low` above 0 with "truncate", which has no lower bound.
     """
     check_bounds(low, high)
@@ -100,8 +101,9 @@ def second_moment_mask(
 ) -> Float[Tensor, " T"]:
     """M2PO: 1 on the tokens kept, 0 on those of the largest u^2, dropped until the mean of u^2 over the rest is below threshold.
 
-    At least one action token is kept. Over ALL the tokens given: give it a whole rollout. The paper takes 0.04 [nats^2].
-    Reference: arXiv 2510.01161. Raises ValueError unless threshold > 0.
+    At least one action token is kept. Over ALL the tokens given: give it a whole rollout. AReaL's form; the paper's takes the
+    CURRENT policy's ratio, of the tokens only whose update leads further away, until the mean is at most 0.04 [nats^2].
+    Reference: arXiv 2510.01161 eq 4. Raises ValueError unless threshold > 0.
     """
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}; M2PO bounds a mean of squares, which needs one above 0 (0.04 in the paper)")

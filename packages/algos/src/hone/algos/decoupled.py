@@ -49,7 +49,8 @@ def proximal_approximation(
     """A-3PO's proximal log-probability without a forward pass: l_b + a (l - l_b), a = (lag - 1) / lag clipped to [0, 1].
 
     lag = policy_version - version, in versions; a is 0, so behaviour itself, where the lag is 0 or the version unknown
-    (negative). Constant: no gradient. Zero off the mask. Reference: arXiv 2512.06547.
+    (negative). Constant: no gradient. Zero off the mask. At a lag of 0 this is AReaL's rule; the authors write the current policy
+    there, which is then the behaviour policy too. Reference: arXiv 2512.06547.
     """
     lag = (policy_version - version).clamp(min=1).to(torch.float64)
     share = torch.where(version < 0, 0.0, (lag - 1) / lag)

@@ -67,7 +67,7 @@ def reverse_kl(
     """sum_t w_t KL(student || teacher) [nats]: the student keeps to where the teacher is likely.
 
     The exact sum over the vocabulary at each token; how the sampled tokens change later ones has no gradient here.
-    Reference: arXiv 2306.08543 eq 1.
+    Reference: arXiv 2306.08543, the single-step part of eq 3.
     """
     student, teacher = _live(student_logp, action_mask), _live(teacher_logp.detach(), action_mask)
     return _loss(_divergence(student, teacher), weights, action_mask)
@@ -83,7 +83,7 @@ def generalised_jsd(
 ) -> Loss:
     """sum_t w_t [beta KL(teacher || M) + (1 - beta) KL(student || M)] [nats], M = beta teacher + (1 - beta) student.
 
-    beta = 0 is KL(teacher || student) and beta = 1 KL(student || teacher), as the paper's code has it, although the formula goes
+    beta = 0 is KL(teacher || student) and beta = 1 KL(student || teacher), as TRL and Liger have it, although the formula goes
     to zero at both ends: the loss jumps there. Raises ValueError for beta outside [0, 1]. Reference: arXiv 2306.13649 eq 1.
     """
     if not 0 <= beta <= 1:

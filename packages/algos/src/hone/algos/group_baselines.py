@@ -92,7 +92,7 @@ def max_rl(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Ten
 def pass_at_k(correct: Int[Tensor, " P"], samples: Int[Tensor, " P"], *, k: int) -> Float[Tensor, " P"]:
     """Rho = 1 - C(n - c, k) / C(n, k): the chance that k of n samples, drawn without replacement, hold one of the c correct.
 
-    Zero for c = 0, whatever n. Reference: arXiv 2107.03374 eq 1. Raises ValueError for k below 1.
+    Zero for c = 0, whatever n. Reference: arXiv 2107.03374. Raises ValueError for k below 1.
     """
     if k < 1:
         raise ValueError(f"k is {k}; pass@k needs at least 1 sample")
@@ -109,7 +109,7 @@ def pass_at_k_advantages(
     With n rows, c of them correct, rho = 1 - C(n - c, k) / C(n, k) and sigma = sqrt(rho (1 - rho)): a correct row gets
     (1 - rho) / (sigma + eps), a wrong one (1 - rho - C(n - c - 1, k - 1) / C(n - 1, k - 1)) / (sigma + eps). Exactly zero
     where c = 0 or rho = 1, and so in a group smaller than k. At k = 1 this is (r - mean) / std with the population's std.
-    Reference: arXiv 2508.10751. Raises ValueError for k below 1 and for a live score that is neither 0 nor 1.
+    Reference: arXiv 2508.10751 eq 11, 12, 14, 15. Raises ValueError for k below 1 and for a live score that is neither 0 nor 1.
     """
     own = scores[live].double()
     odd = own[(own != 0) & (own != 1)]

@@ -105,7 +105,7 @@ def rpo(
 ) -> Loss:
     """DPO + nll_coef * sum_i w_i (-chosen_logp_i), which holds the chosen answers' likelihood up; the figure is "nll".
 
-    `chosen_logp` is the policy's own: the row sum in arXiv 2405.16436 (RPO), the row mean in 2404.19733 (IRPO) and OpenRLHF. TRL's
+    `chosen_logp` is the policy's own: the row sum for arXiv 2405.16436 eq 4.5 (RPO), the row mean for 2404.19733 (IRPO) and OpenRLHF. TRL's
     mean over all chosen tokens is `dpo` plus `nll` with token weights; the two agree for equal lengths only.
     """
     likelihood = -weighted_sum(chosen_logp, weights, pair_mask)

@@ -42,7 +42,7 @@ def hard_process_loss(
     """sum_t w_t -log softmax(logits_t)[columns_t] [nats] over the steps; Math-Shepherd's hard estimation.
 
     Figures "prm_loss" and "accuracy" (weighted share of steps whose column has the largest logit). Off the mask `columns` may be
-    anything, such as -100. Reference: arXiv 2312.08935 eq 3 and section 3.3; 2305.20050.
+    anything, such as -100. Reference: arXiv 2312.08935 eq 2 (loss), 3 (label); 2305.20050.
     """
     logp = _log_softmax(logits, step_mask)
     columns = torch.where(step_mask, columns, 0)
@@ -57,7 +57,7 @@ def soft_process_loss(
 
     For the share q of completions that came out right, Math-Shepherd's soft estimation, give `torch.stack([1 - q, q], -1)` where
     column 1 means good, `torch.stack([q, 1 - q], -1)` where column 0 does (OpenRLHF). "accuracy" compares the two largest columns.
-    Reference: arXiv 2312.08935 section 3.3.
+    Reference: arXiv 2312.08935 eq 2 (loss), 4 (label).
     """
     logp = _log_softmax(logits, step_mask)
     targets = torch.where(step_mask[:, None], upcast(targets.detach()), 0.0)

@@ -33,7 +33,7 @@ def bradley_terry(
 def log_exp(
     chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"], weights: Float[Tensor, " P"], pair_mask: Bool[Tensor, " P"]
 ) -> Loss:
-    """sum_i w_i log(1 + exp(r_l - r_w)), through softplus: Bradley-Terry without a margin. Reference: arXiv 2204.05862."""
+    """sum_i w_i log(1 + exp(r_l - r_w)), through softplus: Bradley-Terry without a margin. Reference: arXiv 2112.00861 eq 3.1."""
     return bradley_terry(chosen, rejected, torch.zeros_like(chosen), weights, pair_mask)
 
 

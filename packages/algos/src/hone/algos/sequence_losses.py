@@ -85,7 +85,7 @@ def gmpo_loss(
     The bounds are LOG-ratios [nats]: the paper's 0.4 allows ratios from e^-0.4 to e^0.4. A clipped token sends nothing
     back, the rest of its row still does. Where nothing clips it is GSPO where nothing clips. Needs whole rows (see the module).
     Figures: "policy_loss", "ppo_clip_ratio" (weighted share of tokens at a bound), "ppo_kl" (old_logp - logp [nats]).
-    Reference: arXiv 2507.20673, the objective with token-level clipping, as in its code.
+    Reference: arXiv 2507.20673 eq 4.
     """
     difference = log_ratio(logp, old_logp, action_mask)
     advantages = on_mask(advantages.detach(), action_mask)

@@ -71,7 +71,7 @@ def sapo_loss(
     tau is `temperature_positive` where A > 0 and `temperature_negative` elsewhere. The gradient is -4 p (1 - p) rho A with
     p the sigmoid: -A on policy, fading on both sides, exactly zero where rho overflows. The paper averages by sequence.
     Figures: "policy_loss", "sapo_gate" (weighted mean of 4 p (1 - p), 1 on policy), "ppo_kl" (old_logp - logp [nats]).
-    Reference: arXiv 2511.20347 (its gate and temperatures). Raises ValueError unless both temperatures are above 0.
+    Reference: arXiv 2511.20347 eq 5, 6. Raises ValueError unless both temperatures are above 0.
     """
     for name, tau in (("temperature_positive", temperature_positive), ("temperature_negative", temperature_negative)):
         if not tau > 0:

@@ -1,4 +1,4 @@
-"""REINFORCE++: no critic and no group; rewards to go, whitened over the whole rollout. Reference: arXiv 2501.03262."""
+"""REINFORCE++: no critic and no group; rewards to go, whitened over the whole rollout. Reference: arXiv 2501.03262 eq 4, 5."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar

@@ -1,4 +1,4 @@
-"""REINFORCE++-baseline: scores less their group's mean, whitened over the whole rollout. Reference: arXiv 2501.03262."""
+"""REINFORCE++-baseline: scores less their group's mean, whitened over the whole rollout. Reference: arXiv 2501.03262 eq 6 to 8."""
 
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
