@@ -28,7 +28,8 @@ class FixedKL:
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveKL:
     """A KL coefficient that keeps KL(policy || reference) of a sequence near a target. Reference: arXiv 1909.08593 section 2.2;
-    the share n / horizon, the horizon and the target as in its code."""
+    the share n / horizon, the horizon and the target as in its code.
+    """
 
     coef: Annotated[float, Range(low=0)] = 0.01
     """Weight of the KL penalty now [reward per nat], at least 0; at 0 it stays there."""

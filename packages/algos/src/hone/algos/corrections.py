@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hone.algos.advantages import row_sums, spread
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask, upcast
 from hone.algos.ratios import log_ratio
 from hone.algos.reduce import Reduction, token_weights
@@ -26,6 +27,7 @@ Level = Literal["token", "sequence", "geometric"]
 Mode = Literal["truncate", "clip", "mask"]
 
 
+@checked
 @torch.no_grad()
 def log_weights(
     old_logp: Float[Tensor, " T"],
@@ -48,6 +50,7 @@ def log_weights(
     return spread(per_row, action_mask, cu_seqlens)
 
 
+@checked
 def correction_weights(
     old_logp: Float[Tensor, " T"],
     rollout_logp: Float[Tensor, " T"],
@@ -75,6 +78,7 @@ def correction_weights(
     return on_mask(weight.clamp(low, high), action_mask)
 
 
+@checked
 def sequence_mask_tis(
     old_logp: Float[Tensor, " T"],
     rollout_logp: Float[Tensor, " T"],
@@ -95,6 +99,7 @@ def sequence_mask_tis(
     return torch.where(gate == 0, 0.0, weight)
 
 
+@checked
 @torch.no_grad()
 def second_moment_mask(
     old_logp: Float[Tensor, " T"], rollout_logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"], *, threshold: float
@@ -118,6 +123,7 @@ def second_moment_mask(
     )
 
 
+@checked
 @torch.no_grad()
 def self_normalised(correction: Float[Tensor, " T"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:
     """c_t / (sum w c / sum w): corrections with a weighted mean of one, so that a step's size does not follow the mismatch.
@@ -130,6 +136,7 @@ def self_normalised(correction: Float[Tensor, " T"], weights: Float[Tensor, " T"
     return torch.where(total == 0, 0.0, on_mask(correction, action_mask).double() * mass / total).to(upcast(correction).dtype)
 
 
+@checked
 @torch.no_grad()
 def off_policy_sequence_mask(
     logp: Float[Tensor, " T"],
@@ -150,6 +157,7 @@ def off_policy_sequence_mask(
     return on_mask((~rejected).to(left_behind.dtype), action_mask)
 
 
+@checked
 def weights_of_kept(
     correction: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plus_1"], *, reduction: Reduction
 ) -> Float[Tensor, " T"]:

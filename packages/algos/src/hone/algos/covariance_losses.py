@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask
 from hone.algos.policy_losses import clipped_surrogate
 from hone.algos.protocol import Loss
@@ -18,6 +19,7 @@ from hone.algos.ratios import importance_ratio, log_ratio
 from hone.algos.reduce import weighted_sum
 
 
+@checked
 @torch.no_grad()
 def token_covariance(logp: Float[Tensor, " T"], advantages: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:
     """Each token's share of cov(logp, A): (logp_t - mean logp) (A_t - mean A) over the action tokens given; zero off the mask.
@@ -31,6 +33,7 @@ def token_covariance(logp: Float[Tensor, " T"], advantages: Float[Tensor, " T"],
     return on_mask(product, action_mask).to(logp.dtype)
 
 
+@checked
 def clip_cov_loss(
     logp: Float[Tensor, " T"],
     old_logp: Float[Tensor, " T"],
@@ -64,6 +67,7 @@ def clip_cov_loss(
     return loss + _share(chosen, weights, action_mask, like=loss)
 
 
+@checked
 def kl_cov_loss(
     logp: Float[Tensor, " T"],
     old_logp: Float[Tensor, " T"],

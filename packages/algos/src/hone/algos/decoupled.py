@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hone.algos.checks import checked
 from hone.algos.corrections import check_bounds
 from hone.algos.masking import on_mask
 from hone.algos.policy_losses import clipped_surrogate
@@ -14,6 +15,7 @@ from hone.algos.ratios import log_ratio
 from hone.algos.soft_losses import scaled_advantages
 
 
+@checked
 def decoupled_surrogate(
     logp: Float[Tensor, " T"],
     proximal_logp: Float[Tensor, " T"],
@@ -37,6 +39,7 @@ def decoupled_surrogate(
     return clipped_surrogate(logp, proximal_logp.detach(), corrected, weights, action_mask, clip_low=clip_low, clip_high=clip_high)
 
 
+@checked
 @torch.no_grad()
 def proximal_approximation(
     logp: Float[Tensor, " T"],

@@ -11,16 +11,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask, upcast
 from hone.algos.protocol import Loss
 from hone.algos.reduce import weighted_sum
 
 
+@checked
 def tempered_logp(logits: Float[Tensor, "T V"], action_mask: Bool[Tensor, " T"], *, temperature: float) -> Float[Tensor, "T V"]:
     """Log softmax(logits / temperature) [nats]; uniform off the mask. Raises ValueError unless temperature > 0."""
     return _tempered(logits, action_mask, temperature=temperature).log_softmax(-1)
 
 
+@checked
 def lumped_student_logp(
     logits: Float[Tensor, "T V"], teacher_tokens: Int[Tensor, "T K"], action_mask: Bool[Tensor, " T"], *, temperature: float
 ) -> Float[Tensor, "T K_plus_1"]:
@@ -39,6 +42,7 @@ def lumped_student_logp(
     return torch.cat([tempered.gather(-1, tokens), rest], -1) - tempered.logsumexp(-1, keepdim=True)
 
 
+@checked
 @torch.no_grad()
 def lumped_teacher_logp(teacher_logp: Float[Tensor, "T K"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, "T K_plus_1"]:
     """The teacher's reported log-probabilities (at the loss's temperature, over its whole vocabulary) and, last, its rest's.
@@ -50,6 +54,7 @@ def lumped_teacher_logp(teacher_logp: Float[Tensor, "T K"], action_mask: Bool[Te
     return torch.cat([live, torch.log(-torch.expm1(mass.clamp(max=0.0))).to(live.dtype)], -1)
 
 
+@checked
 def forward_kl(
     student_logp: Float[Tensor, "T C"], teacher_logp: Float[Tensor, "T C"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]
 ) -> Loss:
@@ -61,6 +66,7 @@ def forward_kl(
     return _loss(_divergence(teacher, student), weights, action_mask)
 
 
+@checked
 def reverse_kl(
     student_logp: Float[Tensor, "T C"], teacher_logp: Float[Tensor, "T C"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]
 ) -> Loss:
@@ -73,6 +79,7 @@ def reverse_kl(
     return _loss(_divergence(student, teacher), weights, action_mask)
 
 
+@checked
 def generalised_jsd(
     student_logp: Float[Tensor, "T C"],
     teacher_logp: Float[Tensor, "T C"],
@@ -99,6 +106,7 @@ def generalised_jsd(
     return _loss(beta * _divergence(teacher, mixture) + (1 - beta) * _divergence(student, mixture), weights, action_mask)
 
 
+@checked
 @torch.no_grad()
 def on_policy_distillation_advantages(
     logp: Float[Tensor, " T"], teacher_logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask
 from hone.algos.protocol import Loss
 from hone.algos.ratios import importance_ratio, log_ratio
@@ -21,6 +22,7 @@ from hone.algos.soft_losses import reinforce_loss, scaled_advantages
 Divergence = Literal["tv", "kl"]
 
 
+@checked
 @torch.no_grad()
 def binary_tv(logp: Float[Tensor, " T"], rollout_logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:
     """Total variation of the two-way split, |mu - pi| with mu = exp(rollout_logp), pi = exp(logp), in [0, 1]; zero off the mask.
@@ -33,6 +35,7 @@ def binary_tv(logp: Float[Tensor, " T"], rollout_logp: Float[Tensor, " T"], acti
     return -torch.exp(higher) * torch.expm1(lower - higher)
 
 
+@checked
 @torch.no_grad()
 def binary_kl(logp: Float[Tensor, " T"], rollout_logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:
     """KL of the two-way split [nats], mu log(mu / pi) + (1 - mu) log((1 - mu) / (1 - pi)), mu the rollout; zero off the mask.
@@ -48,6 +51,7 @@ def binary_kl(logp: Float[Tensor, " T"], rollout_logp: Float[Tensor, " T"], acti
 DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"tv": binary_tv, "kl": binary_kl}
 
 
+@checked
 @torch.no_grad()
 def divergence_mask(
     logp: Float[Tensor, " T"],
@@ -68,6 +72,7 @@ def divergence_mask(
     return action_mask & ~(outside & (direction > 0))
 
 
+@checked
 def dppo_loss(
     logp: Float[Tensor, " T"],
     rollout_logp: Float[Tensor, " T"],

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from hone.algos.advantages import group_centred
 from hone.algos.batch import rows_of_tokens
+from hone.algos.checks import checked
 from hone.algos.masking import upcast
 
 
+@checked
 @torch.no_grad()
 def action_counts(action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plus_1"]) -> Int[Tensor, " N"]:
     """Action tokens of each row: the length of what the policy wrote, without the prompt's and the environment's tokens."""
     return torch.bincount(rows_of_tokens(cu_seqlens)[action_mask], minlength=cu_seqlens.numel() - 1)
 
 
+@checked
 @torch.no_grad()
 def group_index(group: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
     """Groups renumbered from zero without gaps, so that they can index."""
@@ -30,6 +33,7 @@ def group_index(group: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
     return torch.empty_like(order).scatter_(0, order, first.cumsum(0))
 
 
+@checked
 @torch.no_grad()
 def group_figures(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Tensor, " N"]) -> dict[str, Float[Tensor, ""]]:
     """Counts of groups with a live row: "groups", "groups_of_one" and "groups_of_equals" (of two rows or more, all scores equal).
@@ -44,6 +48,7 @@ def group_figures(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: B
     return {name: count.sum().float() for name, count in counts.items()}
 
 
+@checked
 @torch.no_grad()
 def leave_one_out(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
     """RLOO: A_i = r_i - mean of the group's other rows = n / (n - 1) (r_i - mean), n live rows in the group.
@@ -55,6 +60,7 @@ def leave_one_out(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: B
     return _onto_rows(size / (size - 1).clamp(min=1) * group_centred(scores[live].double(), index), live, like=scores)
 
 
+@checked
 @torch.no_grad()
 def length_weighted_centred(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], lengths: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """OPO: A_i = r_i - b with b = sum_j l_j r_j / sum_j l_j over the group, l the action tokens [tokens] of a row.
@@ -72,6 +78,7 @@ def length_weighted_centred(scores: Float[Tensor, " N"], group: Int[Tensor, " N"
     return _onto_rows(centred - (weighted / total)[index], live, like=scores)
 
 
+@checked
 @torch.no_grad()
 def max_rl(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Tensor, " N"], *, eps: float) -> Float[Tensor, " N"]:
     """MaxRL: A_i = (r_i - mean) / (mean + eps) within the group: rare successes count as they do in the likelihood of success.
@@ -88,6 +95,7 @@ def max_rl(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Ten
     return _onto_rows(torch.where(centred == 0, 0.0, centred / (mean[index] + eps)), live, like=scores)
 
 
+@checked
 @torch.no_grad()
 def pass_at_k(correct: Int[Tensor, " P"], samples: Int[Tensor, " P"], *, k: int) -> Float[Tensor, " P"]:
     """Rho = 1 - C(n - c, k) / C(n, k): the chance that k of n samples, drawn without replacement, hold one of the c correct.
@@ -100,6 +108,7 @@ def pass_at_k(correct: Int[Tensor, " P"], samples: Int[Tensor, " P"], *, k: int)
     return torch.where(correct > 0, 1 - failing, 0.0)
 
 
+@checked
 @torch.no_grad()
 def pass_at_k_advantages(
     scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Tensor, " N"], *, k: int, eps: float
@@ -127,6 +136,7 @@ def pass_at_k_advantages(
     return _onto_rows(torch.where(mixed[index], advantages, 0.0), live, like=scores)
 
 
+@checked
 @torch.no_grad()
 def greedy_baselines(group: Int[Tensor, " N"], greedy_scores: Float[Tensor, " P"], greedy_group: Int[Tensor, " P"]) -> Float[Tensor, " N"]:
     """For every row the score of its prompt's greedy sample, found by group id.
@@ -143,6 +153,7 @@ def greedy_baselines(group: Int[Tensor, " N"], greedy_scores: Float[Tensor, " P"
     return greedy_scores[order][torch.searchsorted(ids, group)]
 
 
+@checked
 @torch.no_grad()
 def greedy_centred(
     scores: Float[Tensor, " N"],

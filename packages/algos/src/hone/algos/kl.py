@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask, upcast
 from hone.algos.protocol import Loss
 from hone.algos.reduce import weighted_sum
@@ -21,16 +22,19 @@ Estimator = Literal["k1", "k2", "k3"]
 Gradient = Literal["reverse", "as_written"]
 
 
+@checked
 def k1(logp: Float[Tensor, " T"], ref_logp: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     """Per-token d [nats]: unbiased, of either sign."""
     return upcast(logp) - upcast(ref_logp)
 
 
+@checked
 def k2(logp: Float[Tensor, " T"], ref_logp: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     """Per-token d^2 / 2 [nats^2, read as nats]: biased, never negative, with the right gradient."""
     return 0.5 * (upcast(logp) - upcast(ref_logp)).square()
 
 
+@checked
 def k3(logp: Float[Tensor, " T"], ref_logp: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
     """Per-token exp(-d) - 1 + d [nats]: unbiased, never negative."""
     difference = upcast(logp) - upcast(ref_logp)
@@ -41,6 +45,7 @@ def k3(logp: Float[Tensor, " T"], ref_logp: Float[Tensor, " T"]) -> Float[Tensor
 ESTIMATORS: dict[Estimator, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
 
 
+@checked
 def kl_per_token(
     logp: Float[Tensor, " T"], ref_logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"], *, estimator: Estimator
 ) -> Float[Tensor, " T"]:
@@ -48,6 +53,7 @@ def kl_per_token(
     return ESTIMATORS[estimator](on_mask(logp, action_mask), on_mask(ref_logp, action_mask))
 
 
+@checked
 def kl_loss(
     logp: Float[Tensor, " T"],
     ref_logp: Float[Tensor, " T"],

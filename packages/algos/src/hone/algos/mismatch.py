@@ -7,12 +7,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hone.algos.checks import checked
 from hone.algos.corrections import log_weights
 from hone.algos.masking import on_mask
 from hone.algos.ratios import log_ratio
 from hone.algos.reduce import weighted_sum
 
 
+@checked
 def sample_size_figures(
     correction: Float[Tensor, " T"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]
 ) -> dict[str, Float[Tensor, ""]]:
@@ -24,6 +26,7 @@ def sample_size_figures(
     }
 
 
+@checked
 def effective_sample_size(figures: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
     """ESS as a share of all samples, (sum w c)^2 / (sum w sum w c^2) in [0, 1]: 1 iff the corrections are equal, 0 if none is left.
 
@@ -35,6 +38,7 @@ def effective_sample_size(figures: dict[str, Float[Tensor, ""]]) -> Float[Tensor
     return torch.where((denominator == 0) | denominator.isinf(), 0.0, share)
 
 
+@checked
 @torch.no_grad()
 def mismatch_figures(
     old_logp: Float[Tensor, " T"],

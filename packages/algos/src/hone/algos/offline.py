@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hone.algos.batch import Packed
-from hone.algos.checks import require_finite
+from hone.algos.checks import checked, require_finite
 from hone.algos.group_baselines import action_counts
 from hone.algos.kto import kl_anchor
 from hone.algos.pairs import pair_weights
@@ -85,6 +85,7 @@ def demonstrations(rows: Packed, *, reduction: Reduction) -> Demonstrations:
     return Demonstrations(**_fields(rows), weights=token_weights(rows.action_mask, rows.cu_seqlens, reduction))
 
 
+@checked
 def pairs(rows: Packed, *, margins: Float[Tensor, " P"] | None = None) -> Pairs:
     """Chosen and rejected answers side by side, every pair weighing the same; `margins` [reward] are for reward models, 0 if not given.
 
@@ -100,17 +101,20 @@ def pairs(rows: Packed, *, margins: Float[Tensor, " P"] | None = None) -> Pairs:
     return Pairs(**_fields(rows), row_weights=weights.repeat_interleave(2), margins=own.repeat_interleave(2))
 
 
+@checked
 def judgements(rows: Packed, desirable: Bool[Tensor, " N"]) -> Judgements:
     """Answers judged good (True) or bad, every one weighing the same; see `with_anchor`."""
     live = action_counts(rows.action_mask, rows.cu_seqlens) > 0
     return Judgements(**_fields(rows), row_weights=pair_weights(live), desirable=desirable)
 
 
+@checked
 def with_anchor(rows: Judgements, sums: Float[Tensor, "2"]) -> Judgements:
     """The rows with the step's anchor, from `anchor_sums` added up over all ranks. Raises ValueError as `kl_anchor` does."""
     return dataclasses.replace(rows, anchor=kl_anchor(sums))
 
 
+@checked
 def steps(rows: Packed, targets: Float[Tensor, "T C"], *, reduction: Reduction) -> Steps:
     """Rows with shares of labels at their steps' ends (the action mask); hard labels are `one_hot` of a column.
 
@@ -123,6 +127,7 @@ def steps(rows: Packed, targets: Float[Tensor, "T C"], *, reduction: Reduction) 
     return Steps(**_fields(rows), weights=token_weights(rows.action_mask, rows.cu_seqlens, reduction), targets=targets)
 
 
+@checked
 def taught(
     rows: Packed, teacher_logp: Float[Tensor, "T K"], *, reduction: Reduction, teacher_tokens: Int[Tensor, "T K"] | None = None
 ) -> Taught:

@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from hone.algos.checks import checked
 
+
+@checked
 def pack_padded(padded: Shaped[Tensor, "B L ..."], valid: Bool[Tensor, "B L"]) -> tuple[Shaped[Tensor, "T ..."], Int[Tensor, " B_plus_1"]]:
     """(packed, cu_seqlens): the rows' tokens end to end, row i at [cu_seqlens[i], cu_seqlens[i + 1]). Differentiable.
 
@@ -27,6 +30,7 @@ def pack_padded(padded: Shaped[Tensor, "B L ..."], valid: Bool[Tensor, "B L"]) -
     return padded[valid], cu_seqlens
 
 
+@checked
 def unpack_padded(packed: Shaped[Tensor, "T ..."], valid: Bool[Tensor, "B L"], *, fill: float = 0.0) -> Shaped[Tensor, "B L ..."]:
     """The inverse: packed tokens in the slots `valid` names, `fill` in all others. Differentiable.
 
@@ -40,6 +44,7 @@ def unpack_padded(packed: Shaped[Tensor, "T ..."], valid: Bool[Tensor, "B L"], *
     return padded
 
 
+@checked
 def valid_slots(
     cu_seqlens: Int[Tensor, " B_plus_1"], *, width: int | None = None, side: Literal["right", "left"] = "right"
 ) -> Bool[Tensor, "B L"]:

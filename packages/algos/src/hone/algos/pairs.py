@@ -9,11 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hone.algos.batch import rows_of_tokens
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask, upcast
 from hone.algos.protocol import Loss
 from hone.algos.reduce import Reduction, token_weights, weighted_sum
 
 
+@checked
 def row_logp(logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plus_1"]) -> Float[Tensor, " N"]:
     """s_i = sum over row i's action tokens of logp_t [nats], added up in fp64, with gradient; zero for a row without any.
 
@@ -24,12 +26,14 @@ def row_logp(logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"], cu_seql
     return sums.index_add(0, rows_of_tokens(cu_seqlens), live.double()).to(live.dtype)
 
 
+@checked
 def row_mean_logp(logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plus_1"]) -> Float[Tensor, " N"]:
     """a_i = s_i / T_i [nats per token], T_i action tokens: what IPO, SimPO and ORPO compare. Zero for a row without any."""
     lengths = row_logp(action_mask.double(), action_mask, cu_seqlens)
     return (row_logp(logp, action_mask, cu_seqlens).double() / lengths.clamp(min=1)).to(upcast(logp).dtype)
 
 
+@checked
 def split_pairs(per_row: Float[Tensor, " N"]) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """(chosen, rejected): the even rows and the odd ones. Raises ValueError for an odd number of rows."""
     if per_row.numel() % 2:
@@ -37,6 +41,7 @@ def split_pairs(per_row: Float[Tensor, " N"]) -> tuple[Float[Tensor, " P"], Floa
     return per_row[0::2], per_row[1::2]
 
 
+@checked
 def pair_weights(pair_mask: Bool[Tensor, " P"]) -> Float[Tensor, " P"]:
     """1 / (pairs on the mask) for each of them, zero elsewhere; of ONE optimiser step, all ranks at once. Serves KTO's rows too.
 
@@ -45,6 +50,7 @@ def pair_weights(pair_mask: Bool[Tensor, " P"]) -> Float[Tensor, " P"]:
     return token_weights(pair_mask, torch.arange(pair_mask.numel() + 1, device=pair_mask.device), Reduction())
 
 
+@checked
 def paired_loss(
     per_pair: Float[Tensor, " P"],
     chosen_reward: Float[Tensor, " P"],

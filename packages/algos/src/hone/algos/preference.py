@@ -10,12 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask
 from hone.algos.pairs import paired_loss
 from hone.algos.protocol import Loss
 from hone.algos.reduce import weighted_sum
 
 
+@checked
 def dpo(
     chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"], weights: Float[Tensor, " P"], pair_mask: Bool[Tensor, " P"], *, beta: float
 ) -> Loss:
@@ -23,6 +25,7 @@ def dpo(
     return conservative_dpo(chosen, rejected, weights, pair_mask, beta=beta, flip=0.0)
 
 
+@checked
 def conservative_dpo(
     chosen: Float[Tensor, " P"],
     rejected: Float[Tensor, " P"],
@@ -45,6 +48,7 @@ def conservative_dpo(
     return paired_loss(-(1 - flip) * logsigmoid(margin) - swapped, *rewards, weights, pair_mask, name="preference_loss")
 
 
+@checked
 def robust_dpo(
     chosen: Float[Tensor, " P"],
     rejected: Float[Tensor, " P"],
@@ -66,6 +70,7 @@ def robust_dpo(
     return paired_loss(per_pair, *rewards, weights, pair_mask, name="preference_loss")
 
 
+@checked
 def ipo(
     chosen_mean: Float[Tensor, " P"],
     rejected_mean: Float[Tensor, " P"],
@@ -86,6 +91,7 @@ def ipo(
     return paired_loss(per_pair, beta * chosen_mean, beta * rejected_mean, weights, pair_mask, name="preference_loss")
 
 
+@checked
 def ipo_summed(
     chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"], weights: Float[Tensor, " P"], pair_mask: Bool[Tensor, " P"], *, beta: float
 ) -> Loss:
@@ -93,6 +99,7 @@ def ipo_summed(
     return ipo(chosen, rejected, weights, pair_mask, beta=beta)
 
 
+@checked
 def rpo(
     chosen: Float[Tensor, " P"],
     rejected: Float[Tensor, " P"],
@@ -113,6 +120,7 @@ def rpo(
     return dpo(chosen, rejected, weights, pair_mask, beta=beta) + held
 
 
+@checked
 def simpo(
     chosen_mean: Float[Tensor, " P"],
     rejected_mean: Float[Tensor, " P"],
@@ -131,6 +139,7 @@ def simpo(
     return paired_loss(-logsigmoid(rewards[0] - rewards[1] - beta * gamma_beta_ratio), *rewards, weights, pair_mask, name="preference_loss")
 
 
+@checked
 def orpo(
     chosen_mean: Float[Tensor, " P"],
     rejected_mean: Float[Tensor, " P"],
@@ -149,6 +158,7 @@ def orpo(
     return odds_ratio(chosen_mean, rejected_mean, weights, pair_mask, coef=coef) + held
 
 
+@checked
 def odds_ratio(
     chosen_mean: Float[Tensor, " P"],
     rejected_mean: Float[Tensor, " P"],
@@ -164,6 +174,7 @@ def odds_ratio(
     return paired_loss(-coef * logsigmoid(log_odds), coef * chosen, coef * rejected, weights, pair_mask, name="preference_loss")
 
 
+@checked
 def log1mexp(logp: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
     """log(1 - e^x) for x <= 0, accurate at both ends; a probability e^x within the dtype's eps of one counts as one minus eps.
 

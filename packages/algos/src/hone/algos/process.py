@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hone.algos.checks import checked
 from hone.algos.masking import upcast
 from hone.algos.protocol import Loss
 from hone.algos.reduce import weighted_sum
 
 
+@checked
 def reward_token_logits(logits: Float[Tensor, "T V"], reward_tokens: Int[Tensor, " C"]) -> Float[Tensor, "T C"]:
     """The columns of the chosen reward tokens, in their order; the rest of the vocabulary then has no say in the softmax.
 
@@ -24,6 +26,7 @@ def reward_token_logits(logits: Float[Tensor, "T V"], reward_tokens: Int[Tensor,
     return logits.index_select(-1, reward_tokens)
 
 
+@checked
 def reward_token_columns(labels: Int[Tensor, " T"], reward_tokens: Int[Tensor, " C"], step_mask: Bool[Tensor, " T"]) -> Int[Tensor, " T"]:
     """Labels given as token ids turned into columns of `reward_token_logits`; zero off the mask.
 
@@ -36,6 +39,7 @@ def reward_token_columns(labels: Int[Tensor, " T"], reward_tokens: Int[Tensor, "
     return torch.where(step_mask, matches.long().argmax(-1), 0)
 
 
+@checked
 def hard_process_loss(
     logits: Float[Tensor, "T C"], columns: Int[Tensor, " T"], weights: Float[Tensor, " T"], step_mask: Bool[Tensor, " T"]
 ) -> Loss:
@@ -50,6 +54,7 @@ def hard_process_loss(
     return _loss(-picked, logp.argmax(-1) == columns, weights, step_mask)
 
 
+@checked
 def soft_process_loss(
     logits: Float[Tensor, "T C"], targets: Float[Tensor, "T C"], weights: Float[Tensor, " T"], step_mask: Bool[Tensor, " T"]
 ) -> Loss:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hone.algos.batch import rows_of_tokens
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask
 from hone.algos.ranges import Range
 
@@ -37,6 +38,7 @@ class Reduction:
             raise ValueError(f"reduction length is {self.length}; it must be at least 1 token")
 
 
+@checked
 def token_weights(action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plus_1"], reduction: Reduction) -> Float[Tensor, " T"]:
     """Weight of every token of ONE optimiser step (all rows of all ranks at once); zero off the mask.
 
@@ -56,6 +58,7 @@ def token_weights(action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_p
     return (mask / (live_rows * reduction.length)).float()
 
 
+@checked
 def weighted_sum(per_token: Float[Tensor, " T"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, ""]:
     """sum_t w_t x_t over the action tokens; zero, and still attached to the graph, where there are none."""
     return (on_mask(weights, action_mask) * on_mask(per_token, action_mask)).sum()

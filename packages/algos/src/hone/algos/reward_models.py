@@ -8,12 +8,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask
 from hone.algos.pairs import paired_loss
 from hone.algos.protocol import Loss
 from hone.algos.reduce import weighted_sum
 
 
+@checked
 def bradley_terry(
     chosen: Float[Tensor, " P"],
     rejected: Float[Tensor, " P"],
@@ -30,6 +32,7 @@ def bradley_terry(
     return paired_loss(-logsigmoid(chosen - rejected - margins), chosen, rejected, weights, pair_mask, name="rm_loss")
 
 
+@checked
 def log_exp(
     chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"], weights: Float[Tensor, " P"], pair_mask: Bool[Tensor, " P"]
 ) -> Loss:
@@ -37,6 +40,7 @@ def log_exp(
     return bradley_terry(chosen, rejected, torch.zeros_like(chosen), weights, pair_mask)
 
 
+@checked
 def reward_centre(
     chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"], weights: Float[Tensor, " P"], pair_mask: Bool[Tensor, " P"], *, coef: float
 ) -> Loss:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hone.algos.batch import rows_of_tokens
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask
 from hone.algos.policy_losses import clipped_surrogate
 from hone.algos.protocol import Loss
@@ -19,6 +20,7 @@ from hone.algos.ratios import log_ratio
 from hone.algos.reduce import weighted_sum
 
 
+@checked
 def gspo_loss(
     logp: Float[Tensor, " T"],
     old_logp: Float[Tensor, " T"],
@@ -44,6 +46,7 @@ def gspo_loss(
     return clipped_surrogate(sequence, old, advantages, weights, action_mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
 
 
+@checked
 def gspo_token_loss(
     logp: Float[Tensor, " T"],
     old_logp: Float[Tensor, " T"],
@@ -68,6 +71,7 @@ def gspo_token_loss(
     return clipped_surrogate(carried, old, advantages, weights, action_mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
 
 
+@checked
 def gmpo_loss(
     logp: Float[Tensor, " T"],
     old_logp: Float[Tensor, " T"],

@@ -12,10 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hone.algos.batch import rows_of_tokens
+from hone.algos.checks import checked
 from hone.algos.group_baselines import group_index
 from hone.algos.masking import on_mask, upcast
 
 
+@checked
 @torch.no_grad()
 def clip_scores(scores: Float[Tensor, " N"], *, low: float, high: float) -> Float[Tensor, " N"]:
     """min(max(r, low), high). Raises ValueError unless low < high."""
@@ -24,6 +26,7 @@ def clip_scores(scores: Float[Tensor, " N"], *, low: float, high: float) -> Floa
     return upcast(scores).clamp(low, high)
 
 
+@checked
 @torch.no_grad()
 def overlong_penalty(lengths: Int[Tensor, " N"], *, max_length: int, buffer: int, factor: float = 1.0) -> Float[Tensor, " N"]:
     """What a long row loses: 0 up to L - c action tokens, factor (L - c - l) / c up to L, -factor beyond; add it to the score.
@@ -36,6 +39,7 @@ def overlong_penalty(lengths: Int[Tensor, " N"], *, max_length: int, buffer: int
     return -factor * ((lengths.double() - (max_length - buffer)) / buffer).clamp(0, 1)
 
 
+@checked
 @torch.no_grad()
 def stop_properly(scores: Float[Tensor, " N"], truncated: Bool[Tensor, " N"], *, coef: float) -> Float[Tensor, " N"]:
     """Scores of rows that were cut off: min(r, coef r) for coef in [0, 1], min(r, coef) for coef below 0; others stay.
@@ -49,6 +53,7 @@ def stop_properly(scores: Float[Tensor, " N"], truncated: Bool[Tensor, " N"], *,
     return torch.where(truncated, torch.minimum(scores, lowered), scores)
 
 
+@checked
 @torch.no_grad()
 def rescored(
     rewards: Float[Tensor, " T"], scores: Float[Tensor, " N"], action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plus_1"]
@@ -80,6 +85,7 @@ class RunningMoments:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
 
+@checked
 @torch.no_grad()
 def update_moments(moments: RunningMoments, scores: Float[Tensor, " N"]) -> RunningMoments:
     """The moments with these scores seen too, the same for any cut into batches (up to rounding).
@@ -105,6 +111,7 @@ def update_moments(moments: RunningMoments, scores: Float[Tensor, " N"]) -> Runn
     )
 
 
+@checked
 @torch.no_grad()
 def normalise_scores(scores: Float[Tensor, " N"], moments: RunningMoments, *, eps: float) -> Float[Tensor, " N"]:
     """(r - mean) / (std + eps) by what was seen; only centred while everything seen was equal, unchanged before anything was."""
@@ -112,6 +119,7 @@ def normalise_scores(scores: Float[Tensor, " N"], moments: RunningMoments, *, ep
     return ((scores.double() - moments.mean) / scale).to(upcast(scores).dtype)
 
 
+@checked
 @torch.no_grad()
 def varied_groups(
     scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Tensor, " N"], *, min_std: float = 0.0
@@ -127,6 +135,7 @@ def varied_groups(
     return ((squares / sizes.clamp(min=1)).sqrt() > min_std)[index]
 
 
+@checked
 @torch.no_grad()
 def groups_in_range(
     scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Tensor, " N"], *, low: float, high: float

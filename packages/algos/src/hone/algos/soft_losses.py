@@ -8,12 +8,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask
 from hone.algos.protocol import Loss
 from hone.algos.ratios import importance_ratio, log_ratio
 from hone.algos.reduce import weighted_sum
 
 
+@checked
 def reinforce_loss(
     logp: Float[Tensor, " T"], advantages: Float[Tensor, " T"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]
 ) -> Loss:
@@ -25,6 +27,7 @@ def reinforce_loss(
     return Loss(total=total, metrics={"policy_loss": total.detach()})
 
 
+@checked
 def cispo_loss(
     logp: Float[Tensor, " T"],
     old_logp: Float[Tensor, " T"],
@@ -56,6 +59,7 @@ def cispo_loss(
     return Loss(total=loss.total, metrics=metrics)
 
 
+@checked
 def sapo_loss(
     logp: Float[Tensor, " T"],
     old_logp: Float[Tensor, " T"],
@@ -92,6 +96,7 @@ def sapo_loss(
     return Loss(total=total, metrics=metrics)
 
 
+@checked
 def scaled_advantages(advantages: Float[Tensor, " T"], factor: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:
     """factor_t A_t, detached: zero off the mask, and wherever A or the factor is zero, however large the other is.
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from hone.algos.advantages import discounted_returns, gae, group_centred, group_normalised, row_sums, spread
 from hone.algos.batch import rows_of_tokens
+from hone.algos.checks import checked
 from hone.algos.group_baselines import action_counts, group_index
 from hone.algos.masking import upcast
 
 
+@checked
 @torch.no_grad()
 def turn_starts(action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plus_1"]) -> Bool[Tensor, " T"]:
     """True on the first action token of every turn; a turn never runs on into the next row."""
@@ -23,6 +25,7 @@ def turn_starts(action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plu
     return starts
 
 
+@checked
 @torch.no_grad()
 def turn_gae(
     rewards: Float[Tensor, " T"],
@@ -47,6 +50,7 @@ def turn_gae(
     return _over_turns(advantages, starts, action_mask, like=values), _over_turns(returns, starts, action_mask, like=values)
 
 
+@checked
 @torch.no_grad()
 def anchor_centred(
     rewards: Float[Tensor, " T"],
@@ -67,6 +71,7 @@ def anchor_centred(
     return _over_turns(_scattered(group_centred(to_go, cell), starts), starts, action_mask, like=rewards)
 
 
+@checked
 @torch.no_grad()
 def anchor_normalised(
     rewards: Float[Tensor, " T"],
@@ -87,6 +92,7 @@ def anchor_normalised(
     return _over_turns(_scattered(group_normalised(to_go, cell, eps=eps), starts), starts, action_mask, like=rewards)
 
 
+@checked
 @torch.no_grad()
 def gigpo(
     rewards: Float[Tensor, " T"],
@@ -111,6 +117,7 @@ def gigpo(
     return (spread(episode, action_mask, cu_seqlens) + step_weight * step).to(upcast(rewards).dtype)
 
 
+@checked
 @torch.no_grad()
 def process_normalised(
     rewards: Float[Tensor, " T"],

@@ -4,11 +4,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hone.algos.checks import checked
 from hone.algos.masking import on_mask
 from hone.algos.protocol import Loss
 from hone.algos.reduce import weighted_sum
 
 
+@checked
 def squared_value_loss(
     values: Float[Tensor, " T"], returns: Float[Tensor, " T"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]
 ) -> Loss:
@@ -17,6 +19,7 @@ def squared_value_loss(
     return _loss(0.5 * (values - returns).square(), values, returns, weights, action_mask)
 
 
+@checked
 def clipped_value_loss(
     values: Float[Tensor, " T"],
     old_values: Float[Tensor, " T"],

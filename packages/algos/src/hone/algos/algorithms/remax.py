@@ -11,12 +11,14 @@ from hone.algos.advantages import discounted_returns, row_sums, spread
 from hone.algos.algorithms.correction import Correction
 from hone.algos.algorithms.terms import Clip, KLPenalty, surrogate
 from hone.algos.batch import Batch, Scored
+from hone.algos.checks import checked
 from hone.algos.group_baselines import greedy_baselines
 from hone.algos.protocol import Advantages, Loss, Outputs
 from hone.algos.ranges import Range
 from hone.algos.reduce import Reduction
 
 
+@checked
 def with_greedy(batch: Batch, greedy_scores: Float[Tensor, " P"], greedy_group: Int[Tensor, " P"]) -> Batch:
     """The batch with its prompts' greedy scores, found by group id.
 
