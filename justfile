@@ -54,4 +54,5 @@ golden:
 
 # Rewrite the generated pages.
 docs:
+    uv run python -m hone.algos.table > docs/algorithms.md
     uv run python -m hone.launch.observe.metrics > docs/metrics.md

@@ -141,6 +141,8 @@ class Offline(Protocol):
     """A frozen dataclass of hyper-parameters; its loss is one of the three below, by what it reads of the model."""
 
     name: ClassVar[str]
+    house: ClassVar[frozenset[str]]
+    """Settings whose default is this project's or a peer's: the paper has none, or another."""
 
     @property
     def needs(self) -> frozenset[str]:

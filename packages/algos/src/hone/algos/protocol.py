@@ -62,6 +62,8 @@ class Algorithm(Protocol):
     """The two pure methods of a policy-gradient algorithm, and what it needs computed beforehand."""
 
     name: ClassVar[str]
+    house: ClassVar[frozenset[str]]
+    """Settings whose default is this project's or a peer's: the paper has none, or another."""
 
     @property
     def needs(self) -> frozenset[str]:

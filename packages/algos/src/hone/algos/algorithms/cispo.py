@@ -17,6 +17,7 @@ class CISPO:
     """Clipped importance-sampling policy optimisation: group advantages, weights by token."""
 
     name: ClassVar[str] = "cispo"
+    house: ClassVar[frozenset[str]] = frozenset({"ratio_cap", "advantage.eps"})
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.0, estimator="k3", use_loss=True))
     """Penalty for leaving the reference model; the paper has none."""

@@ -16,6 +16,7 @@ class DAPO:
     """Decoupled clip; the paper's dynamic sampling and overlong penalty act on rewards, before this."""
 
     name: ClassVar[str] = "dapo"
+    house: ClassVar[frozenset[str]] = frozenset({"advantage.eps"})
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.0, estimator="k3", use_loss=True))
     """Penalty for leaving the reference model; the paper has none."""

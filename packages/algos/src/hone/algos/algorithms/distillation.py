@@ -26,6 +26,7 @@ class Distillation:
     """A divergence to the teacher at every token, mixed with the likelihood of the tokens themselves."""
 
     name: ClassVar[str] = "kd"
+    house: ClassVar[frozenset[str]] = frozenset({"divergence", "beta", "kd_coef"})
 
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
     """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence between them."""

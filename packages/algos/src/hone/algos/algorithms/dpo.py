@@ -1,4 +1,4 @@
-"""DPO, and with its two further settings cDPO and RPO. Reference: arXiv 2305.18290 eq 7; 2404.19733 (the likelihood's term)."""
+"""DPO: the policy is its own reward model; cDPO and RPO are two of its settings. Reference: arXiv 2305.18290 eq 7; 2404.19733 (NLL)."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -17,6 +17,7 @@ class DPO:
     """Direct preference optimisation: the chosen answer's log-ratio to the reference above the rejected one's."""
 
     name: ClassVar[str] = "dpo"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     beta: Annotated[float, Range(low=0, open_low=True)] = 0.1
     """Reward per nat of log-ratio, above 0; the larger, the closer to the reference."""

@@ -17,6 +17,7 @@ class DrGRPO:
     """GRPO done right: scores less their group's mean, and a loss divided by a constant length."""
 
     name: ClassVar[str] = "dr_grpo"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.0))
     """Penalty for leaving the reference model."""

@@ -17,6 +17,7 @@ class GMPO:
     """Geometric-mean policy optimisation: one wild token moves a row's ratio little."""
 
     name: ClassVar[str] = "gmpo"
+    house: ClassVar[frozenset[str]] = frozenset({"advantage.eps"})
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.0, estimator="k3", use_loss=True))
     """Penalty for leaving the reference model; the paper has none."""

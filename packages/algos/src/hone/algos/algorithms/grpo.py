@@ -16,6 +16,7 @@ class GRPO:
     """Group-relative policy optimisation: no critic."""
 
     name: ClassVar[str] = "grpo"
+    house: ClassVar[frozenset[str]] = frozenset({"kl.gradient", "clip.low", "clip.high", "advantage.eps"})
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.04, estimator="k3", use_loss=True))
     """Penalty for leaving the reference model."""

@@ -17,6 +17,7 @@ class GSPO:
     """Group sequence policy optimisation: whole rows are clipped or kept, as whole rows are rewarded."""
 
     name: ClassVar[str] = "gspo"
+    house: ClassVar[frozenset[str]] = frozenset({"advantage.eps"})
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.0, estimator="k3", use_loss=True))
     """Penalty for leaving the reference model; the paper has none."""

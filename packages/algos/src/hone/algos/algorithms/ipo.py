@@ -16,6 +16,7 @@ class IPO:
     """Identity preference optimisation, on log-ratios averaged per token as its authors' code does."""
 
     name: ClassVar[str] = "ipo"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     beta: Annotated[float, Range(low=0, open_low=True)] = 0.1
     """The paper's tau, above 0; the aim for the difference of log-ratios is 1 / (2 beta) [nats per token]."""

@@ -16,6 +16,7 @@ class KTO:
     """Kahneman-Tversky optimisation. Choose the weights so that good ones times their number over bad ones' lies in [1, 3/2]."""
 
     name: ClassVar[str] = "kto"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     beta: Annotated[float, Range(low=0, open_low=True)] = 0.1
     """Reward per nat of log-ratio, above 0."""

@@ -19,6 +19,7 @@ class OnPolicyDistillation:
     """The reference model is the teacher; an advantage is how much likelier it finds a token. Rewards are not looked at."""
 
     name: ClassVar[str] = "on_policy_distill"
+    house: ClassVar[frozenset[str]] = frozenset({"clip.low", "clip.high"})
 
     clip: Clip = field(default_factory=Clip)
     """How far the policy may move from the one that sampled before a token stops counting."""

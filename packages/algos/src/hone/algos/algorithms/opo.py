@@ -20,6 +20,7 @@ class OPO:
     """
 
     name: ClassVar[str] = "opo"
+    house: ClassVar[frozenset[str]] = frozenset({"clip.low", "clip.high"})
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.0))
     """Penalty for leaving the reference model."""

@@ -15,6 +15,7 @@ class ORPO:
     """Odds-ratio preference optimisation: no reference model."""
 
     name: ClassVar[str] = "orpo"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     coef: Annotated[float, Range(low=0)] = 0.1
     """Weight of the odds ratio's term (the paper's lambda), at least 0."""

@@ -35,6 +35,7 @@ class PPO:
     """Proximal policy optimisation with a critic."""
 
     name: ClassVar[str] = "ppo"
+    house: ClassVar[frozenset[str]] = frozenset({"kl.init_coef", "advantage.lambd", "value_clip"})
 
     kl: KLPenalty = field(default_factory=KLPenalty)
     """Penalty for leaving the reference model."""

@@ -18,6 +18,7 @@ class ProcessRewardModel:
     """Cross-entropy between the labels' shares and what the model says where a step ends; hard labels are shares of one."""
 
     name: ClassVar[str] = "prm"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     reward_tokens: tuple[int, ...] = ()
     """Ids of the tokens that stand for the labels, in the order of the targets; none if the logits are a classifier's."""

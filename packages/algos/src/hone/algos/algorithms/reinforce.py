@@ -27,6 +27,7 @@ class Reinforce:
     """REINFORCE with the clipped surrogate, and the rollout's own mean and deviation for a baseline."""
 
     name: ClassVar[str] = "reinforce"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=1e-3))
     """Penalty for leaving the reference model."""

@@ -17,6 +17,7 @@ class ReinforceBaseline:
     """The group's mean for a baseline, the rollout's deviation for a scale: groups that agree are not blown up."""
 
     name: ClassVar[str] = "reinforce_baseline"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=1e-3, estimator="k2", use_loss=True))
     """Penalty for leaving the reference model."""

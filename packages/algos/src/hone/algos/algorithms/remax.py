@@ -36,6 +36,7 @@ class ReMax:
     """
 
     name: ClassVar[str] = "remax"
+    house: ClassVar[frozenset[str]] = frozenset({"kl.init_coef", "clip.low", "clip.high"})
 
     kl: KLPenalty = field(default_factory=KLPenalty)
     """Penalty for leaving the reference model."""

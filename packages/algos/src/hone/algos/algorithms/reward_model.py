@@ -18,6 +18,7 @@ class RewardModel:
     """Bradley-Terry on pairs, with the pairs' margins where they have any."""
 
     name: ClassVar[str] = "rm"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     centre_coef: Annotated[float, Range(low=0)] = 0.0
     """Weight of the squared sum of a pair's scores, which pairs alone leave free, at least 0; 0.01 is usual."""

@@ -22,6 +22,7 @@ class RLOO:
     """
 
     name: ClassVar[str] = "rloo"
+    house: ClassVar[frozenset[str]] = frozenset({"clip.low", "clip.high"})
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.03))
     """Penalty for leaving the reference model."""

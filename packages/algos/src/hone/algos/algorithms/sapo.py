@@ -17,6 +17,7 @@ class SAPO:
     """Soft adaptive policy optimisation: a token fades as its ratio leaves one, faster if it is a bad one."""
 
     name: ClassVar[str] = "sapo"
+    house: ClassVar[frozenset[str]] = frozenset({"advantage.eps"})
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.0, estimator="k3", use_loss=True))
     """Penalty for leaving the reference model; the paper has none."""

@@ -14,6 +14,7 @@ class SFT:
     """Supervised fine-tuning: the negative log-likelihood of the answers' tokens."""
 
     name: ClassVar[str] = "sft"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     reduction: Reduction = field(default_factory=Reduction)
     """How the answers' tokens are weighted within an optimiser step."""

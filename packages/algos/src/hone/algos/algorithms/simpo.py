@@ -15,6 +15,7 @@ class SimPO:
     """Simple preference optimisation: what is compared is what generation goes by, the mean over tokens."""
 
     name: ClassVar[str] = "simpo"
+    house: ClassVar[frozenset[str]] = frozenset()
 
     beta: Annotated[float, Range(low=0, open_low=True)] = 2.0
     """Reward per nat of mean log-probability, above 0; 2 to 2.5 in the authors' recipes, 10 for some models."""

@@ -37,6 +37,7 @@ class VAPO:
     """Value-augmented proximal policy optimisation. Its critic is to be trained some steps before the policy (50 in the paper)."""
 
     name: ClassVar[str] = "vapo"
+    house: ClassVar[frozenset[str]] = frozenset({"correct_above", "value_clip"})
 
     kl: KLPenalty = field(default_factory=lambda: KLPenalty(init_coef=0.0))
     """Penalty for leaving the reference model."""
