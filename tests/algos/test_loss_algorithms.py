@@ -20,13 +20,13 @@ from hone.algos.algorithms.terms import Clip, GroupAdvantage, KLPenalty
 from hone.algos.batch import select
 from hone.algos.corrections import correction_weights
 from hone.algos.decoupled import decoupled_surrogate
-from hone.algos.divergence_mask import dppo_loss
 from hone.algos.policy_losses import clipped_surrogate
 from hone.algos.protocol import ActorCritic, Algorithm, Outputs
 from hone.algos.ranges import violations
 from hone.algos.reduce import Reduction
 from hone.algos.sequence_losses import gmpo_loss, gspo_loss, gspo_token_loss
 from hone.algos.soft_losses import cispo_loss, reinforce_loss, sapo_loss, scaled_advantages
+from hone.algos.trust_region import dppo_loss
 from tests.algos.strategies import law, poisoned, reductions, scored_batch, scored_batches
 from tests.reference.fixtures import f1
 

@@ -20,7 +20,7 @@ from hone.algos.algorithms.rloo import RLOO
 from hone.algos.algorithms.terms import Clip, KLPenalty
 from hone.algos.algorithms.vapo import VAPO, LengthAdaptiveAdvantage
 from hone.algos.batch import Batch, select
-from hone.algos.judge import judge
+from hone.algos.judging import judge
 from hone.algos.lambda_schedules import length_adaptive_gae
 from hone.algos.protocol import ActorCritic, Algorithm, Outputs
 from hone.algos.ranges import violations

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hone.algos.kto import anchor_sums, kl_anchor, kto
+from hone.algos.kto import anchor_sums, kl_anchor, kto_loss
 from hone.algos.pairs import pair_weights, row_logp, row_mean_logp, split_pairs
 from hone.algos.preference import conservative_dpo, dpo, ipo, ipo_summed, log1mexp, odds_ratio, orpo, robust_dpo, rpo, simpo
 from hone.algos.reward_models import bradley_terry, log_exp, reward_centre
@@ -30,7 +30,7 @@ EXTRA = {
     "centre": lambda c, r, w, m: reward_centre(c, r, w, m, coef=0.01),
     "rpo": lambda c, r, w, m: rpo(c, r, c, w, m, beta=0.4, nll_coef=0.1),
     "odds ratio": lambda c, r, w, m: odds_ratio(c, r, w, m, coef=0.1),
-    "kto": lambda c, r, w, m: kto(
+    "kto": lambda c, r, w, m: kto_loss(
         c - r, torch.arange(c.numel()) % 2 == 0, w, m, torch.tensor(0.3), beta=0.4, desirable_weight=1.3, undesirable_weight=0.7
     ),
 }
@@ -100,14 +100,14 @@ def test_kto_golden():
     ratios = _fp64(1.0, NAN, -0.5).requires_grad_()
     desirable, mask = torch.tensor([True, True, False]), torch.tensor([True, False, True])
     settings = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
-    loss = kto(ratios, desirable, _fp64(0.5, NAN, 0.5), mask, anchor, **settings)
+    loss = kto_loss(ratios, desirable, _fp64(0.5, NAN, 0.5), mask, anchor, **settings)
     assert_close(loss.total.detach(), _fp64(0.5 * (0.482507 + 0.480011)).squeeze(), rtol=0, atol=1e-6)
     figures = {name: round(float(figure), 9) for name, figure in loss.metrics.items() if name != "preference_loss"}
     assert figures == {"kl_anchor": 0.3, "chosen_reward": 0.05, "rejected_reward": -0.025}
     loss.total.backward()
     # sigma' = .482507 * .517493 and .480011 * .519989, times beta / 2, with opposite signs
     assert_close(ratios.grad, _fp64(-0.0124847, 0.0, 0.0124800), rtol=0, atol=1e-6)
-    good_only = kto(ratios.detach(), desirable, _fp64(1.0, NAN, 0.0), torch.tensor([True, False, False]), anchor, **settings)
+    good_only = kto_loss(ratios.detach(), desirable, _fp64(1.0, NAN, 0.0), torch.tensor([True, False, False]), anchor, **settings)
     assert_close(good_only.total, _fp64(0.482507).squeeze(), rtol=0, atol=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_paired_losses_equal_the_reference(name, batch):
 def test_kto_equals_the_reference(batch, anchor):
     ratios, _, weights, mask = batch
     good = torch.arange(ratios.numel()) % 2 == 0
-    actual = kto(ratios, good, weights, mask, _fp64(anchor).squeeze(), beta=0.4, desirable_weight=1.3, undesirable_weight=0.7)
+    actual = kto_loss(ratios, good, weights, mask, _fp64(anchor).squeeze(), beta=0.4, desirable_weight=1.3, undesirable_weight=0.7)
     columns = zip(ratios.tolist(), good.tolist(), weights.tolist(), strict=True)
     expected = sum(w * numpy_offline.kto(r, anchor, good=g, beta=0.4, scale=1.3 if g else 0.7) for r, g, w in columns)
     assert_close(actual.total, _fp64(expected).squeeze())
@@ -205,7 +205,7 @@ def test_kto_adds_up_with_one_anchor():
     ratios, good, weights = _fp64(1.0, -0.5, 2.0), torch.tensor([True, False, True]), _fp64(0.2, 0.3, 0.5)
     mask, anchor = torch.ones(3, dtype=torch.bool), _fp64(0.3).squeeze()
     parts = [
-        kto(ratios[part], good[part], weights[part], mask[part], anchor, beta=0.4, desirable_weight=1.3, undesirable_weight=0.7)
+        kto_loss(ratios[part], good[part], weights[part], mask[part], anchor, beta=0.4, desirable_weight=1.3, undesirable_weight=0.7)
         for part in (slice(0, 3), slice(0, 1), slice(1, 3))
     ]
     assert_close((parts[1] + parts[2]).total, parts[0].total)

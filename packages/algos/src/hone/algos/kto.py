@@ -1,7 +1,7 @@
 """KTO: answers judged good or bad one by one, against an anchor. M mismatched rows, N judged rows; log-ratios in nats.
 
 Flow: mismatched rows (prompt i with another prompt's answer) -> `anchor_sums` on every rank -> added up over ranks ->
-`kl_anchor` -> `kto`. Sums and counts are added, never means: a mean of the ranks' means depends on how rows were dealt out.
+`kl_anchor` -> `kto_loss`. Sums and counts are added, never means: a mean of the ranks' means depends on how rows were dealt out.
 """
 
 import torch
@@ -37,7 +37,7 @@ def kl_anchor(sums: Float[Tensor, "2"]) -> Float[Tensor, ""]:
 
 
 @checked
-def kto(
+def kto_loss(
     log_ratios: Float[Tensor, " N"],
     desirable: Bool[Tensor, " N"],
     weights: Float[Tensor, " N"],

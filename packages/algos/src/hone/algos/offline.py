@@ -80,13 +80,13 @@ class Taught(Packed):
     teacher_tokens: Int[Tensor, "T K"] | None = None
 
 
-def demonstrations(rows: Packed, *, reduction: Reduction) -> Demonstrations:
+def weighed_demonstrations(rows: Packed, *, reduction: Reduction) -> Demonstrations:
     """Rows to imitate, their tokens weighed as the reduction says."""
     return Demonstrations(**_fields(rows), weights=token_weights(rows.action_mask, rows.cu_seqlens, reduction))
 
 
 @checked
-def pairs(rows: Packed, *, margins: Float[Tensor, " P"] | None = None) -> Pairs:
+def weighed_pairs(rows: Packed, *, margins: Float[Tensor, " P"] | None = None) -> Pairs:
     """Chosen and rejected answers side by side, every pair weighing the same; `margins` [reward] are for reward models, 0 if not given.
 
     Raises ValueError for an odd number of rows, or for another number of margins than pairs.
@@ -102,7 +102,7 @@ def pairs(rows: Packed, *, margins: Float[Tensor, " P"] | None = None) -> Pairs:
 
 
 @checked
-def judgements(rows: Packed, desirable: Bool[Tensor, " N"]) -> Judgements:
+def weighed_judgements(rows: Packed, desirable: Bool[Tensor, " N"]) -> Judgements:
     """Answers judged good (True) or bad, every one weighing the same; see `with_anchor`."""
     live = action_counts(rows.action_mask, rows.cu_seqlens) > 0
     return Judgements(**_fields(rows), row_weights=pair_weights(live), desirable=desirable)
@@ -115,20 +115,20 @@ def with_anchor(rows: Judgements, sums: Float[Tensor, "2"]) -> Judgements:
 
 
 @checked
-def steps(rows: Packed, targets: Float[Tensor, "T C"], *, reduction: Reduction) -> Steps:
+def weighed_steps(rows: Packed, targets: Float[Tensor, "T C"], *, reduction: Reduction) -> Steps:
     """Rows with shares of labels at their steps' ends (the action mask); hard labels are `one_hot` of a column.
 
     Raises ValueError where targets at a step's end are negative, not finite, or do not add up to one.
     """
     own = targets[rows.action_mask]
-    require_finite("steps", "targets", own)
+    require_finite("weighed_steps", "targets", own)
     if bool((own < 0).any()) or bool(((own.sum(-1) - 1).abs() > 1e-3).any()):
         raise ValueError("targets of a step must be at least 0 and add up to 1, such as [1 - q, q] for a share q of good ones")
     return Steps(**_fields(rows), weights=token_weights(rows.action_mask, rows.cu_seqlens, reduction), targets=targets)
 
 
 @checked
-def taught(
+def weighed_taught(
     rows: Packed, teacher_logp: Float[Tensor, "T K"], *, reduction: Reduction, teacher_tokens: Int[Tensor, "T K"] | None = None
 ) -> Taught:
     """Rows with the teacher's log-probabilities, their tokens weighed as the reduction says."""

@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 
 from hone.algos.batch import pack
-from hone.algos.judge import judge, optimiser_steps
+from hone.algos.judging import judge, optimiser_steps
 from hone.algos.protocol import Algorithm
 from hone.launch.measure import mismatch_metrics, rollout_metrics, staleness_metrics, training_metrics
 from hone.launch.parts import Parts

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from hone.algos.kto import kto
+from hone.algos.kto import kto_loss
 from hone.algos.masking import upcast
 from hone.algos.offline import Judgements
 from hone.algos.pairs import row_logp
@@ -33,7 +33,7 @@ class KTO:
     def loss(self, outputs: Outputs, rows: Judgements) -> Loss:
         """The loss over any part of an optimiser step."""
         log_ratios = row_logp(upcast(outputs.logp) - upcast(rows.require("ref_logp")), rows.action_mask, rows.cu_seqlens)
-        return kto(
+        return kto_loss(
             log_ratios,
             rows.desirable,
             rows.row_weights,

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hone.algos.divergence_mask import binary_kl, binary_tv, divergence_mask, dppo_loss
 from hone.algos.policy_losses import clipped_surrogate
 from hone.algos.reduce import Reduction, token_weights
+from hone.algos.trust_region import binary_kl, binary_tv, divergence_mask, dppo_loss
 from tests.algos.strategies import law, poisoned, scored_batches
 from tests.reference import numpy_losses
 from tests.reference.fixtures import f1, scatter

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from hone.algos.algorithms.grpo import GRPO
 from hone.algos.algorithms.ppo import PPO
 from hone.algos.batch import Batch, Scored
-from hone.algos.judge import judge, optimiser_steps
+from hone.algos.judging import judge, optimiser_steps
 from hone.algos.reduce import Reduction, token_weights
 from tests.algos.strategies import PER_TOKEN, law, reductions, scored_batch, scored_batches
 
