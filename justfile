@@ -39,6 +39,13 @@ isolated:
 test *args:
     uv run pytest {{args}}
 
+# The peers' wheels are plain Python, whatever their tags say: one and the same everywhere. Hashes are verified.
+
+# Install the peers' releases apart, into .peers/ and without dependencies, for tests/parity.
+peers:
+    uv pip install --quiet --no-deps --no-build --python-version 3.11 --python-platform x86_64-unknown-linux-gnu \
+        --target .peers -r tests/parity/requirements.txt
+
 # Benchmarks: ours beside a peer, ratios and shares of a roof, without the type-checking hook. Refuses a dirty tree.
 bench *args:
     git diff --quiet HEAD
