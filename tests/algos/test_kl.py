@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hone.algos.kl import ESTIMATORS, k1, k2, k3, kl_loss, kl_per_token
+from hone.algos.kl import ESTIMATORS, k1, k2, k3, kl_loss, kl_per_token, weighted_kl_loss
 from hone.algos.ratios import importance_ratio, log_ratio
 from hone.algos.reduce import Reduction, token_weights
 from tests.algos.strategies import law, scored_batches
@@ -89,6 +89,44 @@ def test_the_reverse_gradient_is_finite_where_the_policy_has_left_the_reference(
     one, mask = torch.ones(1), torch.tensor([True])
     kl_loss(logp, torch.zeros(1), one, mask, coef=1.0, estimator=estimator, gradient="reverse").total.backward()
     assert_close(logp.grad, torch.tensor([-100.0]))
+
+
+@pytest.mark.parametrize("distance", [-1000.0, -100.0, 100.0, 1000.0])
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_value_and_gradient_stay_finite_and_pull_back_at_any_distance(estimator, distance):
+    ref_logp, old_logp, one, mask = torch.tensor([-1000.0]), torch.tensor([-1000.0 - distance]), torch.ones(1), torch.tensor([True])
+    losses = [
+        lambda logp: kl_loss(logp, ref_logp, one, mask, coef=1.0, estimator=estimator, gradient="reverse"),
+        lambda logp: weighted_kl_loss(logp, old_logp, ref_logp, one, mask, coef=1.0, estimator=estimator, ratio_cap=10.0),
+    ]
+    for loss, weight in zip(losses, (1.0, 10.0 if distance > 0 else 0.0), strict=True):
+        logp = torch.tensor([-1000.0 + distance], requires_grad=True)
+        total = loss(logp).total
+        total.backward()
+        assert total.isfinite()
+        assert_close(logp.grad, torch.tensor([weight * distance]))
+
+
+@pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
+def test_the_weighted_gradient_is_unbiased_under_the_old_policys_samples(estimator):
+    # Samples from the old policy, enumerated: the expectation of rho d grad logp is the gradient of KL(policy || reference).
+    logits = torch.tensor([0.5, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([-0.4, 0.3, 0.0], dtype=torch.float64).log_softmax(-1)
+    ref = torch.tensor([0.0, 0.3, -0.4], dtype=torch.float64).log_softmax(-1)
+    logp, mask = logits.log_softmax(-1), torch.ones(3, dtype=torch.bool)
+    loss = weighted_kl_loss(logp, old, ref, old.exp(), mask, coef=1.0, estimator=estimator, ratio_cap=1e6)
+    (actual,) = torch.autograd.grad(loss.total, logits, retain_graph=True)
+    truth = (logp.exp() * (logp - ref)).sum()
+    assert_close(actual, torch.autograd.grad(truth, logits)[0])
+    if estimator != "k2":
+        assert_close(loss.total, truth)
+
+
+def test_the_weighted_penalty_needs_a_finite_cap():
+    one, mask = torch.zeros(1), torch.tensor([True])
+    for cap in (0.0, float("inf")):
+        with pytest.raises(ValueError, match="a finite ratio above 0 is needed"):
+            weighted_kl_loss(one, one, one, one, mask, coef=1.0, estimator="k3", ratio_cap=cap)
 
 
 def test_ratios_golden():

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from hone.algos.controllers import AdaptiveKL
 from hone.algos.group_baselines import action_counts, pass_at_k
-from hone.algos.kl import Gradient, kl_loss, kl_per_token
+from hone.algos.kl import Gradient, kl_loss, kl_per_token, weighted_kl_loss
 from hone.algos.shaping import groups_in_range, overlong_penalty, rescored, stop_properly, varied_groups
 from tests.parity.cases import agree, case, losses_agree, our_head, single, value_and_gradient
 
@@ -46,6 +46,11 @@ def test_openrlhf_weighs_the_kl_gradient_off_policy(openrlhf: SimpleNamespace) -
     assert_close(theirs[0], ours[0])
     assert_close(theirs[1], torch.full((1, 1), 1.0))
     assert_close(ours[1], torch.full((1, 1), 0.5))
+    mask = torch.tensor([True])
+    weighted = value_and_gradient(
+        lambda x: weighted_kl_loss(x[0], old[0], ref[0], torch.ones(1), mask, coef=1.0, estimator="k3", ratio_cap=10.0).total, logp
+    )
+    assert_close(weighted, (2 * ours[0], theirs[1]))  # their value lacks the weight
 
 
 def test_openrlhf_caps_the_kl_at_ten(openrlhf: SimpleNamespace) -> None:

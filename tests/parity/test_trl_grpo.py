@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hone.algos.controllers import AdaptiveEntropy
-from hone.algos.kl import kl_loss
+from hone.algos.kl import kl_loss, weighted_kl_loss
 from hone.algos.pairs import row_logp
 from hone.algos.policy_losses import clipped_surrogate, entropy_bonus
 from hone.algos.sequence_losses import gmpo_loss, gspo_loss
@@ -160,7 +160,7 @@ def test_trl_corrected_kl_on_policy(trl: SimpleNamespace) -> None:
 
 
 def test_trl_corrected_kl_off_policy(trl: SimpleNamespace) -> None:
-    # rho = 2, d = 0.5, A = 0: theirs is 2 k3 with gradient rho d = 1; ours keeps k3 and d.
+    # rho = 2, d = 0.5, A = 0: theirs is 2 k3 with gradient rho d = 1, as our weighted form; the default keeps k3 and d.
     logp, old, advantage = single(-1.0, -1.0 - math.log(2.0), 0.0)
     given = one_token(logp, old, advantage)
     ref, k3 = torch.tensor([[-1.5]]), math.exp(-0.5) - 1 + 0.5
@@ -172,6 +172,10 @@ def test_trl_corrected_kl_off_policy(trl: SimpleNamespace) -> None:
     )
     assert_close(theirs, (torch.tensor(2 * k3), torch.tensor([[1.0]])))
     assert_close(mine, (torch.tensor(k3), torch.tensor([[0.5]])))
+    weighted = value_and_gradient(
+        lambda x: weighted_kl_loss(x[0], old[0], ref[0], torch.ones(1), mask, coef=1.0, estimator="k3", ratio_cap=10.0).total, logp
+    )
+    assert_close(weighted, theirs)
 
 
 def test_trl_entropy_bonus(trl: SimpleNamespace) -> None:

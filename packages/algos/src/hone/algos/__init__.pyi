@@ -84,6 +84,7 @@ from hone.algos.kl import k2 as k2
 from hone.algos.kl import k3 as k3
 from hone.algos.kl import kl_loss as kl_loss
 from hone.algos.kl import kl_per_token as kl_per_token
+from hone.algos.kl import weighted_kl_loss as weighted_kl_loss
 from hone.algos.kto import anchor_sums as anchor_sums
 from hone.algos.kto import kl_anchor as kl_anchor
 from hone.algos.kto import kto_loss as kto_loss

@@ -12,7 +12,7 @@ from hone.algos.advantages import discounted_returns, group_centred, group_norma
 from hone.algos.algorithms.correction import Correction
 from hone.algos.batch import Batch, Scored
 from hone.algos.group_baselines import action_counts, group_figures
-from hone.algos.kl import kl_loss, kl_per_token
+from hone.algos.kl import kl_loss, kl_per_token, weighted_kl_loss
 from hone.algos.policy_losses import clipped_surrogate, entropy_bonus
 from hone.algos.protocol import Advantages, Loss, Outputs
 from hone.algos.ranges import Range
@@ -30,8 +30,11 @@ class KLPenalty:
     """Estimate of KL per token from d = logp - ref_logp [nats]: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d."""
     use_loss: bool = False
     """Add the penalty to the loss; otherwise it is taken from the rewards, token by token."""
-    gradient: Literal["reverse", "as_written"] = "reverse"
-    """Gradient of the penalty in the loss: that of KL(policy || reference), or the estimator differentiated as it is written."""
+    gradient: Literal["reverse", "unbiased", "as_written"] = "reverse"
+    """Gradient in the loss: that of KL(policy || reference) on policy; the same weighted by policy over sampler, which keeps it right
+    while a rollout is trained on; or the estimator differentiated as it is written."""
+    ratio_cap: Annotated[float, Range(low=0, open_low=True)] = 10.0
+    """Largest such weight of gradient 'unbiased', above 0."""
 
     def __post_init__(self) -> None:
         if self.init_coef > 0 and self.use_loss and self.estimator == "k1" and self.gradient == "as_written":
@@ -61,6 +64,11 @@ class KLPenalty:
         if not self.use_loss:
             figure = weighted_sum(kl_per_token(outputs.logp.detach(), ref_logp, mask, estimator=self.estimator), scored.weights, mask)
             return Loss(total=nothing, metrics={"kl": figure})
+        if self.gradient == "unbiased":
+            old_logp, cap = scored.require("old_logp"), self.ratio_cap
+            return weighted_kl_loss(
+                outputs.logp, old_logp, ref_logp, scored.weights, mask, coef=self.init_coef, estimator=self.estimator, ratio_cap=cap
+            )
         return kl_loss(outputs.logp, ref_logp, scored.weights, mask, coef=self.init_coef, estimator=self.estimator, gradient=self.gradient)
 
 
