@@ -12,12 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hone.algos.corrections import decoupled_surrogate
 from hone.algos.covariance_losses import clip_cov_loss, kl_cov_loss
+from hone.algos.decoupled import decoupled_surrogate
 from hone.algos.distillation import forward_kl, generalised_jsd, lumped_student_logp, lumped_teacher_logp, reverse_kl, tempered_logp
-from hone.algos.divergence_mask import dppo_loss
-from hone.algos.kl import kl_loss
-from hone.algos.kto import kto
+from hone.algos.kl import kl_loss, weighted_kl_loss
+from hone.algos.kto import kto_loss
 from hone.algos.pairs import paired_loss
 from hone.algos.policy_losses import clipped_surrogate, entropy_bonus
 from hone.algos.preference import conservative_dpo, dpo, ipo, ipo_summed, odds_ratio, orpo, robust_dpo, rpo, simpo
@@ -27,6 +26,7 @@ from hone.algos.reward_models import bradley_terry, log_exp, reward_centre
 from hone.algos.sequence_losses import gmpo_loss, gspo_loss, gspo_token_loss
 from hone.algos.soft_losses import cispo_loss, reinforce_loss, sapo_loss
 from hone.algos.supervised import nll
+from hone.algos.trust_region import dppo_loss
 from hone.algos.value_losses import clipped_value_loss, squared_value_loss
 
 ROWS = ["..#.#", "###", "....", "#.##", ".#"]
@@ -201,7 +201,7 @@ TOKENS = [
         call=lambda f, c: f(c.logp, c.old_logp, *_judged(c), **CLIP, dual_clip=1.4),
         leaves=("logp",),
         variant="dual clip",
-        constants=("advantages",),
+        constants=("old_logp", "advantages"),
     ),
     Entry(function=clipped_surrogate, call=lambda f, c: f(c.logp, c.old_logp, *_judged(c), **CLIP), leaves=("logp",)),
     Entry(function=entropy_bonus, call=lambda f, c: f(c.entropy, c.weights, c.mask, coef=0.3), leaves=("entropy",)),
@@ -219,7 +219,7 @@ TOKENS = [
         call=lambda f, c: f(c.logp, c.old_logp, *_judged(c), c.cu_seqlens, clip_low=0.1, clip_high=0.1),
         leaves=("logp",),
         rows="rows",
-        constants=("advantages",),
+        constants=("old_logp", "advantages"),
     ),
     Entry(
         function=gspo_token_loss,
@@ -227,28 +227,28 @@ TOKENS = [
         leaves=("logp",),
         slope=_gspo_token_slope,
         rows="rows",
-        constants=("advantages",),
+        constants=("old_logp", "advantages"),
     ),
     Entry(
         function=gmpo_loss,
         call=lambda f, c: f(c.logp, c.old_logp, *_judged(c), c.cu_seqlens, **LOG_CLIP),
         leaves=("logp",),
         rows="rows",
-        constants=("advantages",),
+        constants=("old_logp", "advantages"),
     ),
     Entry(
         function=clip_cov_loss,
         call=lambda f, c: f(c.logp, c.old_logp, *_judged(c), **CLIP, **COV, generator=torch.Generator().manual_seed(1)),
         leaves=("logp",),
         rows="nothing",
-        constants=("advantages",),
+        constants=("old_logp", "advantages"),
     ),
     Entry(
         function=kl_cov_loss,
         call=lambda f, c: f(c.logp, c.old_logp, *_judged(c), fraction=0.3, coef=0.7),
         leaves=("logp",),
         rows="nothing",
-        constants=("advantages",),
+        constants=("old_logp", "advantages"),
     ),
     *(
         Entry(
@@ -274,9 +274,21 @@ TOKENS = [
             leaves=("logp",),
             slope=(lambda c: 0.3 * c.weights * (c.logp - c.ref_logp)) if gradient == "reverse" else None,
             variant=f"{estimator}, {gradient}",
+            constants=("ref_logp",),
         )
         for estimator in ("k1", "k2", "k3")
         for gradient in ("reverse", "as_written")
+    ),
+    *(
+        Entry(
+            function=weighted_kl_loss,
+            call=lambda f, c, e=estimator: f(c.logp, c.old_logp, c.ref_logp, c.weights, c.mask, coef=0.3, estimator=e, ratio_cap=5.0),
+            leaves=("logp",),
+            slope=lambda c: 0.3 * c.weights * (c.logp - c.old_logp).exp().clamp(max=5.0) * (c.logp - c.ref_logp),
+            variant=estimator,
+            constants=("old_logp", "ref_logp"),
+        )
+        for estimator in ("k1", "k2", "k3")
     ),
     Entry(
         function=squared_value_loss, call=lambda f, c: f(c.values, c.returns, c.weights, c.mask), leaves=("values",), constants=("returns",)
@@ -328,7 +340,7 @@ PAIRS = [
         leaves=("chosen", "rejected"),
         constants=("margins",),
     ),
-    Entry(function=kto, call=_kto, leaves=("chosen",)),
+    Entry(function=kto_loss, call=_kto, leaves=("chosen",)),
 ]
 
 LABELLED = [

@@ -10,16 +10,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hone.algos.advantages import discounted_returns, gae, group_centred, group_normalised, row_sums, spread, whiten
-from hone.algos.corrections import (
-    correction_weights,
-    log_weights,
-    off_policy_sequence_mask,
-    proximal_approximation,
-    sequence_mask_tis,
-)
+from hone.algos.corrections import correction_weights, log_weights, off_policy_sequence_mask, sequence_mask_tis
 from hone.algos.covariance_losses import token_covariance
+from hone.algos.decoupled import proximal_approximation
 from hone.algos.distillation import lumped_teacher_logp, on_policy_distillation_advantages
-from hone.algos.divergence_mask import binary_kl, binary_tv, divergence_mask
 from hone.algos.group_baselines import (
     greedy_baselines,
     greedy_centred,
@@ -32,6 +26,7 @@ from hone.algos.kto import anchor_sums
 from hone.algos.lambda_schedules import decoupled_gae, length_adaptive_gae
 from hone.algos.shaping import RunningMoments, clip_scores, normalise_scores, rescored, stop_properly, update_moments
 from hone.algos.soft_losses import scaled_advantages
+from hone.algos.trust_region import binary_kl, binary_tv, divergence_mask
 from hone.algos.turn_credit import anchor_centred, anchor_normalised, gigpo, process_normalised, turn_gae
 from tests.algos.proofs.losses import Columns, columns
 
@@ -100,9 +95,9 @@ PER_TOKEN = {
     "shaping.rescored": (lambda g: rescored(g.tokens.returns, g.scores, *g.rows), 1),
     "soft_losses.scaled_advantages": (lambda g: scaled_advantages(g.tokens.advantages, g.tokens.margins, g.tokens.mask), None),
     "covariance_losses.token_covariance": (lambda g: token_covariance(g.tokens.logp, g.tokens.advantages, g.tokens.mask), None),
-    "divergence_mask.binary_tv": (lambda g: binary_tv(g.tokens.logp, g.tokens.rollout_logp, g.tokens.mask), None),
-    "divergence_mask.binary_kl": (lambda g: binary_kl(g.tokens.logp, g.tokens.rollout_logp, g.tokens.mask), None),
-    "divergence_mask.divergence_mask": (
+    "trust_region.binary_tv": (lambda g: binary_tv(g.tokens.logp, g.tokens.rollout_logp, g.tokens.mask), None),
+    "trust_region.binary_kl": (lambda g: binary_kl(g.tokens.logp, g.tokens.rollout_logp, g.tokens.mask), None),
+    "trust_region.divergence_mask": (
         lambda g: divergence_mask(
             *(g.tokens.logp, g.tokens.rollout_logp, g.tokens.advantages, g.tokens.mask), divergence="tv", threshold=0.05
         ),
@@ -122,7 +117,7 @@ PER_TOKEN = {
         lambda g: off_policy_sequence_mask(g.tokens.logp, g.tokens.rollout_logp, g.tokens.advantages, *g.rows, threshold=0.0),
         None,
     ),
-    "corrections.proximal_approximation": (
+    "decoupled.proximal_approximation": (
         lambda g: proximal_approximation(g.tokens.logp, g.tokens.rollout_logp, VERSIONS, g.tokens.mask, policy_version=3),
         None,
     ),

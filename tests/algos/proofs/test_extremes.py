@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from hone.algos.kl import LARGEST_VALUE
 from tests.algos.proofs.losses import ENTRIES, Columns, columns, evaluate
 
 LOG2 = math.log(2)
@@ -27,7 +28,7 @@ def _policy(x: float, e: float) -> Iterator[tuple[str, dict, float, dict]]:
         "policy_losses.clipped_surrogate: dual clip": [(-1.28, 0), (1.4, 0), (0, 0), (0.8, 0)],
         "policy_losses.clipped_surrogate": [(-1.28, 0), (e, e), (0, 0), (0.8, 0)],
         "covariance_losses.clip_cov_loss": [(-1.28, 0), (e, e), (0, 0), (0.8, 0)],  # one token has no covariance
-        "corrections.decoupled_surrogate": [(-1.28, 0), (e, e), (0, 0), (0.8, 0)],
+        "decoupled.decoupled_surrogate": [(-1.28, 0), (e, e), (0, 0), (0.8, 0)],
         "sequence_losses.gspo_loss": [(-1.1, 0), (e, e), (0, 0), (0.9, 0)],
         "sequence_losses.gspo_token_loss": [(-1.1, 0), (e, e), (0, 0), (0.9, 0)],
         "sequence_losses.gmpo_loss": [(-math.exp(0.4), 0), (e, e), (0, 0), (math.exp(-0.3), 0)],
@@ -35,8 +36,8 @@ def _policy(x: float, e: float) -> Iterator[tuple[str, dict, float, dict]]:
         "soft_losses.reinforce_loss": [(0, -1), (0, 1), (x, -1), (-x, 1)],
         "soft_losses.cispo_loss": [(0, -1.2), (0, 1.2), (0.7 * x, -0.7), (-0.7 * x, 0.7)],
         # Above, the token is certain now and was impossible: held if good; below the other way round.
-        "divergence_mask.dppo_loss: tv": [(0, 0), (0, 1.5), (0, 0), (0, 0)],
-        "divergence_mask.dppo_loss: kl": [(0, 0), (0, 1.5), (0, 0), (0, 0)],
+        "trust_region.dppo_loss: tv": [(0, 0), (0, 1.5), (0, 0), (0, 0)],
+        "trust_region.dppo_loss: kl": [(0, 0), (0, 1.5), (0, 0), (0, 0)],
         # One token is always among the highest: + .7 x.
         "covariance_losses.kl_cov_loss": [(0.7 * x - e, 0.7 - e), (0.7 * x + e, 0.7 + e), (0.7 * x, -0.7), (0.7 * x, -0.7)],
     }
@@ -53,7 +54,7 @@ def _policy(x: float, e: float) -> Iterator[tuple[str, dict, float, dict]]:
     for behaviour, weight in ((-x, 1.3), (0.0, 0.0)):  # the sampler far below the proximal policy, and far above
         proximal = 0.0 if weight else -x
         numbers = {"logp": proximal, "old_logp": proximal, "rollout_logp": behaviour, "advantages": 1.0}
-        yield "corrections.decoupled_surrogate", numbers, -weight, {"logp": -weight}
+        yield "decoupled.decoupled_surrogate", numbers, -weight, {"logp": -weight}
 
 
 def _kl(x: float, e: float) -> Iterator[tuple[str, dict, float, dict]]:
@@ -63,7 +64,11 @@ def _kl(x: float, e: float) -> Iterator[tuple[str, dict, float, dict]]:
         numbers = {"logp": min(d, 0.0), "ref_logp": min(-d, 0.0)}
         for estimator, value in values.items():
             yield f"kl.kl_loss: {estimator}, as_written", numbers, 0.3 * value, {"logp": 0.3 * slopes[estimator]}
-            yield f"kl.kl_loss: {estimator}, reverse", numbers, 0.3 * value, {"logp": 0.3 * d}
+            saturated = 0.3 * min(value, LARGEST_VALUE)
+            yield f"kl.kl_loss: {estimator}, reverse", numbers, saturated, {"logp": 0.3 * d}
+            # The policy above the sampler by more than the cap, and far below it.
+            yield f"kl.weighted_kl_loss: {estimator}", {**numbers, "old_logp": numbers["logp"] - x}, 5 * saturated, {"logp": 1.5 * d}
+            yield f"kl.weighted_kl_loss: {estimator}", {**numbers, "old_logp": numbers["logp"] + x}, 0.0, {"logp": 0.0}
 
 
 def _values(x: float, e: float) -> Iterator[tuple[str, dict, float, dict]]:
@@ -112,7 +117,7 @@ def _preferences(x: float, e: float) -> Iterator[tuple[str, dict, float, dict]]:
         yield label, {"chosen": 0.0, "rejected": 0.0}, 0.4 * LOG2, {"chosen": -own - 0.2, "rejected": 0.2}  # two certain answers
         yield label, {"chosen": 0.0, "rejected": -x}, 0.0, {"chosen": -own, "rejected": 0.0}
     for desirable, far, value in ((True, x, 0.0), (True, -x, 1.3), (False, x, 0.7), (False, -x, 0.0)):
-        yield "kto.kto", {"chosen": far, "desirable": desirable}, value, {"chosen": 0.0}
+        yield "kto.kto_loss", {"chosen": far, "desirable": desirable}, value, {"chosen": 0.0}
 
 
 def _distributions(x: float, e: float) -> Iterator[tuple[str, dict, float, dict]]:

@@ -10,11 +10,11 @@ from torch.testing import assert_close
 
 from hone.algos.advantages import discounted_returns, whiten
 from hone.algos.batch import rows_of_tokens
-from hone.algos.corrections import mismatch_figures
 from hone.algos.distillation import forward_kl, lumped_student_logp, lumped_teacher_logp, reverse_kl
 from hone.algos.group_baselines import pass_at_k
 from hone.algos.kl import k3, kl_loss, kl_per_token
 from hone.algos.masking import on_mask, upcast
+from hone.algos.mismatch import mismatch_figures
 from hone.algos.pairs import paired_loss
 from hone.algos.policy_losses import clipped_surrogate
 from hone.algos.preference import dpo, log1mexp, odds_ratio, rpo

@@ -10,23 +10,15 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hone.algos.advantages import group_centred, whiten
-from hone.algos.corrections import (
-    decoupled_surrogate,
-    effective_sample_size,
-    mismatch_figures,
-    off_policy_sequence_mask,
-    proximal_approximation,
-    sample_size_figures,
-    sequence_mask_tis,
-    weights_of_kept,
-)
+from hone.algos.corrections import off_policy_sequence_mask, sequence_mask_tis, weights_of_kept
 from hone.algos.covariance_losses import clip_cov_loss
+from hone.algos.decoupled import decoupled_surrogate, proximal_approximation
 from hone.algos.distillation import forward_kl, on_policy_distillation_advantages, tempered_logp
-from hone.algos.divergence_mask import binary_kl, binary_tv, divergence_mask
 from hone.algos.group_baselines import greedy_centred, pass_at_k
 from hone.algos.kl import kl_loss
 from hone.algos.kto import anchor_sums, kl_anchor
 from hone.algos.lambda_schedules import length_adaptive_lambda
+from hone.algos.mismatch import effective_sample_size, mismatch_figures, sample_size_figures
 from hone.algos.pairs import pair_weights, row_logp, row_mean_logp
 from hone.algos.policy_losses import entropy_bonus
 from hone.algos.preference import dpo, log1mexp, odds_ratio, rpo
@@ -34,6 +26,7 @@ from hone.algos.reward_models import log_exp, reward_centre
 from hone.algos.shaping import RunningMoments, clip_scores, normalise_scores, overlong_penalty, rescored, stop_properly, update_moments
 from hone.algos.soft_losses import reinforce_loss
 from hone.algos.supervised import nll
+from hone.algos.trust_region import binary_kl, binary_tv, divergence_mask
 from hone.algos.turn_credit import gigpo
 from hone.algos.value_losses import squared_value_loss
 from tests.algos.strategies import law, poisoned, reductions, scored_batches

@@ -7,16 +7,18 @@ import torch
 from torch.testing import assert_close
 
 from hone.algos.advantages import discounted_returns, row_sums, spread
-from hone.algos.corrections import correction_weights, decoupled_surrogate, mismatch_figures
+from hone.algos.corrections import correction_weights
+from hone.algos.decoupled import decoupled_surrogate
 from hone.algos.distillation import on_policy_distillation_advantages, reverse_kl, tempered_logp
-from hone.algos.divergence_mask import dppo_loss
 from hone.algos.group_baselines import leave_one_out
 from hone.algos.kl import kl_loss, kl_per_token
+from hone.algos.mismatch import mismatch_figures
 from hone.algos.policy_losses import clipped_surrogate
 from hone.algos.process import hard_process_loss, soft_process_loss
 from hone.algos.ratios import importance_ratio
 from hone.algos.reduce import weighted_sum
 from hone.algos.soft_losses import cispo_loss, reinforce_loss, scaled_advantages
+from hone.algos.trust_region import dppo_loss
 from tests.algos.proofs.tabular import (
     LOGITS,
     REFERENCE,

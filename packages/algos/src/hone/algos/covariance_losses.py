@@ -81,7 +81,8 @@ def kl_cov_loss(
     """KL-Cov: the unclipped surrogate -rho A, plus coef |logp - old_logp| on the tokens of highest covariance.
 
     Those are the max(floor(fraction K), 1) highest, K the action tokens given. The paper writes a KL divergence; its code
-    takes the absolute log-ratio, as here. Paper: coef 1, fraction 2e-3 (7B) or 2e-4 (32B).
+    takes the absolute log-ratio, as here. Paper: coef 1, fraction 2e-3 (7B) or 2e-4 (32B). Nothing bounds rho A: a log-ratio beyond
+    88 nats (fp32) makes the loss infinite, and two of opposite sign NaN, which the learner refuses.
     Figures of `clipped_surrogate`, and "cov_share" (weighted share of the penalised tokens). Reference: arXiv 2505.22617 eq 13, 14.
     """
     covariance = token_covariance(logp, advantages, action_mask).masked_fill(~action_mask, -math.inf)

@@ -47,11 +47,13 @@ def lumped_student_logp(
 def lumped_teacher_logp(teacher_logp: Float[Tensor, "T K"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, "T K_plus_1"]:
     """The teacher's reported log-probabilities (at the loss's temperature, over its whole vocabulary) and, last, its rest's.
 
-    A top that adds up to one or, by rounding, to more leaves a rest of -inf. Off the mask the numbers are arbitrary but harmless.
+    Rounding cannot tell a rest below the dtype's eps from none, and none would forbid the student every other token for ever: it
+    counts as eps. Off the mask the numbers are arbitrary but harmless.
     """
     live = torch.where(action_mask[:, None], upcast(teacher_logp), -torch.inf)
     mass = live.double().logsumexp(-1, keepdim=True)
-    return torch.cat([live, torch.log(-torch.expm1(mass.clamp(max=0.0))).to(live.dtype)], -1)
+    rest = torch.log((-torch.expm1(mass.clamp(max=0.0))).clamp(min=torch.finfo(live.dtype).eps))
+    return torch.cat([live, rest.to(live.dtype)], -1)
 
 
 @checked
@@ -129,8 +131,8 @@ def _live(logp: Float[Tensor, "T C"], action_mask: Bool[Tensor, " T"]) -> Float[
 
 
 def _divergence(logp: Float[Tensor, "T C"], other_logp: Float[Tensor, "T C"]) -> Float[Tensor, " T"]:
-    """KL(p || q) [nats] of log p and log q; columns without mass in p cost nothing, inf where only q has none."""
-    massless = logp == -torch.inf
+    """KL(p || q) [nats] of log p and log q; columns whose mass in p is zero cost nothing, inf where only q has none."""
+    massless = torch.exp(logp.detach()) == 0
     gap = logp.masked_fill(massless, 0.0) - other_logp.masked_fill(massless, 0.0)
     return (torch.exp(logp) * gap).sum(-1)
 

@@ -83,6 +83,8 @@ def length_weighted_centred(scores: Float[Tensor, " N"], group: Int[Tensor, " N"
 def max_rl(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Tensor, " N"], *, eps: float) -> Float[Tensor, " N"]:
     """MaxRL: A_i = (r_i - mean) / (mean + eps) within the group: rare successes count as they do in the likelihood of success.
 
+    Its expectation climbs the series of log p = -sum_k (1 - p)^k / k truncated at n - 1 terms, n the rows of the group.
+
     Reference: arXiv 2602.02710. Raises ValueError for a negative score: a negative mean would turn every sign.
     """
     own = scores[live].double()
@@ -117,7 +119,8 @@ def pass_at_k_advantages(
 
     With n rows, c of them correct, rho = 1 - C(n - c, k) / C(n, k) and sigma = sqrt(rho (1 - rho)): a correct row gets
     (1 - rho) / (sigma + eps), a wrong one (1 - rho - C(n - c - 1, k - 1) / C(n - 1, k - 1)) / (sigma + eps). Exactly zero
-    where c = 0 or rho = 1, and so in a group smaller than k. At k = 1 this is (r - mean) / std with the population's std.
+    where c = 0 or rho = 1, and so in a group smaller than k.
+    Times sigma, its expected gradient is (1 / k - 1 / n) that of pass@k. At k = 1 this is (r - mean) / std with the population's std.
     Reference: arXiv 2508.10751 eq 11, 12, 14, 15. Raises ValueError for k below 1 and for a live score that is neither 0 nor 1.
     """
     own = scores[live].double()

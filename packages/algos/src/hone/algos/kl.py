@@ -56,7 +56,7 @@ def kl_per_token(
     logp: Float[Tensor, " T"], ref_logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"], *, estimator: Estimator
 ) -> Float[Tensor, " T"]:
     """The estimator's value at every action token [nats]; zero off the mask."""
-    return ESTIMATORS[estimator](on_mask(logp, action_mask), on_mask(ref_logp, action_mask))
+    return ESTIMATORS[estimator](on_mask(logp, action_mask), on_mask(ref_logp.detach(), action_mask))
 
 
 @checked
@@ -77,7 +77,7 @@ def kl_loss(
     """
     value = kl_per_token(logp, ref_logp, action_mask, estimator=estimator)
     if gradient == "reverse":
-        value = _straight_through(value, kl_per_token(logp, ref_logp, action_mask, estimator="k2"))
+        value = _straight_through(value, kl_per_token(logp, ref_logp, action_mask, estimator="k1"))
     total = weighted_sum(value, weights, action_mask)
     return Loss(total=coef * total, metrics={"kl": total.detach()})
 
@@ -104,12 +104,12 @@ def weighted_kl_loss(
     if not 0 < ratio_cap < math.inf:
         raise ValueError(f"ratio_cap is {ratio_cap}; a finite ratio above 0 is needed, so that no weight overflows (10 is usual)")
     ratio = importance_ratio(logp.detach(), old_logp, action_mask).clamp(max=ratio_cap)
-    carrier = kl_per_token(logp, ref_logp, action_mask, estimator="k2")
-    value = _straight_through(kl_per_token(logp, ref_logp, action_mask, estimator=estimator), carrier)
+    difference = kl_per_token(logp, ref_logp, action_mask, estimator="k1")
+    value = _straight_through(kl_per_token(logp, ref_logp, action_mask, estimator=estimator), difference)
     total = weighted_sum(ratio * value, weights, action_mask)
     return Loss(total=coef * total, metrics={"kl": total.detach()})
 
 
-def _straight_through(value: Float[Tensor, " T"], carrier: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """The one's value with the other's gradient; where the value overflows it saturates, the gradient does not."""
-    return value.detach().clamp(max=LARGEST_VALUE) + (carrier - carrier.detach())
+def _straight_through(value: Float[Tensor, " T"], difference: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """The value with the gradient of d^2 / 2, which is d; where the value overflows it saturates, the gradient does not."""
+    return value.detach().clamp(max=LARGEST_VALUE) + difference.detach() * (difference - difference.detach())

@@ -19,10 +19,12 @@ def sample_size_figures(
     correction: Float[Tensor, " T"], weights: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]
 ) -> dict[str, Float[Tensor, ""]]:
     """The sums that `effective_sample_size` needs, additive over cuts: sum w, sum w c and sum w c^2, c the correction."""
+    # Squares in fp64: corrections of 1e25 are as good as any other if they are all alike.
+    own = on_mask(correction.detach(), action_mask).double()
     return {
-        "correction_mass": on_mask(weights, action_mask).sum().detach(),
-        "correction": weighted_sum(correction, weights, action_mask).detach(),
-        "correction_square": weighted_sum(on_mask(correction, action_mask).square(), weights, action_mask).detach(),
+        "correction_mass": on_mask(weights, action_mask).double().sum().detach(),
+        "correction": weighted_sum(own, weights, action_mask).detach(),
+        "correction_square": weighted_sum(own.square(), weights, action_mask).detach(),
     }
 
 

@@ -8,11 +8,11 @@ from hone.algos.masking import on_mask
 
 
 def log_ratio(logp: Float[Tensor, " T"], old_logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """Log-ratio log rho_t = logp_t - old_logp_t [nats]; zero off the mask.
+    """Log-ratio log rho_t = logp_t - old_logp_t [nats], with `old_logp` a constant; zero off the mask.
 
     Upcast before subtracting: bf16 keeps 8 significant bits, so the ratio of two close policies would be rounding noise.
     """
-    return on_mask(logp, action_mask) - on_mask(old_logp, action_mask)
+    return on_mask(logp, action_mask) - on_mask(old_logp.detach(), action_mask)
 
 
 def importance_ratio(logp: Float[Tensor, " T"], old_logp: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:

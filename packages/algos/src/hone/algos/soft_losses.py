@@ -14,6 +14,9 @@ from hone.algos.protocol import Loss
 from hone.algos.ratios import importance_ratio, log_ratio
 from hone.algos.reduce import weighted_sum
 
+LARGEST_FACTOR = 1e18
+"""Where a detached ratio without a cap saturates: an infinite one would meet a log-probability of zero, and 0 * inf is NaN."""
+
 
 @checked
 def reinforce_loss(
@@ -50,7 +53,8 @@ def cispo_loss(
         raise ValueError(f"ratio bounds [{floor}, {cap}] of CISPO: need 0 <= floor <= cap, both absolute ratios (5, not 1 + 4)")
     ratio = importance_ratio(logp.detach(), old_logp, action_mask)
     outside = (ratio < floor) | (ratio > cap)
-    loss = reinforce_loss(logp, scaled_advantages(advantages, ratio.clamp(floor, cap), action_mask), weights, action_mask)
+    bounded = ratio.clamp(floor, min(cap, LARGEST_FACTOR))
+    loss = reinforce_loss(logp, scaled_advantages(advantages, bounded, action_mask), weights, action_mask)
     metrics = {
         **loss.metrics,
         "ppo_clip_ratio": weighted_sum(outside.to(ratio.dtype), weights, action_mask),

@@ -17,7 +17,7 @@ from hone.algos.masking import on_mask
 from hone.algos.protocol import Loss
 from hone.algos.ratios import importance_ratio, log_ratio
 from hone.algos.reduce import weighted_sum
-from hone.algos.soft_losses import reinforce_loss, scaled_advantages
+from hone.algos.soft_losses import LARGEST_FACTOR, reinforce_loss, scaled_advantages
 
 Divergence = Literal["tv", "kl"]
 
@@ -96,7 +96,7 @@ def dppo_loss(
     if not ratio_cap > 0:
         raise ValueError(f"ratio_cap is {ratio_cap}; an absolute ratio above 0 is needed (infinity for none)")
     keep = divergence_mask(logp, rollout_logp, advantages, action_mask, divergence=divergence, threshold=threshold)
-    ratio = importance_ratio(logp.detach(), rollout_logp, action_mask).clamp(max=ratio_cap)
+    ratio = importance_ratio(logp.detach(), rollout_logp, action_mask).clamp(max=min(ratio_cap, LARGEST_FACTOR))
     factor = torch.where(keep, ratio, 0.0)
     loss = reinforce_loss(logp, scaled_advantages(advantages, factor, action_mask), weights, action_mask)
     metrics = {
