@@ -15,6 +15,8 @@ from hone.algos.corrections import (
     correction_weights,
     log_weights,
     off_policy_sequence_mask,
+    second_moment_mask,
+    self_normalised,
     sequence_mask_tis,
     weights_of_kept,
 )
@@ -24,9 +26,10 @@ from hone.algos.policy_losses import clipped_surrogate
 from hone.algos.reduce import Reduction, token_weights
 from hone.algos.soft_losses import scaled_advantages
 from tests.algos.strategies import law, poisoned, scored_batch, scored_batches
-from tests.reference import numpy_losses
+from tests.reference import numpy_corrections, numpy_losses
 from tests.reference.fixtures import F1, f1, scatter
 
+NAN = math.nan
 TOKEN, SEQUENCE = Reduction(), Reduction(over="sequence")
 LEVELS, MODES = ["token", "sequence", "geometric"], ["truncate", "clip", "mask"]
 PPO = {"clip_low": 0.2, "clip_high": 0.2}
@@ -350,3 +353,48 @@ def test_bounds_that_mean_nothing_are_refused_with_their_limits():
         correction_weights(*arguments, level="token", mode="truncate", low=0.5, high=2.0)
     with pytest.raises(ValueError, match=r"weight bounds \[0\.0, -1\.0\]"):
         decoupled_surrogate(one, one, one, one, one, mask, **PPO, weight_cap=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        # u^2 = .01, .04, .81, .36, .0025: means .2445, .103125 without the widest, .0175 without the next, .00625, .0025.
+        (0.25, [1, 1, 1, 1, 1]),
+        (0.2, [1, 1, 0, 1, 1]),
+        (0.04, [1, 1, 0, 0, 1]),
+        (0.01, [1, 0, 0, 0, 1]),
+        (1e-9, [0, 0, 0, 0, 1]),  # one always stays
+    ],
+)
+def test_the_second_moment_mask_golden(threshold, expected):
+    example = f1()
+    kept = second_moment_mask(example.old_logp, _rollout(example), example.action_mask, threshold=threshold)
+    assert_close(kept, _on(example, map(float, expected)), rtol=0, atol=0)
+
+
+@law
+@given(scored_batches(), st.floats(1e-6, 4.0))
+def test_what_is_decided_over_a_rollout_equals_its_reference(batch, threshold):
+    dirty, mask = poisoned(batch), batch.action_mask
+    kept = second_moment_mask(dirty.old_logp, dirty.rollout_logp, mask, threshold=threshold)
+    differences = (batch.old_logp - batch.rollout_logp)[mask].tolist()
+    assert kept[mask].tolist() == numpy_corrections.second_moment_mask(differences, threshold=threshold)
+    corrections = torch.where(mask, torch.where(batch.values > 0.5, 0.0, batch.values.exp()), NAN)
+    normalised = self_normalised(corrections, dirty.weights, mask)
+    expected = numpy_corrections.self_normalised(corrections[mask].tolist(), batch.weights[mask].tolist())
+    assert_close(normalised[mask], _fp64(*expected))
+    assert (kept[~mask] == 0).all() and (normalised[~mask] == 0).all()
+    assert_close(self_normalised(1e-3 * corrections, 7 * batch.weights, mask), normalised)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, NAN])
+def test_a_bound_on_squares_is_above_zero(threshold):
+    with pytest.raises(ValueError, match=r"threshold is .*; M2PO bounds a mean of squares, which needs one above 0 \(0.04"):
+        second_moment_mask(torch.ones(1), torch.ones(1), torch.tensor([True]), threshold=threshold)
+
+
+def test_an_overflowed_weight_times_a_ratio_of_zero_is_zero():
+    logp = torch.tensor([-1e4], requires_grad=True)
+    loss = decoupled_surrogate(logp, torch.zeros(1), torch.tensor([-1e3]), torch.ones(1), torch.ones(1), torch.tensor([True]), **PPO)
+    loss.total.backward()
+    assert loss.total == 0 and logp.grad == 0

@@ -14,6 +14,7 @@ from hone.algos.group_baselines import (
     action_counts,
     greedy_baselines,
     greedy_centred,
+    group_figures,
     group_index,
     leave_one_out,
     length_weighted_centred,
@@ -22,7 +23,7 @@ from hone.algos.group_baselines import (
     pass_at_k_advantages,
 )
 from tests.algos.strategies import law
-from tests.reference import numpy_baselines
+from tests.reference import numpy_baselines, numpy_corrections
 
 NAN = math.nan
 
@@ -216,3 +217,39 @@ def test_advantages_are_constants_and_do_not_hide_nan(name):
     assert not ESTIMATORS[name](scores, group, live).requires_grad
     if name != "pass_at_2":  # which names it
         assert ESTIMATORS[name](_fp64(1.0, NAN, 0.0), group, live).isnan().all()
+
+
+def _counts(*rows):
+    return {name: int(count) for name, count in group_figures(*rows).items()}
+
+
+def test_groups_that_teach_nothing_are_counted_golden():
+    # Groups 5 (1, 0), -1 (.1 three times, and a row that is not live), 2^40 (one live row), 0 (no live row), 7 (one).
+    scores = _fp64(1.0, 0.1, 0.0, 0.1, NAN, 0.1, 3.0, 2.0, NAN, 1.0)
+    group = torch.tensor([5, -1, 5, -1, -1, -1, 2**40, 2**40, 0, 7])
+    live = torch.tensor([True, True, True, True, False, True, True, False, False, True])
+    assert _counts(scores, group, live) == {"groups": 4, "groups_of_one": 2, "groups_of_equals": 1}
+    assert _counts(scores, group, torch.zeros_like(live)) == {"groups": 0, "groups_of_one": 0, "groups_of_equals": 0}
+    # Equal in the precision they are given in: seven thirds are equal, and 1 and 1 + 1e-12 are not.
+    one = torch.zeros(7, dtype=torch.long)
+    assert _counts(torch.full((7,), 1 / 3), one, one == 0)["groups_of_equals"] == 1
+    assert _counts(_fp64(1.0, 1.0 + 1e-12), one[:2], one[:2] == 0)["groups_of_equals"] == 0
+
+
+@law
+@given(rows=rows, data=st.data())
+def test_the_counts_of_groups_equal_the_reference_in_any_order(rows, data):
+    order = data.draw(st.permutations(range(len(rows))))
+    scores, group, live = _tensors(rows)
+    expected = numpy_corrections.group_figures(*([row[column] for row in rows] for column in range(3)))
+    assert _counts(scores, group, live) == _counts(scores[list(order)], group[list(order)], live[list(order)]) == expected
+    taught_nothing = torch.tensor(
+        [bool((leave_one_out(scores, group, live)[live & (group == own)] == 0).all()) for own in group[live].unique()]
+    )
+    assert int(taught_nothing.sum()) == expected["groups_of_one"] + expected["groups_of_equals"]
+
+
+def test_a_greedy_baseline_refuses_a_score_that_is_no_number():
+    group, greedy = torch.tensor([3, 3]), (_fp64(0.5), torch.tensor([3]))
+    with pytest.raises(ValueError, match="greedy_centred: 1 of 1 scores are not finite, at index 1 nan; mend the reward function"):
+        greedy_centred(_fp64(NAN, NAN), group, torch.tensor([False, True]), *greedy)

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from hone.algos.algorithms.correction import Correction
 from hone.algos.algorithms.grpo import GRPO
 from hone.algos.algorithms.ppo import PPO
+from hone.algos.algorithms.remax import ReMax, with_greedy
 from hone.algos.batch import Batch, Scored
 from hone.algos.judging import judge, optimiser_steps
 from hone.algos.reduce import Reduction, token_weights
@@ -106,3 +108,44 @@ def test_a_field_that_the_algorithm_needs_must_be_there():
     judge(GRPO(), batch)
     with pytest.raises(ValueError, match="the batch has no values"):
         judge(PPO(), batch)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_an_engines_number_that_is_not_finite_is_no_rejected_token(mode, value):
+    batch = _unjudged(scored_batch([[True, True], [False, True]], Reduction(), seed=0))
+    broken = batch.rollout_logp.clone()
+    broken[2] = math.nan  # off the mask: no matter
+    for algo in (GRPO(correction=Correction(level="token", mode=mode)), GRPO()):
+        judge(algo, dataclasses.replace(batch, rollout_logp=broken))
+        with pytest.raises(FloatingPointError, match=rf"rollout_logp: 1 of 3 action tokens are not finite, the first {value} at token 1"):
+            judge(algo, dataclasses.replace(batch, rollout_logp=torch.where(torch.arange(4) == 1, value, broken)))
+
+
+def test_a_weight_that_overflows_is_named_unless_it_is_bounded():
+    batch = _unjudged(scored_batch([[True], [True]], Reduction(), seed=0))
+    batch = dataclasses.replace(batch, group=torch.zeros(2, dtype=torch.long), rewards=torch.tensor([1.0, 0.0]))
+    batch = dataclasses.replace(batch, old_logp=torch.zeros(2), rollout_logp=torch.tensor([0.0, -200.0]))
+    assert judge(GRPO(correction=Correction(level="token")), batch).advantages.isfinite().all()
+    for normalize in (False, True):
+        with pytest.raises(FloatingPointError, match="corrected advantages of grpo: 1 of 2 action tokens are not finite"):
+            judge(GRPO(correction=Correction(level="token", high=math.inf, normalize=normalize)), batch)
+
+
+def test_a_greedy_score_that_is_not_finite_is_named_with_its_row():
+    batch = _unjudged(scored_batch([[True, False, True], [False], [True]], Reduction(), seed=0))
+    batch = dataclasses.replace(batch, group=torch.tensor([4, 4, 9]))
+    judge(ReMax(), with_greedy(batch, torch.tensor([0.5, 0.0]), torch.tensor([9, 4])))
+    with pytest.raises(FloatingPointError, match=r"greedy_scores: 1 of 3 action tokens are not finite, the first nan at token 0 of row 2"):
+        judge(ReMax(), with_greedy(batch, torch.tensor([math.nan, 0.0]), torch.tensor([9, 4])))
+    with pytest.raises(ValueError, match="the batch has no greedy_scores; `with_greedy` fills it"):
+        judge(ReMax(), batch)
+
+
+@law
+@given(scored_batches(), reductions)
+def test_groups_of_live_rows_are_counted_whatever_the_reduction(scored, reduction):
+    judged = judge(GRPO(reduction=reduction), _unjudged(scored))
+    live = torch.tensor([bool(scored.action_mask[scored.row_of_token == row].any()) for row in range(scored.rows)])
+    assert judged.figures["groups"] == scored.group[live].unique().numel()
+    assert all(figure.shape == () and not figure.requires_grad for figure in judged.figures.values())

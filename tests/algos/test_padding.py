@@ -83,6 +83,35 @@ def test_a_loss_is_the_same_for_any_padding(extra, side, over):
     assert_close(loss(*repacked, repacked_mask, repacked_cu_seqlens), loss(logp, old_logp, advantages, mask, cu_seqlens), rtol=0, atol=0)
 
 
+def test_offsets_are_refused_before_slots_are_made_of_them():
+    for edges, message in (([1, 3], "runs from 1 to 3"), ([0, 3, 2], "falls somewhere"), ([], "is empty")):
+        with pytest.raises(ValueError, match=f"valid_slots: cu_seqlens {message}"):
+            valid_slots(torch.tensor(edges, dtype=torch.int32))
+
+
+def test_nothing_is_packed_to_nothing_and_back():
+    for shape in ((0, 3), (2, 0), (2, 3)):
+        valid = torch.zeros(shape, dtype=torch.bool)
+        packed, cu_seqlens = pack_padded(torch.full(shape, NAN), valid)
+        assert packed.shape == (0,) and cu_seqlens.tolist() == [0] * (shape[0] + 1)
+        assert_close(unpack_padded(packed, valid, fill=-1.0), torch.full(shape, -1.0))
+
+
+@law
+@given(st.lists(st.integers(0, 4), max_size=4), st.sampled_from(["right", "left"]))
+def test_masks_and_ids_keep_their_type_and_their_place(lengths, side):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    valid = valid_slots(cu_seqlens, width=4, side=side)
+    assert valid.sum(1).tolist() == lengths
+    edge = valid[:, 0] if side == "right" else valid[:, -1]
+    assert edge.tolist() == [length > 0 for length in lengths]
+    for packed in (torch.arange(int(cu_seqlens[-1])), torch.arange(int(cu_seqlens[-1])) % 2 == 0):
+        padded = unpack_padded(packed, valid)
+        assert padded.dtype == packed.dtype and padded.shape == (len(lengths), 4)
+        assert_close(pack_padded(padded, valid)[0], packed)
+        assert (padded[~valid] == 0).all()
+
+
 def test_the_worked_example_runs_and_says_what_it_shows(capsys):
     runpy.run_path(str(EXAMPLE))
     lines = capsys.readouterr().out.splitlines()

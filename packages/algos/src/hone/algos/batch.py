@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hone.algos.checks import Spec, check_arguments, check_offsets, specs_of
+from hone.algos.checks import Spec, check_arguments, check_offsets, checked, specs_of
 
 
+@checked
 def rows_of_tokens(cu_seqlens: Int[Tensor, " N_plus_1"]) -> Int[Tensor, " T"]:
     """Index of the row each packed token belongs to."""
     rows = torch.arange(cu_seqlens.numel() - 1, device=cu_seqlens.device)

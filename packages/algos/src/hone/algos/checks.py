@@ -37,11 +37,15 @@ REMEDIES = {"floating point": "float()", "integer": "long()", "boolean": "bool()
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What an annotation asks of a tensor: the kind of its entries ("" for any) and its axes, `open` if more may follow."""
+    """What an annotation asks of a tensor: the kind of its entries ("" for any) and its axes, `open` if more may follow.
+
+    `others` are the types that it allows in a tensor's place, such as None.
+    """
 
     kind: str
     axes: tuple[str, ...]
     open: bool
+    others: tuple[type, ...] = ()
 
     def __str__(self) -> str:
         return f"[{', '.join(self.axes)}{', ...' if self.open else ''}]"
@@ -50,7 +54,7 @@ class Spec:
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, refusing tensors that its annotations do not allow with a ValueError; values are not looked at.
 
-    Where `cu_seqlens` lies on the CPU, it must also run from 0 to the number of packed tokens without falling.
+    Where `cu_seqlens` lies on the CPU, it must also run from 0 to the number of packed tokens (if any are given) without falling.
     """
     parameters = inspect.signature(function).parameters
     specs = specs_of({name: parameter.annotation for name, parameter in parameters.items()})
@@ -77,24 +81,26 @@ def check_arguments(function: str, specs: Mapping[str, Spec], arguments: Mapping
         value = arguments.get(name)
         if isinstance(value, Tensor):
             _check_tensor(function, name, value, spec, sizes)
-        elif name in arguments and value is not None and not isinstance(value, float | int):
-            raise ValueError(f"{function}: {name} is a {type(value).__name__}; it must be a torch tensor of shape {spec}")
+        elif name in arguments and not isinstance(value, spec.others):
+            what = "None" if value is None else f"a {type(value).__name__}"
+            raise ValueError(f"{function}: {name} is {what}; it must be a torch tensor of shape {spec}")
+    cu_seqlens = arguments.get("cu_seqlens")
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu":
+        check_offsets(function, cu_seqlens, tokens=sizes["T"][0] if "T" in sizes else None)
     for larger, smaller in (("N_plus_1", "N"), ("B_plus_1", "B")):
         if larger in sizes and smaller in sizes and sizes[larger][0] != sizes[smaller][0] + 1:
             (many, offsets), (few, per_row) = sizes[larger], sizes[smaller]
             raise ValueError(
                 f"{function}: {offsets} has {many} entries, for {many - 1} rows, but {per_row} has {few}; give both the same rows"
             )
-    cu_seqlens = arguments.get("cu_seqlens")
-    if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu" and "T" in sizes:
-        check_offsets(function, cu_seqlens, tokens=sizes["T"][0])
 
 
-def check_offsets(function: str, cu_seqlens: Tensor, *, tokens: int) -> None:
-    """Raise ValueError unless cu_seqlens runs from 0 to `tokens` and never falls."""
-    if cu_seqlens.numel() < 1 or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
+def check_offsets(function: str, cu_seqlens: Tensor, *, tokens: int | None) -> None:
+    """Raise ValueError unless cu_seqlens runs from 0 to `tokens` (anywhere, if that is None) and never falls."""
+    if cu_seqlens.numel() < 1 or int(cu_seqlens[0]) != 0 or (tokens is not None and int(cu_seqlens[-1]) != tokens):
         ends = f"runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}" if cu_seqlens.numel() else "is empty"
-        raise ValueError(f"{function}: cu_seqlens {ends}; it must run from 0 to the {tokens} packed tokens: [0, *lengths.cumsum(0)]")
+        end = "" if tokens is None else f" {tokens}"
+        raise ValueError(f"{function}: cu_seqlens {ends}; it must run from 0 to the{end} packed tokens: [0, *lengths.cumsum(0)]")
     if bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(f"{function}: cu_seqlens falls somewhere; no row has fewer than 0 tokens: [0, *lengths.cumsum(0)]")
 
@@ -113,12 +119,13 @@ def require_finite(
         first = int(broken.nonzero()[0, 0])
         looked_at = values.numel() if mask is None else int(mask.sum())
         raise ValueError(
-            f"{function}: {int(broken.sum())} of {looked_at} {name} are not finite, at index {first} {float(values[first])}; {remedy}"
+            f"{function}: {int(broken.sum())} of {looked_at} {name} are not finite, at index {first} {float(values[broken][0])}; {remedy}"
         )
 
 
 def _check_tensor(function: str, name: str, value: Tensor, spec: Spec, sizes: dict[str, tuple[int, str]]) -> None:
     kind = "boolean" if value.dtype == torch.bool else "floating point" if value.dtype.is_floating_point else "integer"
+    kind = "complex" if value.dtype.is_complex else kind
     if spec.kind and kind != spec.kind:
         raise ValueError(
             f"{function}: {name} is {value.dtype}; it must be {spec.kind}: pass {name}.{REMEDIES[spec.kind]} if that is what it means"
@@ -145,11 +152,14 @@ def _check_tensor(function: str, name: str, value: Tensor, spec: Spec, sizes: di
 def _spec(annotation: object) -> Spec | None:
     """The spec of a jaxtyping annotation, looked for through unions such as `Float[Tensor, " N"] | None`."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    for part in typing.get_args(annotation) if union else (annotation,):
+    parts: tuple[object, ...] = typing.get_args(annotation) if union else (annotation,)
+    for part in parts:
         if isinstance(part, type) and issubclass(part, AbstractArray):
             axes = str(part.dim_str).split()
             kinds = {"bool": "boolean", "float32": "floating point", "int64": "integer"}
             fitting = [kind for dtype, kind in kinds.items() if isinstance(part.dtypes, tuple) and dtype in part.dtypes]
             kind = fitting[0] if len(fitting) == 1 else ""
-            return Spec(kind=kind, axes=tuple(axis for axis in axes if axis != "..."), open="..." in axes)
+            others = tuple(other for other in parts if isinstance(other, type) and other is not part)
+            others = (*others, int) if float in others else others  # as in every annotation: a float may be given as an int
+            return Spec(kind=kind, axes=tuple(axis for axis in axes if axis != "..."), open="..." in axes, others=others)
     return None

@@ -35,6 +35,8 @@ def decoupled_surrogate(
     """
     check_bounds(0.0, weight_cap)
     weight = torch.exp(log_ratio(proximal_logp.detach(), behaviour_logp, action_mask)).clamp(max=weight_cap)
+    # An overflowed weight would make NaN of a ratio that underflowed to zero; no finite one is anywhere near this bound.
+    weight = weight.clamp(max=torch.finfo(weight.dtype).max ** 0.5)
     corrected = scaled_advantages(advantages, weight, action_mask)
     return clipped_surrogate(logp, proximal_logp.detach(), corrected, weights, action_mask, clip_low=clip_low, clip_high=clip_high)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hone.algos.advantages import group_centred
 from hone.algos.batch import rows_of_tokens
-from hone.algos.checks import checked
+from hone.algos.checks import checked, require_finite
 from hone.algos.masking import upcast
 
 
@@ -167,8 +167,9 @@ def greedy_centred(
 ) -> Float[Tensor, " N"]:
     """ReMax: A_i = r_i - r of the prompt's greedy sample; needs no second sample, and is zero for a row that is the greedy one.
 
-    Reference: arXiv 2310.10505. Raises ValueError as `greedy_baselines` does.
+    Reference: arXiv 2310.10505. Raises ValueError as `greedy_baselines` does, and for a live score that is not finite.
     """
+    require_finite("greedy_centred", "scores", scores, live, remedy="mend the reward function, or drop the rows")
     baselines = greedy_baselines(group[live], greedy_scores, greedy_group)
     return _onto_rows(scores[live].double() - baselines.double(), live, like=scores)
 

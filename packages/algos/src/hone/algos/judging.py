@@ -26,7 +26,7 @@ def judge(algo: Algorithm, batch: Batch) -> Scored:
     action tokens, "mismatch_ess" (what importance weights would leave of the sample) and, where advantages were corrected,
     "correction_ess", "correction_mean" and "correction_rejected" (share of action tokens).
     Raises ValueError if a field in `algo.needs` is missing, or a reward on the mask is not finite; FloatingPointError if
-    another needed number or an advantage is not finite.
+    another number that is read, or an advantage before or after its correction, is not finite.
     """
     require_finite(
         "judge",
@@ -35,12 +35,17 @@ def judge(algo: Algorithm, batch: Batch) -> Scored:
         batch.action_mask,
         remedy="nothing was trained on them: mend the reward function, or drop the rows",
     )
-    for name in sorted(algo.needs):
+    # The engine's numbers are read wherever the learner's are known; a NaN among them would pass for a rejected token.
+    read = algo.needs if batch.old_logp is None else {*algo.needs, "rollout_logp"}
+    for name in sorted(read):
         _require_finite(batch, batch.require(name), name)
     judged = algo.advantages(batch)
     _require_finite(batch, judged.advantages, f"advantages of {algo.name}")
     factor = algo.correction.factor(batch)
-    advantages = judged.advantages if factor is None else scaled_advantages(judged.advantages, factor, batch.action_mask)
+    advantages = judged.advantages
+    if factor is not None:
+        advantages = scaled_advantages(advantages, factor, batch.action_mask)
+        _require_finite(batch, advantages, f"corrected advantages of {algo.name}")
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
     weights = token_weights(batch.action_mask, batch.cu_seqlens, algo.reduction)
     figures = {**judged.figures, **_disagreement(batch), **({} if factor is None else _corrected(batch, factor))}

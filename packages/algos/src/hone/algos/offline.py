@@ -120,11 +120,17 @@ def weighed_steps(rows: Packed, targets: Float[Tensor, "T C"], *, reduction: Red
 
     Raises ValueError where targets at a step's end are negative, not finite, or do not add up to one.
     """
-    own = targets[rows.action_mask]
-    require_finite("weighed_steps", "targets", own)
-    if bool((own < 0).any()) or bool(((own.sum(-1) - 1).abs() > 1e-3).any()):
-        raise ValueError("targets of a step must be at least 0 and add up to 1, such as [1 - q, q] for a share q of good ones")
-    return Steps(**_fields(rows), weights=token_weights(rows.action_mask, rows.cu_seqlens, reduction), targets=targets)
+    labelled = Steps(**_fields(rows), weights=token_weights(rows.action_mask, rows.cu_seqlens, reduction), targets=targets)
+    require_finite("weighed_steps", "targets", targets, rows.action_mask[:, None].expand_as(targets))
+    broken = rows.action_mask & ((targets < 0).any(-1) | ((targets.sum(-1) - 1).abs() > 1e-3))
+    if bool(broken.any()):
+        first = int(broken.nonzero()[0, 0])
+        shares = [float(share) for share in targets[first]]
+        raise ValueError(
+            f"targets of the step that ends at token {first} are {shares}; they must be at least 0 and add up to 1, "
+            "such as [1 - q, q] for a share q of good ones"
+        )
+    return labelled
 
 
 @checked

@@ -19,10 +19,13 @@ from hone.algos.reduce import weighted_sum
 def reward_token_logits(logits: Float[Tensor, "T V"], reward_tokens: Int[Tensor, " C"]) -> Float[Tensor, "T C"]:
     """The columns of the chosen reward tokens, in their order; the rest of the vocabulary then has no say in the softmax.
 
-    Raises ValueError for fewer than two tokens, or one given twice.
+    Raises ValueError for fewer than two tokens, one given twice, or one outside the vocabulary.
     """
-    if reward_tokens.numel() < 2 or bool((reward_tokens.sort().values.diff() == 0).any()):
+    ascending = reward_tokens.sort().values
+    if reward_tokens.numel() < 2 or bool((ascending.diff() == 0).any()):
         raise ValueError(f"reward_tokens are {reward_tokens}; a step's label needs at least 2 different tokens")
+    if int(ascending[0]) < 0 or int(ascending[-1]) >= logits.shape[1]:
+        raise ValueError(f"reward_tokens are {reward_tokens}; the vocabulary ends at {logits.shape[1] - 1}: give the ids of its own tokens")
     return logits.index_select(-1, reward_tokens)
 
 

@@ -1,6 +1,7 @@
 """Rewards before any baseline: clipped, normalised by what was seen so far, less for running long, and which groups to keep.
 
 T packed tokens, N rows; a score is the sum of a row's rewards. Work on scores, then `rescored` puts them back as rewards.
+A NaN that is only moved or scaled stays one, for `judge` to name; where it would be decided or remembered by, it is named here.
 Filters look at the scores as they were given, before any of this: a penalty for length is no sign of a mixed group.
 """
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from hone.algos.masking import upcast
+from hone.algos.kl import k1
 from hone.algos.offline import Pairs
 from hone.algos.pairs import row_logp, row_mean_logp, split_pairs
 from hone.algos.preference import conservative_dpo
@@ -34,7 +34,7 @@ class DPO:
     def loss(self, outputs: Outputs, rows: Pairs) -> Loss:
         """The loss over any part of an optimiser step, cut between pairs."""
         mask, cu_seqlens = rows.action_mask, rows.cu_seqlens
-        log_ratios = upcast(outputs.logp) - upcast(rows.require("ref_logp"))
+        log_ratios = k1(outputs.logp, rows.require("ref_logp"))
         chosen, rejected = split_pairs(row_logp(log_ratios, mask, cu_seqlens))
         weights, pair_mask = rows.pair_weights, rows.pair_mask
         loss = conservative_dpo(chosen, rejected, weights, pair_mask, beta=self.beta, flip=self.label_smoothing)

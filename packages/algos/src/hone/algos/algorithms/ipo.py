@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from hone.algos.masking import upcast
+from hone.algos.kl import k1
 from hone.algos.offline import Pairs
 from hone.algos.pairs import row_mean_logp, split_pairs
 from hone.algos.preference import ipo
@@ -28,6 +28,6 @@ class IPO:
 
     def loss(self, outputs: Outputs, rows: Pairs) -> Loss:
         """The loss over any part of an optimiser step, cut between pairs."""
-        log_ratios = upcast(outputs.logp) - upcast(rows.require("ref_logp"))
+        log_ratios = k1(outputs.logp, rows.require("ref_logp"))
         chosen, rejected = split_pairs(row_mean_logp(log_ratios, rows.action_mask, rows.cu_seqlens))
         return ipo(chosen, rejected, rows.pair_weights, rows.pair_mask, beta=self.beta)

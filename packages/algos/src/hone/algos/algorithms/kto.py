@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from hone.algos.kl import k1
 from hone.algos.kto import kto_loss
-from hone.algos.masking import upcast
 from hone.algos.offline import Judgements
 from hone.algos.pairs import row_logp
 from hone.algos.protocol import Loss, Outputs
@@ -32,7 +32,7 @@ class KTO:
 
     def loss(self, outputs: Outputs, rows: Judgements) -> Loss:
         """The loss over any part of an optimiser step."""
-        log_ratios = row_logp(upcast(outputs.logp) - upcast(rows.require("ref_logp")), rows.action_mask, rows.cu_seqlens)
+        log_ratios = row_logp(k1(outputs.logp, rows.require("ref_logp")), rows.action_mask, rows.cu_seqlens)
         return kto_loss(
             log_ratios,
             rows.desirable,
