@@ -94,6 +94,7 @@ def _ended(error: BaseException, *, debug: bool) -> int:
 
 
 def _unknown_verb(verb: str) -> Problem:
+    from hone.launch.foreign import VERB_OF
     from hone.launch.names import closest, plain
 
     if (name := plain(verb)) in ONLY_IN_ALGOS:
@@ -102,7 +103,7 @@ def _unknown_verb(verb: str) -> Problem:
             mend=f"commands: {', '.join(VERBS)}",
             where="command line",
         )
-    near = closest(name, VERBS)
+    near = [VERB_OF[name]] if name in VERB_OF else closest(name, VERBS)
     if verb.startswith("-"):
         return Problem(
             what=f"a command comes first, not {verb}", mend=f"launch COMMAND {verb} ...; commands: {', '.join(VERBS)}", where="command line"
