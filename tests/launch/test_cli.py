@@ -94,7 +94,13 @@ def test_help_for_a_word_shows_the_options_that_have_it(capsys: pytest.CaptureFi
     [
         # spec C.3 row 1
         (["pppo"], "unknown command `pppo`\n     at  command line\n     fix did you mean `launch ppo`?"),
-        (["zebra"], "commands: ppo, grpo"),
+        (["zebra"], "commands: ppo, reinforce, "),
+        (["dr-grpo"], "did you mean `launch dr_grpo`?"),
+        # names that others have for an algorithm
+        (["group_norm"], "did you mean `launch grpo`?"),
+        (["reinforce++"], "did you mean `launch reinforce`?"),
+        (["remax"], "`remax` is available in hone.algos only: its baseline is the score of a greedy response"),
+        (["remax", "--help"], "`remax` is available in hone.algos only"),
         (["--rollout.batch-size", "3"], "a command comes first"),
         (["ppo", "--actor.learing-rate", "1e-6"], "did you mean --actor.adam.lr?"),
     ],

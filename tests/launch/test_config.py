@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from hone.algos.ranges import violations
+from hone.algos.reduce import Reduction
 from hone.launch.config import PolicyGradientConfig, default_config
 from hone.launch.resolve import resolve
 from hone.launch.schema import from_text, from_toml, replaced, settings, value_of
 from hone.launch.screens import options
 from hone.launch.verbs import VERBS
+from tests.launch.asking import crossed
 
 
 def dataclasses_in(config: object) -> Iterator[object]:
@@ -44,9 +46,15 @@ def test_groups_are_those_users_know() -> None:
     assert groups == ["actor", "critic", "ref", "reward", "rollout", "vllm", "ds", "data", "algo", "train", "ckpt", "run", "placement"]
 
 
-def test_a_group_baseline_has_a_group_by_default() -> None:
-    assert default_config("ppo").rollout.n_samples_per_prompt == 1
-    assert default_config("grpo").rollout.n_samples_per_prompt == 8
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_group_baseline_has_a_group_by_default(verb: str) -> None:
+    alone = verb in ("ppo", "vapo", "reinforce", "on_policy_distill")
+    assert default_config(verb).rollout.n_samples_per_prompt == (1 if alone else 8)
+
+
+def test_a_constant_length_is_the_longest_response() -> None:
+    config = default_config("dr_grpo")
+    assert config.algo.reduction == Reduction(over="constant", length=config.rollout.max_new_tokens)
 
 
 def test_grpo_has_no_settings_of_a_critic() -> None:
@@ -139,3 +147,4 @@ def test_examples_can_be_pasted_from_a_narrow_terminal(
     assert [words[:2] for words in commands] == [["launch", verb]] * 3
     assert all(not resolve(verb, words[2:], gpus=0).problems for words in commands[:2])
     assert commands[1][-2:] == ["--reward.remote-url", "reward.py"]
+    assert "--ref.model-name-or-path" in commands[0] or not crossed(f"{verb}")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hone.algos.algorithms.correction import Correction
 from tests.launch.asking import only, settled, typed
 
 
@@ -48,6 +49,12 @@ def test_openrlhf_names_that_live_elsewhere_are_translated() -> None:
     assert (algo.clip.low, algo.clip.high, algo.clip.dual, algo.entropy_coef, algo.value_clip) == (0.3, 0.3, 3.0, 0.01, 0.7)
     algo = settled("grpo --actor.eps-clip-low-high 0.1 0.28").config.algo
     assert (algo.clip.low, algo.clip.high) == (0.1, 0.28)
+
+
+def test_openrlhfs_correction_threshold_is_both_bounds() -> None:
+    words = "--algo.correction.level token --algo.correction.mode mask --algo.advantage.is_correction_threshold 0.5 5.0"
+    correction = settled(f"reinforce {words}").config.algo.correction
+    assert correction == Correction(level="token", mode="mask", low=0.5, high=5.0)
 
 
 def test_debug_is_short_for_run_debug() -> None:
@@ -102,7 +109,26 @@ def test_a_bad_value_says_what_was_expected_and_what_came(words: str, what: str,
         ("--num_generations 8", "use --rollout.n-samples-per-prompt"),
         ("--actor_rollout_ref.rollout.n 8", "use --rollout.n-samples-per-prompt"),
         ("--colocate_all_models", "--placement.policy"),
-        ("--algo.advantage.estimator gae", "launch ppo"),
+        ("--algo.advantage.estimator gae", "the algorithm is the command: `launch ppo`"),
+        ("--algo.advantage.estimator group_norm", "`launch grpo`"),
+        ("--advantage_estimator reinforce-baseline", "`launch reinforce_baseline`"),
+        ("--algorithm.adv-estimator reinforce_plus_plus", "`launch reinforce`"),
+        ("--algorithm.adv_estimator remax", "remax is available in hone.algos only"),
+        ("--algorithm.adv_estimator gpg", "one of ppo, reinforce, reinforce_baseline, rloo, grpo, "),
+        ("--actor.policy_loss_type gspo", "`launch gspo`"),
+        ("--actor.policy_loss_type ppo", "drop it: `launch ppo`, `launch grpo` and most other"),
+        ("--actor_rollout_ref.actor.policy_loss.loss_mode geo_mean", "`launch gmpo`"),
+        ("--loss_type dapo", "`launch dapo`"),
+        ("--importance_sampling_level sequence", "`launch gspo`"),
+        ("--algo.advantage.is_correction_enable", "use --algo.correction.level token"),
+        ("--algo.advantage.is_correction_type icepop", "use --algo.correction.level token --algo.correction.mode mask"),
+        ("--algo.advantage.is-correction-type seq-mask-tis", "use --algo.correction.level geometric"),
+        ("--enable_vllm_is_correction", "use --algo.correction.level token"),
+        ("--vllm_is_correction_type tis", "use --algo.correction.level token --algo.correction.mode clip"),
+        ("--vllm_is_truncated_threshold 0.5 5", "use --algo.correction.low LOW --algo.correction.high HIGH"),
+        ("--vllm_importance_sampling_mode sequence_mask", "use --algo.correction.level sequence --algo.correction.mode mask"),
+        ("--vllm_importance_sampling_cap 2", "use --algo.correction.high"),
+        ("--algorithm.rollout_correction.rollout_is sequence", "use --algo.correction.level sequence"),
         ("--micro_train_batch_size 4", "train.max_tokens_per_gpu"),
         ("--zzzzzz", "--help"),
     ],
@@ -124,6 +150,11 @@ def test_a_secret_is_refused_and_never_repeated(words: str) -> None:
 )
 def test_a_setting_of_another_command_says_which(words: str) -> None:
     assert only(typed(f"grpo {words}")).mend == "drop it: it belongs to `launch ppo`"
+
+
+def test_a_clip_is_no_setting_of_an_algorithm_without_one() -> None:
+    assert only(typed("sapo --actor.eps-clip 0.3")).mend == "drop it: it belongs to `launch ppo`"
+    assert only(typed("grpo --algo.temperature-negative 1.1")).mend == "drop it: it belongs to `launch sapo`"
 
 
 def test_every_problem_is_reported_not_only_the_first() -> None:

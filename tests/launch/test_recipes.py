@@ -10,11 +10,12 @@ from hone.launch.verbs import VERBS
 from tests.launch.asking import crossed, settled, typed
 
 OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remote-url r.py"
+TAUGHT = {"on_policy_distill": "--ref.model-name-or-path t"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_names_settings_and_gives_them_values_they_accept(recipe: str) -> None:
-    known = settings(default_config("ppo")) | settings(default_config("grpo"))
+    known = {name: one for verb in VERBS for name, one in settings(default_config(verb)).items()}
     for name, value in (RECIPES[recipe] | BUILT_IN.get(recipe, {})).items():
         assert from_toml(known[name], value) == value
 
@@ -22,12 +23,12 @@ def test_a_recipe_names_settings_and_gives_them_values_they_accept(recipe: str) 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("words", ["", OWN])
 def test_a_recipe_breaks_no_rule(verb: str, words: str) -> None:
-    assert crossed(f"{verb} --recipe laptop {words}") == []
+    assert crossed(f"{verb} --recipe laptop {words} {TAUGHT.get(verb, '')}") == []
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_plain_defaults_break_no_rule_on_two_gpus(verb: str) -> None:
-    assert crossed(f"{verb} {OWN}", gpus=2) == []
+    assert crossed(f"{verb} {OWN} {TAUGHT.get(verb, '')}", gpus=2) == []
 
 
 def test_the_laptop_is_chosen_without_a_gpu_and_says_so() -> None:

@@ -23,6 +23,21 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ("ppo --train.batch-size 2 --actor.num-gpus-per-node 4", "4 learner ranks share an optimiser step of 2 samples", "4 or more"),
         # row 8
         ("grpo --rollout.n-samples-per-prompt 1 --train.batch-size 32", "at least 2 samples of a prompt, not 1", "`launch ppo`"),
+        ("rloo --rollout.n-samples-per-prompt 1 --train.batch-size 32", "at least 2 samples of a prompt, not 1", "`launch ppo`"),
+        ("on_policy_distill", "the reference model is the teacher here, and none is named", "--ref.model-name-or-path DIR"),
+        (
+            "on_policy_distill --actor.model-name-or-path m --ref.model-name-or-path ./m",
+            "the teacher is the policy itself: every advantage would be 0",
+            "--ref.model-name-or-path DIR",
+        ),
+        (
+            "ppo --algo.advantage.is_correction_threshold 0.5 5",
+            "algo.correction.level off does not read algo.correction.low, algo.correction.high",
+            "--algo.correction.level token",
+        ),
+        ("grpo --algo.correction.normalize", "algo.correction.level off does not read algo.correction.normalize", "or drop"),
+        ("grpo --algo.correction.level token --algo.correction.token-cap 3", "level token does not read", "choose another level"),
+        ("grpo --algo.correction.level geometric --algo.correction.mode clip", "level geometric does not read", "choose another level"),
         # row 22
         ("ppo --rollout.max-new-tokens 512", "512 tokens leaves no room for a prompt within data.max_len 512", "raise --data.max-len"),
         ("ppo --train.max-tokens-per-gpu 511", "a sample of 512 tokens does not fit a micro-batch of 511", "512 or more"),
@@ -81,6 +96,13 @@ def test_a_broken_rule_is_named_once(line: str, what: str, mend: str) -> None:
         "ppo --actor.num-gpus-per-node 2 --critic.num-gpus-per-node 3 --placement.critic apart",
         "grpo --actor.num-gpus-per-node 2",
         "ppo --run.backend local",
+        "reinforce --rollout.n-samples-per-prompt 1 --train.batch-size 32",
+        "vapo --rollout.n-samples-per-prompt 1 --train.batch-size 32",
+        "on_policy_distill --ref.model-name-or-path t --rollout.n-samples-per-prompt 1 --train.batch-size 32",
+        "on_policy_distill --actor.model-name-or-path m --ref.model-name-or-path t",
+        "grpo --algo.correction.level token --algo.correction.mode mask --algo.correction.low 0.5 --algo.correction.high 5",
+        "grpo --algo.correction.level geometric --algo.correction.token-cap 3 --algo.correction.normalize",
+        "grpo --algo.correction.second-moment 0.04 --algo.correction.normalize",
         # no penalty, no reference model
         "ppo --run.backend local --placement.reference gpu2 --ref.num-gpus-per-node 2 --algo.kl.init-coef 0",
     ],
@@ -139,6 +161,33 @@ def test_notes_tell_what_runs_but_not_as_meant() -> None:
     assert list(notes(settled(f"ppo {OWN} --ds.param-dtype bf16", gpus=2), 2)) == []
     assert "ref.model_name_or_path is not read" in " ".join(notes(settled("ppo --algo.kl.init-coef 0 --ref.model-name-or-path m"), 0))
     assert "vllm.num_engines: run.backend local" in " ".join(notes(settled("ppo --run.backend local --vllm.num-engines 2"), 0))
+
+
+def test_the_constant_length_follows_the_longest_response_unless_one_was_given() -> None:
+    def reduced(words: str) -> tuple[object, str]:
+        answer = settled(f"dr_grpo {words}")
+        return answer.config.algo.reduction.length, answer.sources["algo.reduction.length"]
+
+    assert reduced("") == (8, "as rollout.max_new_tokens")  # the built-in recipe's
+    assert reduced("--rollout.max-new-tokens 100") == (100, "as rollout.max_new_tokens")
+    assert reduced("--recipe none") == (1024, "default")
+    assert reduced("--algo.reduction.over sequence") == (None, "as algo.reduction.over")
+    assert reduced("--algo.reduction.length 3000") == (3000, "flag --algo.reduction.length")
+
+
+def test_a_constant_length_below_the_longest_response_is_noted() -> None:
+    def said(words: str) -> str:
+        return " ".join(notes(settled(words), 0))
+
+    assert "algo.reduction.length 7 is meant to be the longest response" in said("dr_grpo --algo.reduction.length 7")
+    assert "--algo.reduction.length 8" in said("grpo --algo.reduction.over constant --algo.reduction.length 7")
+    assert said("dr_grpo --algo.reduction.length 8") == said("dr_grpo") == said("ppo") == ""
+
+
+def test_a_teacher_is_read_without_a_penalty() -> None:
+    assert list(notes(settled("on_policy_distill --ref.model-name-or-path t"), 0)) == []
+    assert "ref.model_name_or_path is not read" in " ".join(notes(settled("dapo --ref.model-name-or-path m"), 0))
+    assert list(notes(settled("dapo --ref.model-name-or-path m --algo.kl.init-coef 0.1"), 0)) == []
 
 
 def test_values_with_spaces_reach_a_rule_whole() -> None:

@@ -11,6 +11,7 @@ from hone.launch.errors import UsageError
 from hone.launch.resolve import Resolved
 from hone.launch.schema import replaced, settings, value_of
 from hone.launch.toml import read, read_text, to_toml
+from hone.launch.verbs import VERBS
 from tests.launch.asking import only, resolved, settled
 
 KNOWN = settings(default_config("ppo"))
@@ -65,6 +66,13 @@ def test_marks_line_ends_and_every_way_to_write_a_table_are_accepted(tmp_path: P
         ("[rollout]\nbatch_sise = 3\n", ":2", "unknown key rollout.batch_sise", "did you mean rollout.batch_size?"),
         ("\n\nrolout.batch_size = 3\n", ":3", "unknown key rolout.batch_size", "rollout.batch_size"),
         ("[actor]\nlr = 3\n", ":2", "actor.lr has another name here", "use actor.adam.lr"),
+        ("[algo.advantage]\nestimator = 'rloo'\n", ":2", "algo.advantage.estimator has another name", "`launch rloo`"),
+        (
+            "[algo.advantage]\nis_correction_type = 'icepop'\n",
+            ":2",
+            "another name",
+            "algo.correction.level token algo.correction.mode mask",
+        ),
         ("pretrain = 'x'\n", ":1", "pretrain has another name", "use actor.model_name_or_path"),
         ("[train]\nbatch_size = 'abc'\n", ":2", "train.batch_size: expected int, got `'abc'`", "the default is 128"),
         ("[train]\nbatch_size = -3\n", ":2", "-3 is out of range; it must be at least 1", ""),
@@ -129,7 +137,15 @@ def test_nothing_in_a_file_is_evaluated(tmp_path: Path) -> None:
     assert (data.input_key, data.label_key, data.input_template) == ("${HOME}", "$(id)", "{0.__class__} {}")
 
 
-@pytest.mark.parametrize("line", ["ppo", "grpo", "ppo --recipe none --algo.value-clip none --train.max-steps 3 --actor.adam.betas 0.1 0.2"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *VERBS,
+        "ppo --recipe none --algo.value-clip none --train.max-steps 3 --actor.adam.betas 0.1 0.2",
+        "dr_grpo --algo.reduction.over token",  # which unsets a length that is set by default
+        "gspo --algo.correction.level geometric --algo.clip.dual 3 --algo.correction.left-behind 0.5",
+    ],
+)
 def test_a_written_configuration_reads_back_the_same(tmp_path: Path, line: str) -> None:
     before = settled(line)
     path = tmp_path / "config.toml"

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from hone.launch.errors import Problem, UsageError, exit_code, present
-from hone.launch.verbs import VERBS
+from hone.launch.verbs import ONLY_IN_ALGOS, VERBS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,9 +94,16 @@ def _ended(error: BaseException, *, debug: bool) -> int:
 
 
 def _unknown_verb(verb: str) -> Problem:
-    from hone.launch.names import closest
+    from hone.launch.foreign import VERB_OF
+    from hone.launch.names import closest, plain
 
-    near = closest(verb, VERBS)
+    if (name := plain(verb)) in ONLY_IN_ALGOS:
+        return Problem(
+            what=f"`{name}` is available in hone.algos only: {ONLY_IN_ALGOS[name]}",
+            mend=f"commands: {', '.join(VERBS)}",
+            where="command line",
+        )
+    near = [VERB_OF[name]] if name in VERB_OF else closest(name, VERBS)
     if verb.startswith("-"):
         return Problem(
             what=f"a command comes first, not {verb}", mend=f"launch COMMAND {verb} ...; commands: {', '.join(VERBS)}", where="command line"

@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from hone.algos.algorithms import ALGORITHMS, GRPO, PPO
+from hone.algos.algorithms import ALGORITHMS
+from hone.algos.protocol import Algorithm
 from hone.algos.ranges import Range
 from hone.datasets.config import DataConfig
+from hone.launch.groups import compares_samples
+from hone.launch.schema import replaced
 from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefConfig
 from hone.rollout.config import RewardConfig, RolloutConfig, VLLMConfig
 
@@ -73,7 +76,7 @@ class PolicyGradientConfig:
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The critic: the policy's architecture with a value head."""
     ref: RefConfig = field(default_factory=RefConfig)
-    """The frozen reference model of the KL penalty."""
+    """The frozen reference model, of the KL penalty or, in distillation, the teacher."""
     reward: RewardConfig = field(default_factory=RewardConfig)
     """The judge."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -84,7 +87,7 @@ class PolicyGradientConfig:
     """How models are held and sharded."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts and how they are rendered."""
-    algo: PPO | GRPO
+    algo: Algorithm
     """The algorithm."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The loop."""
@@ -99,7 +102,8 @@ class PolicyGradientConfig:
 def default_config(verb: str) -> PolicyGradientConfig:
     """The configuration of a verb before any recipe, file or flag."""
     algo = ALGORITHMS[verb]()
-    assert isinstance(algo, PPO | GRPO), f"{verb} is no policy-gradient algorithm"
-    # A group baseline of one sample is the sample itself: GRPO's own default must be a group.
-    rollout = RolloutConfig() if "values" in algo.needs else RolloutConfig(n_samples_per_prompt=8)
-    return PolicyGradientConfig(algo=algo, rollout=rollout)
+    # A group baseline of one sample is the sample itself: where samples are compared, the default must be a group.
+    rollout = RolloutConfig(n_samples_per_prompt=8) if compares_samples(algo) else RolloutConfig()
+    config = PolicyGradientConfig(algo=algo, rollout=rollout)
+    # A constant length is the longest response by its papers, whatever that was in theirs.
+    return config if algo.reduction.length is None else replaced(config, {"algo.reduction.length": rollout.max_new_tokens})

@@ -84,7 +84,7 @@ def _setting(given: Given, option: Option, known: Mapping[str, Setting], elsewhe
         given.problems.append(Problem(what=f"unknown option {option.typed}", mend=mend, where=option.where))
         return
     if not found:
-        what, mend = unknown(option.typed, known, elsewhere)
+        what, mend = unknown(option.typed, option.values, known, elsewhere)
         given.problems.append(Problem(what=what, mend=mend, where=option.where))
     for target, tokens in found:
         setting = known[target]

@@ -1,8 +1,10 @@
 """Figures of one step, computed on the controller from what the loop already holds; names are those of `observe/metrics.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from hone.algos.batch import Batch
 from hone.rollout.executor import Group
@@ -36,8 +38,28 @@ def mismatch_metrics(batch: Batch) -> dict[str, float]:
     return {
         "mismatch/logp_abs_diff_mean": float(gap.abs().mean()),
         "mismatch/logp_abs_diff_max": float(gap.abs().max()),
-        "mismatch/kl": float(-gap.mean()),
     }
+
+
+FIGURES = {
+    "mismatch_k1": "mismatch/kl",
+    "mismatch_k3": "mismatch/k3",
+    "mismatch_chi2": "mismatch/chi2",
+    "mismatch_perplexity_ratio": "mismatch/perplexity_ratio",
+    "mismatch_ess": "mismatch/ess",
+    "correction_ess": "mismatch/correction_ess",
+    "correction_mean": "mismatch/correction_mean",
+    "correction_rejected": "mismatch/correction_rejected",
+    "groups": "rollout/groups",
+    "groups_of_one": "rollout/groups_of_one",
+    "groups_of_equals": "rollout/groups_of_equals",
+}
+"""What `judge` calls a figure of a whole rollout -> its name among the metrics."""
+
+
+def figure_metrics(figures: Mapping[str, Float[Tensor, ""]]) -> dict[str, float]:
+    """The figures of a judged rollout under the names of metrics; one without an entry keeps its own, which the table then refuses."""
+    return {FIGURES.get(name, name): float(value) for name, value in figures.items()}
 
 
 def staleness_metrics(batch: Batch, *, version: int) -> dict[str, float]:

@@ -1,16 +1,18 @@
 """Names that users' fingers know: OpenRLHF's that live elsewhere here, flat and foreign names, and the closest of ours.
 
 Three kinds: an alias is translated and used; a renamed flag is answered with its new name; a flag without counterpart is
-answered with the reason. Reference: OpenRLHF 0.11 and its flat names up to 0.9, verl, TRL.
+answered with the reason. A fourth, whose answer depends on the value, stands in `foreign.py`.
+Reference: OpenRLHF 0.11 and its flat names up to 0.9, verl, TRL.
 """
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+from hone.launch.foreign import answer
 
 REPLACED_BY_PACKING = "samples are always packed, without padding; train.max_tokens_per_gpu caps a micro-batch"
 PLACEMENT = "say which roles share processes with --placement.policy, .critic, .reference and .engine"
-VERB = "the algorithm is the command: `launch ppo`, `launch grpo`"
 RECORDED = "every run records all metrics in its own directory, offline; see --run.dir"
 
 
@@ -28,6 +30,7 @@ ALIASES = {
     "actor.dual_clip": Alias(targets=("algo.clip.dual",)),
     "actor.entropy_coef": Alias(targets=("algo.entropy_coef",)),
     "critic.value_clip": Alias(targets=("algo.value_clip",)),
+    "algo.advantage.is_correction_threshold": Alias(targets=("algo.correction.low", "algo.correction.high"), spread=True),
     "debug": Alias(targets=("run.debug",)),
 }
 
@@ -115,6 +118,9 @@ RENAMED = {
     "delta": "algo.clip.dual",
     "beta": "algo.kl.init_coef",
     "entropy_coef": "algo.entropy_coef",
+    "vllm_importance_sampling_cap": "algo.correction.high",
+    "vllm_importance_sampling_clip_max": "algo.correction.high",
+    "vllm_importance_sampling_clip_min": "algo.correction.low",
     "max_grad_norm": "actor.max_norm",
     "lr_scheduler_type": "actor.lr_scheduler",
     "output_dir": "run.dir",
@@ -139,6 +145,8 @@ RENAMED = {
     "critic.cliprange_value": "critic.value_clip",
     "algorithm.gamma": "algo.advantage.gamma",
     "algorithm.lam": "algo.advantage.lambd",
+    "algorithm.rollout_correction.rollout_is_threshold": "algo.correction.high",
+    "algorithm.rollout_correction.rollout_is_batch_normalize": "algo.correction.normalize",
     "custom_reward_function.path": "reward.remote_url",
     "trainer.nnodes": "actor.num_nodes",
     "trainer.n_gpus_per_node": "actor.num_gpus_per_node",
@@ -149,11 +157,7 @@ RENAMED = {
 
 WITHOUT_COUNTERPART = {
     "resume": "resuming is not there yet; --config RUN/config.toml repeats a run",
-    "algo.advantage.estimator": VERB,
-    "advantage_estimator": VERB,
-    "algorithm.adv_estimator": VERB,
-    "actor.policy_loss_type": VERB,
-    "policy_loss_type": VERB,
+    "algorithm.rollout_correction.bypass_mode": "the learner's log-probabilities are recomputed at every step",
     "actor.optim": "the optimiser is AdamW, set under actor.adam",
     "critic.optim": "the optimiser is AdamW, set under critic.adam",
     "train.micro_batch_size": REPLACED_BY_PACKING,
@@ -197,13 +201,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def unknown(name: str, known: Collection[str], elsewhere: Mapping[str, str]) -> tuple[str, str]:
-    """What is wrong with an unknown name and how to mend it. `elsewhere` tells which other command a setting belongs to."""
+def unknown(name: str, values: Sequence[str], known: Collection[str], elsewhere: Mapping[str, str]) -> tuple[str, str]:
+    """What is wrong with an unknown name, given with these values, and how to mend it.
+
+    `elsewhere` tells which other command a setting belongs to.
+    """
     typed = plain(name)
     if typed in SECRETS:
         return f"{name} would put a secret on the command line, where every process of this machine can read it", f"drop it; {RECORDED}"
     if typed in RENAMED and _reaches(RENAMED[typed], known):
         return f"{name} has another name here", f"use {flag(RENAMED[typed])}"
+    if mend := answer(typed, values):
+        return f"{name} has another name here", mend
     if typed in WITHOUT_COUNTERPART:
         return f"{name} has no counterpart here", f"drop it: {WITHOUT_COUNTERPART[typed]}"
     target = RENAMED.get(typed, typed)

@@ -17,7 +17,7 @@ RECIPES: dict[str, dict[str, object]] = {
         "critic.adam.lr": 1e-3,
     },
 }
-"""Values by dotted name; one a verb does not have (a critic's, for GRPO) is left out."""
+"""Values by dotted name; one a verb does not have (a critic's, for most) is left out."""
 
 BUILT_IN: dict[str, dict[str, object]] = {
     "laptop": {
@@ -26,6 +26,8 @@ BUILT_IN: dict[str, dict[str, object]] = {
         # A model this small gains nothing from a second thread, and waits for it whenever the machine has other work.
         "run.threads": 1,
         "vllm.kv_cache_gib": 0.25,
+        # VAPO's lambda is 1 - 1 / (alpha length): for answers this short its own alpha leaves 0, and nothing but an untrained critic.
+        "algo.advantage.alpha": 5.0,
     }
 }
 """On top of a recipe, where the built-in model answers the built-in task."""

@@ -1,5 +1,6 @@
 """The layers into one configuration: defaults < recipe < what the backend implies < file < flags, each value with its source."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ def resolve(verb: str, argv: Sequence[str], *, gpus: int) -> Resolved:
     """Read everything the user said and lay it over the defaults. Collects problems; raises nothing for what a user can mend."""
     config = default_config(verb)
     known = settings(config)
-    elsewhere = {name: other for other in VERBS if other != verb for name in settings(default_config(other)) if name not in known}
+    elsewhere = {name: other for name, other in _first_verbs().items() if name not in known}
     given = flags.read(argv, known, elsewhere)
     problems = list(given.problems)
     layer = toml.Layer()
@@ -74,9 +75,9 @@ def resolve(verb: str, argv: Sequence[str], *, gpus: int) -> Resolved:
         sources |= dict.fromkeys(layer_values, source)
     values |= said
     sources |= {name: where for name, where in layer.sources.items() if name in known} | given.sources
-    for name, leader, value in _shared_sizes(known, values):
+    for name, source, value in (*_shared_sizes(known, values), *_constant_length(known, values)):
         values[name] = value
-        sources[name] = f"as {leader}, in one group"
+        sources[name] = source
     config, refusals = _laid_over(config, values, known, sources)
     return Resolved(
         config=config,
@@ -89,8 +90,14 @@ def resolve(verb: str, argv: Sequence[str], *, gpus: int) -> Resolved:
     )
 
 
+@functools.cache
+def _first_verbs() -> dict[str, str]:
+    """Every setting there is, and the first command that has it."""
+    return {name: verb for verb in reversed(VERBS) for name in settings(default_config(verb))}
+
+
 def _shared_sizes(known: Mapping[str, Setting], values: Mapping[str, object]) -> list[tuple[str, str, object]]:
-    """Sizes nobody gave, taken from the one given for another role of the same group: (setting, setting it follows, value)."""
+    """Sizes nobody gave, taken from the one given for another role of the same group: (setting, source, value)."""
     found: list[tuple[str, str, object]] = []
     hosts = {role: values.get(f"placement.{role}", known[f"placement.{role}"].default) for role in ROLES if f"placement.{role}" in known}
     for size in ("num_nodes", "num_gpus_per_node"):
@@ -99,8 +106,18 @@ def _shared_sizes(known: Mapping[str, Setting], values: Mapping[str, object]) ->
             peers = (f"{ROLES[other]}.{size}" for other, place in hosts.items() if place == host)
             leader = next((peer for peer in peers if peer in values), None)
             if name not in values and leader is not None:
-                found.append((name, leader, values[leader]))
+                found.append((name, f"as {leader}, in one group", values[leader]))
     return found
+
+
+def _constant_length(known: Mapping[str, Setting], values: Mapping[str, object]) -> list[tuple[str, str, object]]:
+    """An algorithm's constant length where nobody gave one, as above: the longest response, or none if it is reduced otherwise."""
+    length, over, longest = "algo.reduction.length", "algo.reduction.over", "rollout.max_new_tokens"
+    if known[length].default is None or length in values:
+        return []
+    if values.get(over, "constant") != "constant":
+        return [(length, f"as {over}", None)]
+    return [(length, f"as {longest}", values[longest])] if longest in values else []
 
 
 def _laid_over(

@@ -7,14 +7,15 @@ value was refused already.
 import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from hone.algos.algorithms import GRPO
 from hone.datasets.chat import template_problems
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.errors import Problem
+from hone.launch.groups import compares_samples
 from hone.launch.names import flag
 from hone.launch.resolve import ROLES, Resolved
-from hone.launch.schema import shown
+from hone.launch.schema import shown, value_of
 
 Rule = Callable[[Resolved, int], Iterator[Problem]]
 
@@ -32,8 +33,14 @@ def notes(resolved: Resolved, gpus: int) -> Iterator[str]:
     config, sources = resolved.config, resolved.sources
     if not gpus and config.ds.param_dtype == "bf16":
         yield "ds.param_dtype bf16 is several times slower than fp32 without a GPU; --ds.param-dtype fp32"
-    if config.algo.kl.init_coef == 0 and config.ref.model_name_or_path is not None:
+    if "ref_logp" not in config.algo.needs and config.ref.model_name_or_path is not None:
         yield "ref.model_name_or_path is not read: algo.kl.init_coef is 0, so there is no KL penalty"
+    length, longest = config.algo.reduction.length, config.rollout.max_new_tokens
+    if length is not None and length < longest:
+        yield (
+            f"algo.reduction.length {length} is meant to be the longest response, and rollout.max_new_tokens is {longest}; "
+            f"--algo.reduction.length {longest}"
+        )
     if config.run.backend == "local" and (
         idle := [name for name, source in sources.items() if name.startswith("vllm.") and _typed(source)]
     ):
@@ -67,7 +74,7 @@ def _batches(resolved: Resolved, _: int) -> Iterator[Problem]:
 
 def _groups(resolved: Resolved, _: int) -> Iterator[Problem]:
     n = resolved.config.rollout.n_samples_per_prompt
-    if isinstance(resolved.config.algo, GRPO) and n < 2:
+    if n < 2 and compares_samples(resolved.config.algo):
         what = f"a group baseline needs at least 2 samples of a prompt, not {n}: every advantage would be 0"
         yield Problem(what=what, mend="--rollout.n-samples-per-prompt 8, or `launch ppo`", settings=("rollout.n_samples_per_prompt",))
 
@@ -85,11 +92,40 @@ def _lengths(resolved: Resolved, _: int) -> Iterator[Problem]:
 
 
 def _penalty(resolved: Resolved, _: int) -> Iterator[Problem]:
-    kl = resolved.config.algo.kl
-    if kl.use_loss and kl.init_coef == 0 and _typed(resolved.sources["algo.kl.use_loss"]):
+    use_loss, coef = "algo.kl.use_loss", "algo.kl.init_coef"
+    if not {use_loss, coef} <= resolved.sources.keys():
+        return
+    if value_of(resolved.config, use_loss) and value_of(resolved.config, coef) == 0 and _typed(resolved.sources[use_loss]):
         what = "a KL penalty in the loss with weight 0 does nothing"
         mend = "raise --algo.kl.init-coef, or drop --algo.kl.use-loss"
-        yield Problem(what=what, mend=mend, settings=("algo.kl.use_loss", "algo.kl.init_coef"))
+        yield Problem(what=what, mend=mend, settings=(use_loss, coef))
+
+
+def _teacher(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config, name = resolved.config, "ref.model_name_or_path"
+    if "ref_logp" not in config.algo.needs or "algo.kl.init_coef" in resolved.sources:
+        return  # no reference, or that of a penalty, which may be the policy as it began
+    teacher, student = config.ref.model_name_or_path, config.actor.model_name_or_path
+    mend = f"{flag(name)} DIR, a model that shares the policy's tokenizer"
+    if teacher is None:
+        yield Problem(what="the reference model is the teacher here, and none is named", mend=mend, settings=(name,))
+    elif student is not None and Path(teacher).expanduser().resolve() == Path(student).expanduser().resolve():
+        what = "the teacher is the policy itself: every advantage would be 0"
+        yield Problem(what=what, mend=mend, settings=(name, "actor.model_name_or_path"))
+
+
+def _correction(resolved: Resolved, _: int) -> Iterator[Problem]:
+    level, second_moment = (value_of(resolved.config, f"algo.correction.{name}") for name in ("level", "second_moment"))
+    unread = {
+        "off": ("mode", "low", "high", "token_cap", *(["normalize"] if second_moment is None else [])),
+        "token": ("token_cap",),
+        "sequence": ("token_cap",),
+        "geometric": ("mode",),
+    }[str(level)]
+    if said := [name for name in (f"algo.correction.{one}" for one in unread) if _typed(resolved.sources[name])]:
+        what = f"algo.correction.level {level} does not read {', '.join(said)}"
+        mend = "add --algo.correction.level token, or drop what it is not to read" if level == "off" else "drop it, or choose another level"
+        yield Problem(what=what, mend=mend, settings=(*said, "algo.correction.level"))
 
 
 def _prompts(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -205,4 +241,17 @@ def _typed(source: str) -> bool:
     return source.startswith("flag ")
 
 
-RULES: tuple[Rule, ...] = (_batches, _groups, _lengths, _penalty, _prompts, _own_parts, _steps, _placement, _backend, _devices)
+RULES: tuple[Rule, ...] = (
+    _batches,
+    _groups,
+    _lengths,
+    _penalty,
+    _teacher,
+    _correction,
+    _prompts,
+    _own_parts,
+    _steps,
+    _placement,
+    _backend,
+    _devices,
+)

@@ -31,11 +31,12 @@ def front(version: str) -> None:
     console.print(f"[bold]hone[/] {version}: RL post-training, from one core to a cluster\n", soft_wrap=True)
     console.print("[cyan]try first[/]")
     console.print("  [bold]launch ppo[/]  trains a small model on this machine; downloads nothing\n")
+    widest = max(map(len, VERBS))
     for section in dict.fromkeys(verb.section for verb in VERBS.values()):
         console.print(f"[cyan]{section}[/]")
         for name, verb in VERBS.items():
             if verb.section == section:
-                console.print(f"  [bold]{name:<10}[/]  {verb.summary}", soft_wrap=True)
+                console.print(f"  [bold]{name:<{widest}}[/]  {verb.summary}", soft_wrap=True)
     console.print("\n[cyan]help[/]")
     for command, meaning in {
         "COMMAND --help": "every option, its default, range and meaning",

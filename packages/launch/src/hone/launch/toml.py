@@ -62,7 +62,7 @@ def read(path: str, text: str, known: Mapping[str, Setting], elsewhere: Mapping[
             layer.header[name] = str(value)
             layer.sources[name] = where
         elif not found:
-            what, mend = unknown(flag(name), known, elsewhere)
+            what, mend = unknown(flag(name), [str(one) for one in (value if listed else [value])], known, elsewhere)
             layer.problems.append(Problem(what=_as_key(what).replace("option", "key"), mend=_as_key(mend), where=where))
         for target, share in found:
             whole = share[0] if len(share) == 1 and not (target == name and listed) else list(share)

@@ -14,7 +14,7 @@ import torch
 from hone.algos.batch import pack
 from hone.algos.judging import judge, optimiser_steps
 from hone.algos.protocol import Algorithm
-from hone.launch.measure import mismatch_metrics, rollout_metrics, staleness_metrics, training_metrics
+from hone.launch.measure import figure_metrics, mismatch_metrics, rollout_metrics, staleness_metrics, training_metrics
 from hone.launch.parts import Parts
 from hone.rollout.executor import Group
 
@@ -64,6 +64,7 @@ def train(
             metrics={
                 **rollout_metrics(groups),
                 **mismatch_metrics(batch),
+                **figure_metrics(scored.figures),
                 **staleness_metrics(batch, version=number - 1),
                 **training_metrics(learned),
                 **synced,

@@ -18,23 +18,104 @@ _OWN = """\\
     --actor.model-name-or-path DIR --data.prompt-dataset FILE.jsonl \\
     --data.label-key answer --reward.remote-url reward.py"""
 
+
+def _learnt(verb: str, summary: str, story: str) -> Verb:
+    """A command that learns from rewards and has a model and a task of its own to try it on."""
+    return Verb(
+        section="reinforcement learning",
+        summary=summary,
+        story=f"{story} Without arguments it trains a small model of its own on a built-in task.",
+        examples=(f"launch {verb}", f"launch {verb} {_OWN}", f"launch {verb} --config run.toml --train.seed 7 --print-config"),
+    )
+
+
 VERBS = {
-    "ppo": Verb(
-        section="reinforcement learning",
-        summary="clipped surrogate with a critic (PPO)",
-        story=(
-            "Samples responses, judges them, and trains the policy on a clipped surrogate whose advantages come from a critic (GAE). "
-            "Without arguments it trains a small model of its own on a built-in task."
-        ),
-        examples=("launch ppo", f"launch ppo {_OWN}", "launch ppo --config run.toml --train.max-steps 10 --print-config"),
+    "ppo": _learnt(
+        "ppo",
+        "clipped surrogate with a critic (PPO)",
+        "Samples responses, judges them, and trains the policy on a clipped surrogate whose advantages come from a critic (GAE).",
     ),
-    "grpo": Verb(
-        section="reinforcement learning",
-        summary="clipped surrogate with group-relative advantages, no critic (GRPO)",
+    "reinforce": _learnt(
+        "reinforce",
+        "rewards to go, whitened over the rollout (REINFORCE++)",
+        "Neither a critic nor groups: the baseline is the mean of the whole rollout, so one sample of a prompt is enough.",
+    ),
+    "reinforce_baseline": _learnt(
+        "reinforce_baseline",
+        "less the group's mean, then whitened (REINFORCE++)",
+        "Takes the mean of its prompt's samples off each reward and scales by the deviation of the whole rollout, "
+        "so that groups which nearly agree are not blown up.",
+    ),
+    "rloo": _learnt(
+        "rloo",
+        "each sample against its prompt's other samples (RLOO)",
+        "The baseline of a sample is the mean of its prompt's other samples; the KL penalty is part of what is compared. "
+        "The paper clips nothing: let train.batch_size be the samples of a whole rollout, and nothing is.",
+    ),
+    "grpo": _learnt(
+        "grpo",
+        "group-relative advantages, no critic (GRPO)",
+        "Samples a group of responses for each prompt and trains the policy on how each compares with its group.",
+    ),
+    "dr_grpo": _learnt(
+        "dr_grpo",
+        "GRPO without its length and deviation biases (Dr. GRPO)",
+        "As grpo, but rewards are not divided by their group's deviation, and the loss is divided by a constant length, "
+        "rollout.max_new_tokens unless you say otherwise.",
+    ),
+    "dapo": _learnt(
+        "dapo",
+        "GRPO with a higher upper clip, by token, no KL (DAPO)",
+        "As grpo, but good tokens may rise further, every token weighs the same, and no reference model is loaded. "
+        "The paper's dynamic sampling and overlong penalty are not part of it.",
+    ),
+    "gspo": _learnt(
+        "gspo",
+        "one ratio for each response, clipped as a whole (GSPO)",
+        "As grpo, but a response is kept or clipped whole, by the geometric mean of its tokens' ratios; the bounds are far narrower.",
+    ),
+    "cispo": _learnt(
+        "cispo",
+        "capped ratios, every token keeps its gradient (CISPO)",
+        "As grpo, but instead of clipping a token away its ratio is capped and held constant.",
+    ),
+    "sapo": _learnt(
+        "sapo",
+        "a soft gate in place of the clip (SAPO)",
+        "As grpo, but a token fades as its ratio leaves one, bad tokens faster than good ones.",
+    ),
+    "gmpo": _learnt(
+        "gmpo",
+        "geometric mean of a response's token ratios (GMPO)",
+        "As grpo, but token ratios are clipped in log space and averaged geometrically, so one wild token moves a response little.",
+    ),
+    "vapo": _learnt(
+        "vapo",
+        "PPO, lambda by length, right answers imitated (VAPO)",
+        "As ppo, but the lambda of the advantages grows with the response, the critic's targets are the rewards that came, and "
+        "responses with a reward above algo.correct_above are imitated. The paper trains the critic alone for 50 steps first: "
+        "--critic.freezing-steps 50.",
+    ),
+    "opo": _learnt(
+        "opo",
+        "the group baseline of least variance (OPO)",
+        "The baseline is the mean of a prompt's rewards weighted by length. Exactly on policy in the paper: "
+        "let train.batch_size be the samples of a whole rollout.",
+    ),
+    "on_policy_distill": Verb(
+        section="distillation",
+        summary="a teacher judges every token the policy samples",
         story=(
-            "Samples a group of responses for each prompt and trains the policy on how each compares with its group. "
-            "Without arguments it trains a small model of its own on a built-in task."
+            "The reference model is the teacher: an advantage is how much likelier it finds a token than the policy does. "
+            "Rewards are recorded and not learnt from. The teacher shares the policy's tokenizer and has to be named."
         ),
-        examples=("launch grpo", f"launch grpo {_OWN}", "launch grpo --config run.toml --train.max-steps 10 --print-config"),
+        examples=(
+            "launch on_policy_distill --ref.model-name-or-path TEACHER",
+            f"launch on_policy_distill --ref.model-name-or-path TEACHER {_OWN}",
+            "launch on_policy_distill --config run.toml --train.seed 7 --print-config",
+        ),
     ),
 }
+
+ONLY_IN_ALGOS = {"remax": "its baseline is the score of a greedy response, and no command samples one"}
+"""Algorithms without a command, and why."""

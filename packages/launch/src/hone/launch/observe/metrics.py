@@ -27,7 +27,9 @@ _NOT_NEGATIVE = Range(low=0)
 _POSITIVE = Range(low=0, open_low=True)
 _STEP = "once a step"
 _SAMPLES = "mean over the step's samples"
-_TOKENS = "weighted mean over action tokens and optimiser steps"
+_TOKENS = "weighted mean over action tokens and optimiser steps; by a constant length C, that times mean length / C"
+_ROLLOUT = "mean over the step's action tokens"
+_SHARE = "(sum w)^2 / (n sum w^2) over the step's n action tokens, {}"
 _UPDATES = "mean over the step's optimiser steps"
 
 
@@ -57,6 +59,18 @@ METRICS: dict[str, Metric] = {
         healthy=_NOT_NEGATIVE,
         meaning="Near 0 the samples of a prompt agree and group-relative advantages vanish.",
     ),
+    "rollout/groups": Metric(
+        unit="groups", reduction="sum", healthy=Range(low=1), meaning="Prompts with a sample to compare, where a group is the baseline."
+    ),
+    "rollout/groups_of_one": Metric(
+        unit="groups", reduction="sum", healthy=Range(low=0, high=0), meaning="Of these, with one sample: its advantage is 0."
+    ),
+    "rollout/groups_of_equals": Metric(
+        unit="groups",
+        reduction="sum",
+        healthy=_NOT_NEGATIVE,
+        meaning="Of these, with samples of equal score: their advantages are 0; as many as there are groups: nothing is learnt.",
+    ),
     "rollout/num_samples": Metric(unit="samples", reduction="sum", healthy=Range(low=1), meaning="Samples that were trained on."),
     "train/policy_loss": Metric(unit="loss", reduction=_TOKENS, meaning="The policy's loss; its size says little, its jumps a lot."),
     "train/ppo_clip_ratio": Metric(
@@ -79,6 +93,18 @@ METRICS: dict[str, Metric] = {
         reduction=_TOKENS,
         healthy=_NOT_NEGATIVE,
         meaning="Entropy of the policy; a fall to 0 ends exploration.",
+    ),
+    "train/sapo_gate": Metric(
+        unit="fraction",
+        reduction=_TOKENS,
+        healthy=Range(low=0.5),
+        meaning="What SAPO's gate leaves of a token's gradient: 1 while the ratio is one, towards 0 as it leaves it.",
+    ),
+    "train/imitation_nll": Metric(
+        unit="nats",
+        reduction=_TOKENS,
+        healthy=_NOT_NEGATIVE,
+        meaning="Negative log-likelihood of the correct responses that VAPO imitates, 0 for all others.",
     ),
     "train/critic_loss": Metric(unit="loss", reduction=_TOKENS, healthy=_NOT_NEGATIVE, meaning="The value function's squared error."),
     "train/values": Metric(unit="reward", reduction=_TOKENS, meaning="The critic's values; they should come near train/returns."),
@@ -108,6 +134,42 @@ METRICS: dict[str, Metric] = {
         reduction="mean over action tokens",
         healthy=Range(low=-1e-3, high=1e-3),
         meaning="rollout_logp - old_logp (k1), KL(engine || learner).",
+    ),
+    "mismatch/k3": Metric(
+        unit="nats",
+        reduction=_ROLLOUT,
+        healthy=Range(high=1e-3),
+        meaning="exp(u) - 1 - u with u = old_logp - rollout_logp: the same divergence, in which gaps of opposite sign cannot cancel.",
+    ),
+    "mismatch/chi2": Metric(
+        unit="1",
+        reduction=_ROLLOUT,
+        healthy=Range(low=-0.05, high=0.05),
+        meaning="exp(2 u) - 1, the chi-squared divergence: a few tokens far apart show here first.",
+    ),
+    "mismatch/perplexity_ratio": Metric(
+        unit="learner / engine",
+        reduction="mean over rows, weighted by their action tokens",
+        healthy=Range(low=0.98, high=1.02),
+        meaning="exp of a row's mean -u: how much more perplexed by its own samples the learner is than the engine was.",
+    ),
+    "mismatch/ess": Metric(
+        unit="fraction",
+        reduction=_SHARE.format("w = exp(u)"),
+        healthy=Range(low=0.95),
+        meaning="Effective share of the sample if every token were weighted by its ratio; 1 where engine and learner agree.",
+    ),
+    "mismatch/correction_ess": Metric(
+        unit="fraction",
+        reduction=_SHARE.format("w the correction"),
+        healthy=Range(low=0.5),
+        meaning="Effective share of the sample that the correction leaves.",
+    ),
+    "mismatch/correction_mean": Metric(
+        unit="1", reduction=_ROLLOUT, healthy=Range(low=0.5, high=1.5), meaning="What advantages are multiplied by; 1 leaves them alone."
+    ),
+    "mismatch/correction_rejected": Metric(
+        unit="fraction", reduction=_ROLLOUT, healthy=Range(low=0, high=0.1), meaning="Tokens that the correction rejects."
     ),
     "staleness/version_lag_max": Metric(
         unit="versions",

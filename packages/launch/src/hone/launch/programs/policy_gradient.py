@@ -1,4 +1,4 @@
-"""`launch ppo` and `launch grpo`: from a settled configuration to a trained model, everything written down on the way.
+"""Every command of a policy-gradient algorithm: from a settled configuration to a trained model, everything written down on the way.
 
 Order: prompts -> run directory -> model -> parts -> loop -> export -> report -> the end of every process.
 """
@@ -288,6 +288,8 @@ def _finish(directory: RunDirectory, display: Display, summary: Summary) -> None
 def _next_commands(config: PolicyGradientConfig, model: str, directory: str) -> tuple[str, ...]:
     """What a person may want to type now."""
     other = "grpo" if config.algo.name == "ppo" else "ppo"
+    teacher = config.ref.model_name_or_path
     again = f"uv run launch {config.algo.name} --actor.model-name-or-path {model}"
+    again += "" if teacher is None else f" --ref.model-name-or-path {teacher}"
     own = "uv run launch ppo --actor.model-name-or-path DIR --data.prompt-dataset FILE.jsonl --reward.remote-url reward.py"
     return (f"less {directory}/report.md", f"uv run launch {other}", again if config.data.prompt_dataset is None else own)
