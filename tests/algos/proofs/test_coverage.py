@@ -22,14 +22,15 @@ GOLDEN = {
     "test_advantages.py": "gae discounted_returns row_sums spread group_centred group_normalised whiten",
     "test_batch.py": "pack select",
     "test_corrections.py": "log_weights correction_weights sequence_mask_tis off_policy_sequence_mask weights_of_kept "
-    "decoupled_surrogate proximal_approximation sample_size_figures effective_sample_size mismatch_figures",
+    "decoupled_surrogate proximal_approximation sample_size_figures effective_sample_size mismatch_figures second_moment_mask "
+    "self_normalised",
     "test_covariance_losses.py": "token_covariance clip_cov_loss kl_cov_loss",
     "test_distillation.py": "tempered_logp forward_kl reverse_kl generalised_jsd on_policy_distillation_advantages",
     "test_trust_region.py": "binary_tv binary_kl divergence_mask dppo_loss",
     "test_group_baselines.py": "action_counts group_index leave_one_out length_weighted_centred max_rl pass_at_k "
-    "pass_at_k_advantages greedy_baselines greedy_centred",
+    "pass_at_k_advantages greedy_baselines greedy_centred group_figures",
     "test_judging.py": "judge optimiser_steps",
-    "test_kl.py": "k1 k2 k3 kl_per_token kl_loss log_ratio importance_ratio",
+    "test_kl.py": "k1 k2 k3 kl_per_token kl_loss weighted_kl_loss log_ratio importance_ratio",
     "test_lambda_schedules.py": "decoupled_gae length_adaptive_lambda length_adaptive_gae",
     "test_package.py": "range_of",
     "test_padding.py": "pack_padded unpack_padded valid_slots",
@@ -49,11 +50,11 @@ GOLDEN = {
 }
 REFERENCE = {
     "test_advantages.py": "gae discounted_returns group_normalised",
-    "test_corrections.py": "correction_weights log_weights",
+    "test_corrections.py": "correction_weights log_weights second_moment_mask self_normalised",
     "test_covariance_losses.py": "token_covariance kl_cov_loss",
     "test_distillation.py": "generalised_jsd forward_kl reverse_kl lumped_student_logp lumped_teacher_logp",
     "test_trust_region.py": "dppo_loss",
-    "test_group_baselines.py": "leave_one_out length_weighted_centred max_rl pass_at_k_advantages",
+    "test_group_baselines.py": "leave_one_out length_weighted_centred max_rl pass_at_k_advantages group_figures",
     "test_kl.py": "k1 k2 k3 kl_per_token",
     "test_lambda_schedules.py": "decoupled_gae length_adaptive_gae",
     "test_policy_losses.py": "clipped_surrogate",
@@ -80,8 +81,10 @@ NO_REFERENCE = {
     **dict.fromkeys(["judge", "optimiser_steps", "range_of", "violations", "example", "from_padded"], "no formula"),
     "ipo_summed": "ipo by another name",
     "paired_loss": "the weighted sum of the table, and figures",
+    "weighted_kl_loss": "test_kl.py enumerates its expectation, the table has its slope",
 }
 EXEMPT = {
+    "corrections.check_bounds": "refuses, computes nothing; test_corrections.py",
     "lambda_schedules.row_gae": "a pass of GAE; test_lambda_schedules.py compares it with the reference",
     "conformance.plugin.pytest_configure": "pytest's hook; test_conformance.py runs pytest with it",
     "conformance.plugin.pytest_generate_tests": "pytest's hook; test_conformance.py runs pytest with it",
@@ -156,7 +159,7 @@ NEITHER = {
     *("judge", "optimiser_steps", "range_of", "violations", "example", "from_padded", "pack", "select", "valid_slots", "turn_starts"),
     *("rows_of_tokens", "action_counts", "group_index", "reward_token_columns", "token_weights", "weights_of_kept", "pair_weights"),
     *("pass_at_k", "length_adaptive_lambda", "overlong_penalty", "varied_groups", "groups_in_range", "update_moments", "kl_anchor"),
-    *("sample_size_figures", "effective_sample_size", "mismatch_figures"),
+    *("sample_size_figures", "effective_sample_size", "mismatch_figures", "second_moment_mask", "self_normalised", "group_figures"),
 }
 """No gradient, no masked numbers beyond what their own files and the references poison: counts, plumbing, figures of a step."""
 
