@@ -12,6 +12,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+"""For `pytest.mark.parametrize("device", DEVICES)`."""
+
 
 def beside(
     benchmark: BenchmarkFixture,
@@ -20,22 +23,31 @@ def beside(
     peers: Mapping[str, Callable[[], object]],
     roof: Callable[[], object],
     rounds: int,
+    device: str = "cpu",
 ) -> None:
     """Times all of them; `extra_info` gets milliseconds, `times_slower_than_ours_<peer>`, and `share_of_roof` = roof / ours.
 
-    No warm-up round: the caller has run ours and the peers once, to assert that they agree.
+    No warm-up round: the caller has run ours and the peers once, to assert that they agree. On CUDA a round ends when the
+    device has finished.
     """
+
+    def settled(function: Callable[[], object]) -> None:
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     others = {**peers, "roof": roof}
     seconds: dict[str, list[float]] = {name: [] for name in others}
 
     def time_the_others() -> None:
         for name, function in others.items():
             began = time.perf_counter()
-            function()
+            settled(function)
             seconds[name].append(time.perf_counter() - began)
 
-    benchmark.pedantic(ours, setup=time_the_others, rounds=rounds)
+    benchmark.pedantic(settled, args=(ours,), setup=time_the_others, rounds=rounds)
     ours_s = benchmark.stats.stats.median
+    benchmark.extra_info["threads"] = torch.get_num_threads()
     benchmark.extra_info["ours_ms"] = 1e3 * ours_s
     for name in others:
         benchmark.extra_info[f"{name}_ms"] = 1e3 * median(seconds[name])
@@ -44,10 +56,17 @@ def beside(
     benchmark.extra_info["share_of_roof"] = median(seconds["roof"]) / ours_s
 
 
-def test_memory_copy(benchmark: BenchmarkFixture) -> None:
-    source = torch.ones(16 * 2**20)
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_copy(benchmark: BenchmarkFixture, device: str) -> None:
+    source = torch.ones(16 * 2**20, device=device)
     target = torch.empty_like(source)
-    benchmark.pedantic(target.copy_, args=(source,), rounds=15, warmup_rounds=1)
+
+    def copy() -> None:
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(copy, rounds=15, warmup_rounds=1)
     assert torch.equal(source, target)
     benchmark.extra_info["gb_per_s_read_and_written"] = 2 * source.nbytes / benchmark.stats.stats.median / 1e9
 

@@ -1,6 +1,7 @@
 """Advantages and returns: golden values of F2 and F3, references, and laws."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hone.algos.advantages import discounted_returns, gae, group_centred, group_normalised, row_sums, spread, whiten
+from hone.algos.advantages import discounted_returns, gae, group_centred, group_index, group_normalised, row_sums, spread, whiten
 from hone.algos.batch import select
+from hone.algos.kernels import plain
 from hone.algos.reduce import Reduction
 from tests.algos.strategies import law, masks, poisoned, scored_batch, scored_batches
 from tests.reference import numpy_algos
@@ -76,10 +78,11 @@ def test_equal_scores_give_exact_zeros_though_their_mean_is_not_exact(count, dty
     assert (group_centred(scores, group) == 0).all()
 
 
-def test_group_functions_do_not_hide_nan():
+def test_group_functions_refuse_a_score_that_is_not_finite():
     scores, group = torch.tensor([1.0, math.nan, 0.0, 1.0]), torch.tensor([0, 0, 1, 1])
-    for advantages in (group_centred(scores, group), group_normalised(scores, group, eps=1e-6)):
-        assert advantages.isnan().tolist() == [True, True, False, False]
+    for call in (lambda: group_centred(scores, group), lambda: group_normalised(scores, group, eps=1e-6)):
+        with pytest.raises(ValueError, match="1 of 4 scores are not finite, at index 1 nan"):
+            call()
 
 
 def test_whiten_golden_divides_by_the_count():
@@ -148,11 +151,72 @@ def test_discounted_returns_equal_the_reference(batch, gamma):
         assert_close(to_go[own][mask], _fp64(*numpy_algos.returns(batch.rewards[own][mask].tolist(), gamma=gamma)))
 
 
-def test_gae_of_a_long_row_equals_the_reference():
-    batch = scored_batch([[True] * 300, [False, True] * 20, [True]], Reduction(), seed=0)
-    advantages, _ = gae(batch.rewards, batch.values, batch.action_mask, batch.cu_seqlens, gamma=0.999, lambd=0.97)
-    expected = numpy_algos.gae(batch.rewards[:300].tolist(), batch.values[:300].tolist(), gamma=0.999, lambd=0.97)
-    assert_close(advantages[:300], _fp64(*expected))
+@law
+@given(scored_batches(), unit, st.data())
+def test_a_lambda_per_row_equals_the_reference_whatever_stands_off_the_mask(batch, gamma, data):
+    lambd = data.draw(st.lists(unit, min_size=batch.rows, max_size=batch.rows))
+    dirty, after = poisoned(batch), torch.arange(batch.rows, dtype=torch.float64)
+    advantages, returns = gae(
+        dirty.rewards, dirty.values, dirty.action_mask, dirty.cu_seqlens, gamma=gamma, lambd=_fp64(*lambd), bootstrap=after
+    )
+    for row in range(batch.rows):
+        own = slice(int(batch.cu_seqlens[row]), int(batch.cu_seqlens[row + 1]))
+        mask = batch.action_mask[own]
+        rewards, values = batch.rewards[own][mask].tolist(), batch.values[own][mask].tolist()
+        expected = numpy_algos.gae(rewards, values, gamma=gamma, lambd=lambd[row], value_after=float(row))
+        assert_close(advantages[own][mask], _fp64(*expected))
+        assert_close(returns[own][mask], _fp64(*expected) + _fp64(*values))
+    assert (advantages[~batch.action_mask] == 0).all() and (returns[~batch.action_mask] == 0).all()
+
+
+@pytest.mark.parametrize("block", [2**18, 64, 7])
+def test_gae_of_rows_that_span_chunks_and_blocks_equals_the_reference(monkeypatch, block):
+    monkeypatch.setattr(plain, "BLOCK_TOKENS", block)
+    rows = [[True] * 300, [False, True] * 20, [True], [False], [False] * 50 + [True] * 50]
+    batch = poisoned(scored_batch(rows, Reduction(), seed=0))
+    lambd, after = [0.97, 0.5, 1.0, 0.3, 0.0], [0.0, 2.0, -1.0, 5.0, 0.5]
+    per_row = {"lambd": _fp64(*lambd), "bootstrap": _fp64(*after)}
+    advantages, returns = gae(batch.rewards, batch.values, batch.action_mask, batch.cu_seqlens, gamma=0.999, **per_row)
+    for row, (start, stop) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+        mask = batch.action_mask[start:stop]
+        rewards, values = batch.rewards[start:stop][mask].tolist(), batch.values[start:stop][mask].tolist()
+        expected = _fp64(*numpy_algos.gae(rewards, values, gamma=0.999, lambd=lambd[row], value_after=after[row]))
+        assert_close(advantages[start:stop][mask], expected, rtol=1e-12, atol=1e-12)
+        assert_close(returns[start:stop][mask], expected + _fp64(*values), rtol=1e-12, atol=1e-12)
+    assert (advantages[~batch.action_mask] == 0).all() and (returns[~batch.action_mask] == 0).all()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name_on_the_mask_only(number):
+    batch = scored_batch([[True, False, True], [True]], Reduction(), seed=0)
+    for token, on_mask in ((1, False), (2, True)):
+        broken = batch.rewards.clone()
+        broken[token] = number
+        calls = {
+            "rewards": lambda broken=broken: gae(broken, batch.values, batch.action_mask, batch.cu_seqlens, gamma=0.9, lambd=0.9),
+            "values": lambda broken=broken: gae(batch.rewards, broken, batch.action_mask, batch.cu_seqlens, gamma=0.9, lambd=0.9),
+            "rewards ": lambda broken=broken: discounted_returns(broken, batch.action_mask, batch.cu_seqlens, gamma=0.9),
+        }
+        for name, call in calls.items():
+            if on_mask:
+                with pytest.raises(ValueError, match=f"1 of 3 {name.strip()} are not finite, at index 2 {number}"):
+                    call()
+            else:
+                call()
+
+
+def test_gae_of_nothing_is_nothing():
+    empty, none = torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+    for bounds in ([0], [0, 0, 0]):
+        advantages, returns = gae(empty, empty, none, torch.tensor(bounds), gamma=0.9, lambd=0.9)
+        assert advantages.shape == returns.shape == (0,)
+
+
+def test_empty_rows_between_others_are_skipped():
+    ones, mask = torch.ones(3), torch.tensor([True, True, True])
+    bounds, after = torch.tensor([0, 0, 2, 2, 3, 3]), torch.tensor([9.0, 0.0, 9.0, 4.0, 9.0])
+    to_go, _ = gae(ones, 0 * ones, mask, bounds, gamma=0.5, lambd=1.0, bootstrap=after)
+    assert_close(to_go, torch.tensor([1.5, 1.0, 3.0]))  # 1 + 1 / 2, 1; 1 + 4 / 2
 
 
 @law
@@ -182,6 +246,31 @@ def test_group_advantages_equal_the_reference_and_ignore_a_constant_shift(rows, 
         assert_close(function(scores + shift, group), function(scores, group), rtol=0, atol=1e-9)
         assert_close(function(scores, group).sum(), _fp64(0.0).squeeze(), rtol=0, atol=1e-9)
     assert (group_centred(scores, group)[constant] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([5, -1, 2**40, 5], [1, 0, 2, 1]),  # sorted
+        ([9, 0, 2, 9, 2], [2, 0, 1, 2, 1]),  # counted
+        ([3, 3], [0, 0]),
+        ([], []),
+    ],
+)
+def test_group_index_golden(ids, expected):
+    assert group_index(torch.tensor(ids, dtype=torch.long)).tolist() == expected
+    assert group_index(torch.tensor(ids, dtype=torch.long)).dtype == torch.long
+
+
+@pytest.mark.parametrize("ids", [[7, 0, 7, 3, 0, 3], [70, 0, 70, 30, 0, 30], [2**40, -5, 2**40, 0, -5, 0]])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_groups_are_told_by_any_ids(ids, dtype):
+    if dtype == torch.int32:
+        ids = [min(number, 2**31 - 1) for number in ids]
+    scores, group = _fp64(1.0, 5.0, 0.0, 2.0, 3.0, 2.0), torch.tensor(ids, dtype=dtype)
+    assert_close(group_centred(scores, group), _fp64(0.5, 1.0, -0.5, 0.0, -1.0, 0.0))
+    root = math.sqrt(2)  # spreads 1 and 2 of two: deviations 1 / sqrt 2 and sqrt 2
+    assert_close(group_normalised(scores, group, eps=0.0), _fp64(root / 2, root / 2, -root / 2, 0.0, -root / 2, 0.0))
 
 
 @law

@@ -265,7 +265,7 @@ def returns_across_rows(rewards, mask, cu_seqlens):  # pain 13: one recursion th
 
 
 def returns_of_every_token(rewards, mask, cu_seqlens):  # pain 3: rewards off the mask flow back
-    return discounted_returns(rewards, torch.ones_like(mask), cu_seqlens, gamma=0.9)
+    return discounted_returns(rewards.nan_to_num(), torch.ones_like(mask), cu_seqlens, gamma=0.9)
 
 
 FAULTS = {

@@ -9,10 +9,8 @@ from torch.testing import assert_close
 from hone.algos.advantages import discounted_returns, gae
 from hone.algos.batch import select
 from hone.algos.group_baselines import action_counts
-from hone.algos.lambda_schedules import decoupled_gae, length_adaptive_gae, length_adaptive_lambda, row_gae
-from hone.algos.reduce import Reduction
-from tests.algos.strategies import law, poisoned, scored_batch, scored_batches
-from tests.reference import numpy_algos
+from hone.algos.lambda_schedules import decoupled_gae, length_adaptive_gae, length_adaptive_lambda
+from tests.algos.strategies import law, scored_batches
 from tests.reference.fixtures import f3
 
 unit = st.floats(0.0, 1.0)
@@ -47,29 +45,10 @@ def test_length_adaptive_gae_golden_of_f3():
 
 
 @law
-@given(scored_batches(), unit, st.data())
-def test_a_lambda_per_row_equals_the_reference_whatever_stands_off_the_mask(batch, gamma, data):
-    lambd = data.draw(st.lists(unit, min_size=batch.rows, max_size=batch.rows))
-    dirty, after = poisoned(batch), torch.arange(batch.rows, dtype=torch.float64)
-    advantages, returns = row_gae(
-        dirty.rewards, dirty.values, dirty.action_mask, dirty.cu_seqlens, _fp64(*lambd), gamma=gamma, bootstrap=after
-    )
-    for row in range(batch.rows):
-        own = slice(int(batch.cu_seqlens[row]), int(batch.cu_seqlens[row + 1]))
-        mask = batch.action_mask[own]
-        rewards, values = batch.rewards[own][mask].tolist(), batch.values[own][mask].tolist()
-        expected = numpy_algos.gae(rewards, values, gamma=gamma, lambd=lambd[row], value_after=float(row))
-        assert_close(advantages[own][mask], _fp64(*expected))
-        assert_close(returns[own][mask], _fp64(*expected) + _fp64(*values))
-    assert (advantages[~batch.action_mask] == 0).all() and (returns[~batch.action_mask] == 0).all()
-
-
-@law
 @given(scored_batches(), unit, unit)
 def test_equal_lambdas_are_plain_gae(batch, gamma, lambd):
     rows = (batch.rewards, batch.values, batch.action_mask, batch.cu_seqlens)
     plain = gae(*rows, gamma=gamma, lambd=lambd)
-    assert_close(row_gae(*rows, torch.full((batch.rows,), lambd, dtype=torch.float64), gamma=gamma), plain)
     assert_close(decoupled_gae(*rows, gamma=gamma, policy_lambd=lambd, value_lambd=lambd), plain)
 
 
@@ -85,14 +64,6 @@ def test_each_role_gets_its_own_lambda(batch, gamma, alpha):
         lambd = max(0.0, 1 - 1 / (alpha * length)) if length else 0.0
         own, _ = gae(alone.rewards, alone.values, alone.action_mask, alone.cu_seqlens, gamma=gamma, lambd=lambd)
         assert_close(advantages[int(batch.cu_seqlens[row]) : int(batch.cu_seqlens[row + 1])], own)
-
-
-def test_a_long_row_beside_short_ones_equals_the_reference():
-    batch = scored_batch([[True] * 300, [False, True] * 20, [True], [False]], Reduction(), seed=0)
-    lambd = _fp64(0.97, 0.5, 1.0, 0.3)
-    advantages, _ = row_gae(batch.rewards, batch.values, batch.action_mask, batch.cu_seqlens, lambd, gamma=0.999)
-    expected = numpy_algos.gae(batch.rewards[:300].tolist(), batch.values[:300].tolist(), gamma=0.999, lambd=0.97)
-    assert_close(advantages[:300], _fp64(*expected))
 
 
 def test_results_are_constants_in_at_least_fp32():

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from hone.algos import policy_losses
 from hone.algos.policy_losses import clipped_surrogate, entropy_bonus
 from hone.algos.reduce import Reduction, token_weights
-from tests.algos.strategies import law, scored_batches
+from tests.algos.strategies import law, scored_batch, scored_batches
 from tests.reference import numpy_algos
 from tests.reference.fixtures import f1
 
@@ -175,6 +176,57 @@ def test_differences_are_taken_after_the_upcast():
     loss = clipped_surrogate(logp, old_logp, one, one, mask, clip_low=0.2, clip_high=0.2)
     assert_close(loss.total, torch.tensor(-math.exp(-8.49609375)))
     assert loss.total.dtype == torch.float32
+
+
+def _second_derivatives(*, dual_clip=None):
+    # rho, A: (1.1, 2) moves; (1.5, 2) and (.5, -1) are clipped; (1.1, 0) costs nothing; the last is off the mask.
+    ratio, advantages = _fp64(1.1, 1.5, 0.5, 1.1, math.nan), _fp64(2.0, 2.0, -1.0, 0.0, math.nan)
+    weights, mask = _fp64(0.25, 0.25, 0.25, 0.25, math.inf), torch.tensor([True, True, True, True, False])
+
+    def loss(logp):
+        return clipped_surrogate(
+            logp, torch.zeros_like(logp), advantages, weights, mask, clip_low=0.2, clip_high=0.2, dual_clip=dual_clip
+        ).total
+
+    return loss, ratio.log(), _fp64(-0.25 * 1.1 * 2.0, 0.0, 0.0, 0.0, 0.0)  # -w rho A, and so is its derivative
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, on the way to jvp
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_derivatives_of_either_direction_and_of_second_order(dual_clip):
+    loss, logp, gradient = _second_derivatives(dual_clip=dual_clip)
+    assert_close(torch.func.grad(loss)(logp), gradient)
+    assert_close(torch.func.jvp(loss, (logp,), (torch.ones_like(logp),))[1], gradient.sum())
+    assert_close(torch.func.hessian(loss)(logp), torch.diag(gradient))
+    live = logp.nan_to_num().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (live,)) and torch.autograd.gradgradcheck(loss, (live,))
+
+
+def test_a_cut_for_the_cache_changes_nothing(monkeypatch):
+    batch = scored_batch([[True, False] * 20, [True] * 30], Reduction(), seed=0)
+    answers = []
+    for tokens in (1000, 7):
+        monkeypatch.setattr(policy_losses, "CUT_TOKENS", tokens)
+        logp = batch.rollout_logp.clone().requires_grad_()
+        loss = clipped_surrogate(logp, batch.old_logp, batch.advantages, batch.weights, batch.action_mask, clip_low=0.2, clip_high=0.2)
+        loss.total.backward()
+        answers.append((loss.total.detach(), loss.metrics, logp.grad))
+    assert_close(*answers)
+
+
+def test_no_tokens_cost_nothing_and_stay_attached():
+    empty = torch.zeros(0, requires_grad=True)
+    loss = clipped_surrogate(empty, empty, empty, empty, torch.zeros(0, dtype=torch.bool), clip_low=0.2, clip_high=0.2)
+    loss.total.backward()
+    assert loss.total == 0 and empty.grad.shape == (0,)
+
+
+def test_constants_get_no_gradient():
+    logp, old_logp, advantages, weights = (torch.full((2,), 0.5, requires_grad=True) for _ in range(4))
+    loss = clipped_surrogate(logp, old_logp, advantages, weights, torch.tensor([True, True]), clip_low=0.2, clip_high=0.2)
+    loss.total.backward()
+    assert_close(logp.grad, torch.full((2,), -0.25))
+    assert old_logp.grad is None and advantages.grad is None and weights.grad is None
 
 
 def test_entropy_bonus_golden():

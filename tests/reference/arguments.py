@@ -85,11 +85,15 @@ VALUES: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What an annotation asks of a tensor: "Float", "Int", "Bool" or "Shaped", and the names of its axes."""
+    """What an annotation asks of a tensor: "Float", "Int", "Bool" or "Shaped", and the names of its axes.
+
+    `optional` and `number`: None, or a float, may stand in its place.
+    """
 
     kind: str
     axes: tuple[str, ...]
     optional: bool
+    number: bool
 
 
 def asked(annotation: object) -> Asked | None:
@@ -99,8 +103,12 @@ def asked(annotation: object) -> Asked | None:
     for part in parts:
         if isinstance(part, type) and issubclass(part, AbstractArray):
             kind, axes = part.__name__.split("[")[0], tuple(str(part.dim_str).replace("...", "").split())
-            return Asked(kind=kind, axes=axes, optional=type(None) in parts)
+            return Asked(kind=kind, axes=axes, optional=type(None) in parts, number=float in parts)
     return None
+
+
+BITS = {"cleared", "cleared_with_gradient", "ones_where"}
+"""Work on bits, whose width must be told: test_masking.py holds them to `on_mask`."""
 
 
 def functions() -> dict[str, Callable[..., object]]:
@@ -110,7 +118,7 @@ def functions() -> dict[str, Callable[..., object]]:
         if not info.name.startswith(NOT_READ):
             for name, function in vars(importlib.import_module(info.name)).items():
                 public = inspect.isfunction(function) and function.__module__ == info.name and not name.startswith("_")
-                if public and tensors(function):
+                if public and tensors(function) and name not in BITS:
                     found[f"{info.name.removeprefix('hone.algos.')}.{name}"] = function
     return found
 

@@ -85,7 +85,9 @@ NO_REFERENCE = {
 }
 EXEMPT = {
     "corrections.check_bounds": "refuses, computes nothing; test_corrections.py",
-    "lambda_schedules.row_gae": "a pass of GAE; test_lambda_schedules.py compares it with the reference",
+    "masking.cleared": "on_mask by clearing bits; test_masking.py holds them together",
+    "masking.cleared_with_gradient": "as cleared",
+    "masking.ones_where": "the bits for it",
     "conformance.plugin.pytest_configure": "pytest's hook; test_conformance.py runs pytest with it",
     "conformance.plugin.pytest_generate_tests": "pytest's hook; test_conformance.py runs pytest with it",
 }

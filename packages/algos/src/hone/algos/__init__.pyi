@@ -3,6 +3,7 @@
 from hone.algos.advantages import discounted_returns as discounted_returns
 from hone.algos.advantages import gae as gae
 from hone.algos.advantages import group_centred as group_centred
+from hone.algos.advantages import group_index as group_index
 from hone.algos.advantages import group_normalised as group_normalised
 from hone.algos.advantages import row_sums as row_sums
 from hone.algos.advantages import spread as spread
@@ -71,7 +72,6 @@ from hone.algos.group_baselines import action_counts as action_counts
 from hone.algos.group_baselines import greedy_baselines as greedy_baselines
 from hone.algos.group_baselines import greedy_centred as greedy_centred
 from hone.algos.group_baselines import group_figures as group_figures
-from hone.algos.group_baselines import group_index as group_index
 from hone.algos.group_baselines import leave_one_out as leave_one_out
 from hone.algos.group_baselines import length_weighted_centred as length_weighted_centred
 from hone.algos.group_baselines import max_rl as max_rl
@@ -91,7 +91,6 @@ from hone.algos.kto import kto_loss as kto_loss
 from hone.algos.lambda_schedules import decoupled_gae as decoupled_gae
 from hone.algos.lambda_schedules import length_adaptive_gae as length_adaptive_gae
 from hone.algos.lambda_schedules import length_adaptive_lambda as length_adaptive_lambda
-from hone.algos.lambda_schedules import row_gae as row_gae
 from hone.algos.mismatch import effective_sample_size as effective_sample_size
 from hone.algos.mismatch import mismatch_figures as mismatch_figures
 from hone.algos.mismatch import sample_size_figures as sample_size_figures

@@ -32,6 +32,7 @@ MEANINGS = {
     "B": "one per padded row",
     "L": "one per slot",
 }
+MEND_REWARDS = "mend the reward function, or drop the rows"
 REMEDIES = {"floating point": "float()", "integer": "long()", "boolean": "bool()"}
 
 

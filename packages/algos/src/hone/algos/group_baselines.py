@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hone.algos.advantages import group_centred
+from hone.algos.advantages import group_centred, group_index
 from hone.algos.batch import rows_of_tokens
-from hone.algos.checks import checked, require_finite
+from hone.algos.checks import MEND_REWARDS, checked, require_finite
 from hone.algos.masking import upcast
 
 
@@ -20,17 +20,6 @@ from hone.algos.masking import upcast
 def action_counts(action_mask: Bool[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plus_1"]) -> Int[Tensor, " N"]:
     """Action tokens of each row: the length of what the policy wrote, without the prompt's and the environment's tokens."""
     return torch.bincount(rows_of_tokens(cu_seqlens)[action_mask], minlength=cu_seqlens.numel() - 1)
-
-
-@checked
-@torch.no_grad()
-def group_index(group: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-    """Groups renumbered from zero without gaps, so that they can index."""
-    order = torch.argsort(group, stable=True)
-    first = torch.ones_like(order)
-    first[:1] = 0
-    first[1:] = group[order[1:]] != group[order[:-1]]
-    return torch.empty_like(order).scatter_(0, order, first.cumsum(0))
 
 
 @checked
@@ -169,7 +158,7 @@ def greedy_centred(
 
     Reference: arXiv 2310.10505. Raises ValueError as `greedy_baselines` does, and for a live score that is not finite.
     """
-    require_finite("greedy_centred", "scores", scores, live, remedy="mend the reward function, or drop the rows")
+    require_finite("greedy_centred", "scores", scores, live, remedy=MEND_REWARDS)
     baselines = greedy_baselines(group[live], greedy_scores, greedy_group)
     return _onto_rows(scores[live].double() - baselines.double(), live, like=scores)
 

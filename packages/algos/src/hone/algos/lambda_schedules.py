@@ -1,6 +1,6 @@
 """GAE with one lambda for the policy and another for the critic, and a lambda that grows with a row's length.
 
-T packed tokens, N rows, K action tokens. A lambda below one costs a late reward most of its way to the first token; a
+T packed tokens, N rows. A lambda below one costs a late reward most of its way to the first token; a
 critic's targets need none (lambda = 1 has no bias), and a long row needs one nearer to one than a short row does.
 """
 
@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hone.algos.advantages import gae
-from hone.algos.batch import rows_of_tokens
+from hone.algos.checks import checked
 from hone.algos.group_baselines import action_counts
-from hone.algos.masking import upcast
 
 
+@checked
 @torch.no_grad()
 def decoupled_gae(
     rewards: Float[Tensor, " T"],
@@ -35,6 +35,7 @@ def decoupled_gae(
     return advantages, returns
 
 
+@checked
 def length_adaptive_lambda(lengths: Int[Tensor, " N"], *, alpha: float) -> Float[Tensor, " N"]:
     """lambda_i = max(0, 1 - 1 / (alpha l_i)), l_i the action tokens [tokens] of row i; zero for a row without any.
 
@@ -46,31 +47,7 @@ def length_adaptive_lambda(lengths: Int[Tensor, " N"], *, alpha: float) -> Float
     return torch.where(lengths > 0, (1 - 1 / (alpha * lengths.double())).clamp(min=0), 0.0)
 
 
-@torch.no_grad()
-def row_gae(
-    rewards: Float[Tensor, " T"],
-    values: Float[Tensor, " T"],
-    action_mask: Bool[Tensor, " T"],
-    cu_seqlens: Int[Tensor, " N_plus_1"],
-    lambd: Float[Tensor, " N"],
-    *,
-    gamma: float,
-    bootstrap: Float[Tensor, " N"] | None = None,
-) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
-    """`gae` with a lambda per row: A_t = delta_t + gamma lambda_i A_t'; returns (advantages, A + V).
-
-    Reference: arXiv 1506.02438 eq 16.
-    """
-    # With lambda = 0 the advantage is delta itself.
-    delta, _ = gae(rewards.double(), values.double(), action_mask, cu_seqlens, gamma=gamma, lambd=0.0, bootstrap=bootstrap)
-    row = rows_of_tokens(cu_seqlens)[action_mask]
-    sums = _discounted_suffix_sums(delta[action_mask], row, discount=gamma * lambd.double()[row])
-    dtype = upcast(values).dtype
-    zeros = torch.zeros(action_mask.shape, dtype=dtype, device=values.device)
-    returns = sums + values[action_mask].double()
-    return zeros.masked_scatter(action_mask, sums.to(dtype)), zeros.masked_scatter(action_mask, returns.to(dtype))
-
-
+@checked
 @torch.no_grad()
 def length_adaptive_gae(
     rewards: Float[Tensor, " T"],
@@ -88,17 +65,6 @@ def length_adaptive_gae(
     Reference: arXiv 2504.05118 eq 4 and 5 (alpha 0.05, critic 1). Raises ValueError for an alpha that is not above zero.
     """
     lambd = length_adaptive_lambda(action_counts(action_mask, cu_seqlens), alpha=alpha)
-    advantages, _ = row_gae(rewards, values, action_mask, cu_seqlens, lambd, gamma=gamma, bootstrap=bootstrap)
+    advantages, _ = gae(rewards, values, action_mask, cu_seqlens, gamma=gamma, lambd=lambd, bootstrap=bootstrap)
     _, returns = gae(rewards, values, action_mask, cu_seqlens, gamma=gamma, lambd=value_lambd, bootstrap=bootstrap)
     return advantages, returns
-
-
-def _discounted_suffix_sums(terms: Float[Tensor, " K"], row: Int[Tensor, " K"], *, discount: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """s_k = x_k + discount_k s_{k + 1} within each row, by doubling as in `advantages`; the discount is one number per row."""
-    longest = int(torch.bincount(row).max()) if row.numel() else 0
-    span, factor = 1, discount
-    while span < longest:
-        following = torch.where(row[span:] == row[:-span], factor[:-span] * terms[span:], 0.0)
-        terms = torch.cat([terms[:-span] + following, terms[-span:]])
-        span, factor = 2 * span, factor * factor
-    return terms

@@ -3,8 +3,10 @@
 Selecting only the output of an operation is not enough: the backward pass multiplies its zero by exp(garbage) and gets NaN.
 """
 
+from typing import Any, cast
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -16,3 +18,43 @@ def upcast(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 def on_mask(values: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Float[Tensor, " T"]:
     """The values in at least fp32, exactly zero (with zero gradient) off the mask whatever stood there."""
     return torch.where(action_mask, upcast(values), 0.0)
+
+
+def ones_where(mask: Bool[Tensor, "..."] | Float[Tensor, "..."], dtype: torch.dtype) -> Int[Tensor, "..."]:
+    """For `cleared`: integers as wide as `dtype` (fp32 or fp64), all bits one where the mask is True or 1, all zero elsewhere."""
+    return mask.to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
+
+
+def cleared(constants: Float[Tensor, "..."], ones: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """What `on_mask` answers, without its gradient: +0.0 where `ones` is zero, whatever stood there, NaN included.
+
+    Clearing bits is several times faster on a CPU than choosing, which torch does one number at a time.
+    """
+    return (constants.view(ones.dtype) & ones).view(constants.dtype)
+
+
+def cleared_with_gradient(values: Float[Tensor, "..."], ones: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`cleared`, with the gradient of `on_mask`: zero where `ones` is zero, whatever comes back."""
+    return cast(Tensor, _Cleared.apply(values, ones))  # pyright: ignore[reportUnknownMemberType] - torch leaves it untyped
+
+
+class _Cleared(torch.autograd.Function):
+    # Linear, so its derivatives are the same operation, at any order and in either direction.
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(values: Tensor, ones: Tensor) -> Tensor:
+        return cleared(values, ones)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return cleared_with_gradient(grad_outputs[0], *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
+        return cleared_with_gradient(grad_inputs[0], *ctx.saved_tensors)

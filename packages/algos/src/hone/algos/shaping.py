@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hone.algos.advantages import group_index
 from hone.algos.batch import rows_of_tokens
 from hone.algos.checks import checked
-from hone.algos.group_baselines import group_index
 from hone.algos.masking import on_mask, upcast
 
 

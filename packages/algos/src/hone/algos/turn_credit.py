@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hone.algos.advantages import discounted_returns, gae, group_centred, group_normalised, row_sums, spread
+from hone.algos.advantages import discounted_returns, gae, group_centred, group_index, group_normalised, row_sums, spread
 from hone.algos.batch import rows_of_tokens
-from hone.algos.checks import checked
-from hone.algos.group_baselines import action_counts, group_index
+from hone.algos.checks import MEND_REWARDS, checked, require_finite
+from hone.algos.group_baselines import action_counts
 from hone.algos.masking import upcast
 
 
@@ -110,6 +110,7 @@ def gigpo(
     gamma discounts the step's returns per turn, never the episode's. Reference: arXiv 2505.10978 eq 3 to 8 (gamma 0.95,
     step_weight 1).
     """
+    require_finite("gigpo", "rewards", rewards, action_mask, remedy=MEND_REWARDS)
     live = action_counts(action_mask, cu_seqlens) > 0
     scores = row_sums(rewards.double(), action_mask, cu_seqlens)
     episode = torch.zeros_like(scores).masked_scatter_(live, group_normalised(scores[live], group[live], eps=eps))
@@ -137,6 +138,7 @@ def process_normalised(
     astray = (step_ends & ~action_mask).nonzero().flatten()
     if astray.numel():
         raise ValueError(f"step_ends marks token {int(astray[0])}, which the policy did not choose; mark the step's last action token")
+    require_finite("process_normalised", "rewards", rewards, step_ends, remedy=MEND_REWARDS)
     normalised = group_normalised(rewards[step_ends].double(), group[rows_of_tokens(cu_seqlens)[step_ends]], eps=eps)
     return discounted_returns(_scattered(normalised, step_ends), action_mask, cu_seqlens, gamma=1.0).to(upcast(rewards).dtype)
 

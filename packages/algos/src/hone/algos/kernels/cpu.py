@@ -1,0 +1,188 @@
+# pyright: basic, reportCallIssue=false
+# Compiled functions have numba's types, not Python's.
+"""Kernels for the CPU, compiled by numba when first used (about a second): one pass over memory, as many threads as torch has.
+
+Threads are Python's, and the compiled code does without the interpreter's lock: numba's own parallel loops end the process
+when one is entered from two threads, or from a fork.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+# Fused multiply-adds everywhere. Sums over tokens may also be reordered, so that they run in vector lanes.
+_compiled: Any = njit(nogil=True, error_model="numpy", fastmath={"contract"})
+_compiled_sums: Any = njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+
+
+def gae(
+    rewards: Float[Tensor, " T"],
+    values: Float[Tensor, " T"],
+    action_mask: Bool[Tensor, " T"],
+    cu_seqlens: Int[Tensor, " N_plus_1"],
+    *,
+    gamma: float,
+    lambd: float | Float[Tensor, " N"],
+    bootstrap: Float[Tensor, " N"],
+) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
+    """`hone.algos.advantages.gae`, row by row and token by token in fp64; within one rounding of fp32 of the plain path."""
+    advantages, returns = torch.empty(values.numel()), torch.empty(values.numel())
+    per_token = _arrays(rewards, values, action_mask.view(torch.uint8))
+    lambdas = lambd.double() if isinstance(lambd, Tensor) else torch.full_like(bootstrap, lambd)
+    per_row = _arrays(cu_seqlens.long(), lambdas, bootstrap)
+    outputs = (advantages.numpy(), returns.numpy())
+    threads = torch.get_num_threads()
+    shares = np.searchsorted(per_row[0], np.linspace(0, values.numel(), threads + 1))
+    shares[0], shares[-1] = 0, bootstrap.numel()
+    _in_threads(lambda i: _gae_of_rows(*per_token, *per_row, gamma, shares[i], shares[i + 1], *outputs), threads)
+    return advantages, returns
+
+
+def surrogate(
+    logp: Float[Tensor, " T"],
+    old_logp: Float[Tensor, " T"],
+    advantages: Float[Tensor, " T"],
+    weights: Float[Tensor, " T"],
+    action_mask: Bool[Tensor, " T"],
+    *,
+    lowest: float,
+    highest: float,
+    dual_clip: float,
+) -> tuple[Float[Tensor, " 3"], Float[Tensor, " T"]]:
+    """The sums of `hone.algos.policy_losses.clipped_surrogate` and the gradient by logp, together.
+
+    Ratios are within 2 units in the last place of fp32 of torch's; so a token that close to a bound can fall on its other
+    side. Sums are accumulated in fp64.
+    """
+    slope = torch.empty(logp.numel())
+    threads = torch.get_num_threads()
+    sums = np.zeros((threads, 3))
+    per_token = _arrays(logp, old_logp, advantages, weights, action_mask.view(torch.uint8), slope)
+    bounds = (np.float32(lowest), np.float32(highest), np.float32(dual_clip))
+    shares = np.linspace(0, logp.numel(), threads + 1).astype(np.int64)
+    _in_threads(lambda i: _surrogate_of_tokens(*per_token, *bounds, shares[i], shares[i + 1], sums[i]), threads)
+    return torch.from_numpy(sums.sum(0)), slope
+
+
+def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+    """The tensors' own memory; contiguous, so that one compiled version serves."""
+    return tuple(tensor.detach().contiguous().numpy() for tensor in tensors)
+
+
+def _in_threads(share: Callable[[int], object], threads: int) -> None:
+    if threads == 1:
+        share(0)
+        return
+    # Made for each call: kept ones would not survive a fork. That takes some 0.1 ms.
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(share, range(threads)))
+
+
+@_compiled
+@no_type_check
+def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, first_row, end_row, advantages, returns):
+    # Backwards through rows as well as through tokens: the processor then fetches ahead across the ends of rows.
+    # Positions are unsigned: a signed one would be checked for Python's negative indices at every access.
+    for rows_done in range(end_row - first_row):
+        row = end_row - 1 - rows_done
+        last = np.uint64(cu_seqlens[row + 1] - 1)
+        discount = gamma * lambd[row]
+        value_after, advantage = bootstrap[row], 0.0
+        for tokens_done in range(cu_seqlens[row + 1] - cu_seqlens[row]):
+            t = last - np.uint64(tokens_done)
+            if mask[t]:
+                value = np.float64(values[t])
+                advantage = (np.float64(rewards[t]) + gamma * value_after - value) + discount * advantage
+                value_after = value
+                advantages[t] = advantage
+                returns[t] = advantage + value
+            else:
+                advantages[t] = 0.0
+                returns[t] = 0.0
+
+
+_ZERO, _ONE, _INFINITE = np.float32(0), np.float32(1), np.float32(np.inf)
+
+
+@_compiled_sums
+@no_type_check
+def _surrogate_of_tokens(logp, old_logp, advantages, weights, mask, slope, lowest, highest, dual_clip, first, end, sums):
+    # Slices, and no branches: so that the loop becomes vector instructions.
+    logp, old_logp, advantages, weights = logp[first:end], old_logp[first:end], advantages[first:end], weights[first:end]
+    mask, slope = mask[first:end], slope[first:end]
+    total, clipped, kl = 0.0, 0.0, 0.0
+    for t in range(logp.size):
+        live = mask[t] != 0
+        difference = logp[t] - old_logp[t]
+        difference = difference if live else _ZERO
+        advantage = advantages[t] if live else _ZERO
+        weight = weights[t] if live else _ZERO
+        ratio = _exp(difference)
+        upper = highest if advantage > _ZERO else dual_clip
+        upper = upper if advantage != _ZERO else _INFINITE
+        lower = lowest if advantage < _ZERO else _ZERO
+        at_bound = (ratio > upper) | (ratio < lower)
+        bounded = upper if ratio > upper else ratio
+        bounded = lower if ratio < lower else bounded
+        # Without an advantage nothing is owed, and an overflown ratio times zero would be NaN.
+        bounded = bounded if advantage != _ZERO else _ONE
+        moving = (not at_bound) & (advantage != _ZERO)
+        price = weight * advantage
+        slope[t] = -(price * ratio) if moving else _ZERO
+        total -= np.float64(price * bounded)
+        clipped += np.float64(weight if at_bound else _ZERO)
+        kl -= np.float64(weight * difference)
+    sums[0], sums[1], sums[2] = total, clipped, kl
+
+
+@intrinsic
+@no_type_check
+def _bits_of(_typing, number):
+    def lower(_context, builder, _signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), lower
+
+
+@intrinsic
+@no_type_check
+def _from_bits(_typing, bits):
+    def lower(_context, builder, _signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), lower
+
+
+_LOWEST, _HIGHEST = np.float32(-104.0), np.float32(89.0)  # beyond these exp is 0 and inf in fp32
+_LOG2_E = np.float32(1.44269504)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2; multiples of the first are exact
+_ROUNDER = np.float32(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits
+_ROUNDER_BITS, _BIAS = np.int32(0x4B400000), np.int32(127)
+_C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / n) for n in (2, 6, 24, 120, 720, 5040))
+
+
+@_compiled
+@no_type_check
+def _exp(x):
+    # exp(x) = 2^n exp(r), n the integer nearest to x / ln 2, |r| <= ln 2 / 2: there the series to r^7 is exact to fp32. The
+    # C library's is called number by number, which takes several times as long. NaN stays NaN: it passes both comparisons.
+    x = _HIGHEST if x > _HIGHEST else x
+    x = _LOWEST if x < _LOWEST else x
+    rounded = x * _LOG2_E + _ROUNDER
+    n = rounded - _ROUNDER
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    tail = _C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * (_C6 + r * _C7))))
+    # In two factors, since 2^n itself overflows, or is no normal number, before the product does.
+    exponent = np.int32(_bits_of(rounded) - _ROUNDER_BITS)
+    half = np.int32(exponent >> np.int32(1))
+    first = _from_bits(np.int32((half + _BIAS) << np.int32(23)))
+    second = _from_bits(np.int32((exponent - half + _BIAS) << np.int32(23)))
+    return (_ONE + (r + r * r * tail)) * first * second
