@@ -38,13 +38,16 @@ def gae(
     whitened. Large fp32 input takes a native path where there is one (`hone.algos.kernels`).
     Reference: arXiv 1506.02438 eq 16. Raises ValueError for a reward or a value on the mask that is not finite.
     """
-    require_finite("gae", "rewards", rewards, action_mask, remedy=MEND_REWARDS)
-    require_finite("gae", "values", values, action_mask, remedy="go back to an earlier checkpoint of the critic")
     if bootstrap is None:
         bootstrap = torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float64, device=values.device)
     kernels = kernels_for(rewards, values)
     path = plain.gae if kernels is None else kernels.gae
-    return path(rewards, values, action_mask, cu_seqlens, gamma=gamma, lambd=lambd, bootstrap=bootstrap.double())
+    advantages, returns = path(rewards, values, action_mask, cu_seqlens, gamma=gamma, lambd=lambd, bootstrap=bootstrap.double())
+    # What is not finite comes out again, so one look at the sum does for both inputs.
+    if not bool(advantages.sum().isfinite()):
+        require_finite("gae", "rewards", rewards, action_mask, remedy=MEND_REWARDS)
+        require_finite("gae", "values", values, action_mask, remedy="go back to an earlier checkpoint of the critic")
+    return advantages, returns
 
 
 @checked
@@ -56,7 +59,6 @@ def discounted_returns(
 
     Raises ValueError for a reward on the mask that is not finite.
     """
-    require_finite("discounted_returns", "rewards", rewards, action_mask, remedy=MEND_REWARDS)
     return gae(rewards, torch.zeros_like(rewards), action_mask, cu_seqlens, gamma=gamma, lambd=1.0)[1]
 
 
@@ -84,7 +86,6 @@ def group_centred(scores: Float[Tensor, " N"], group: Int[Tensor, " N"]) -> Floa
 
     Groups are told by id, never by position. Reference: arXiv 2503.20783. Raises ValueError for a score that is not finite.
     """
-    require_finite("group_centred", "scores", scores, remedy=MEND_REWARDS)
     index, sizes = _group_sizes(group)
     return _centred(scores.double(), index, sizes).to(upcast(scores).dtype)
 
@@ -97,7 +98,6 @@ def group_normalised(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], *, e
     std divides by n - 1. The paper gives neither that choice nor eps. Reference: arXiv 2402.03300 section 4.1.2.
     Raises ValueError for a score that is not finite.
     """
-    require_finite("group_normalised", "scores", scores, remedy=MEND_REWARDS)
     index, sizes = _group_sizes(group)
     centred = _centred(scores.double(), index, sizes)
     squares = centred.new_zeros(sizes.shape).scatter_add_(0, index, centred.square())
@@ -156,4 +156,7 @@ def _centred(scores: Float[Tensor, " N"], index: Int[Tensor, " N"], sizes: Int[T
     one_of_group = scores.new_zeros(sizes.shape).scatter_(0, index, scores)
     shifted = scores - one_of_group.index_select(0, index)
     mean = scores.new_zeros(sizes.shape).scatter_add_(0, index, shifted) / sizes
-    return shifted - mean.index_select(0, index)
+    centred = shifted - mean.index_select(0, index)
+    if not bool(centred.sum().isfinite()):
+        require_finite("group statistics", "scores", scores, remedy=MEND_REWARDS)
+    return centred
