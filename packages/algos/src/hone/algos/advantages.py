@@ -101,10 +101,10 @@ def group_normalised(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], *, e
     index, sizes = _group_sizes(group)
     centred = _centred(scores.double(), index, sizes)
     squares = centred.new_zeros(sizes.shape).scatter_add_(0, index, centred.square())
-    deviation = (squares / (sizes - 1).clamp(min=1)).sqrt()
-    # Zeros stay zeros for eps = 0 too, where a group of equal scores would be 0 / 0.
-    advantages = torch.where(centred == 0, 0.0, centred / (deviation + eps).index_select(0, index))
-    return advantages.to(upcast(scores).dtype)
+    scale = (squares / (sizes - 1).clamp(min=1)).sqrt() + eps
+    # A group of equal scores is all zeros, which must stay zeros for eps = 0 too.
+    scale.masked_fill_(scale == 0, 1.0)
+    return (centred / scale.index_select(0, index)).to(upcast(scores).dtype)
 
 
 @checked

@@ -20,9 +20,9 @@ def on_mask(values: Float[Tensor, " T"], action_mask: Bool[Tensor, " T"]) -> Flo
     return torch.where(action_mask, upcast(values), 0.0)
 
 
-def ones_where(mask: Bool[Tensor, "..."] | Float[Tensor, "..."], dtype: torch.dtype) -> Int[Tensor, "..."]:
-    """For `cleared`: integers as wide as `dtype` (fp32 or fp64), all bits one where the mask is True or 1, all zero elsewhere."""
-    return mask.to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
+def ones_where(mask: Bool[Tensor, "..."], dtype: torch.dtype) -> Int[Tensor, "..."]:
+    """For `cleared`: integers as wide as `dtype` (fp32 or fp64), all bits one where the mask is True, all zero elsewhere."""
+    return mask.view(torch.int8).neg().to(torch.int64 if dtype == torch.float64 else torch.int32)
 
 
 def cleared(constants: Float[Tensor, "..."], ones: Int[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -86,7 +86,7 @@ def _surrogate_sums(
     if dual_clip < math.inf:
         above = (advantage < 0) & (ratio > dual_clip)
         bounded, at_bound = bounded.masked_fill_(above, dual_clip), at_bound.masked_fill_(above, 1.0)
-    held = ones_where(at_bound, logp.dtype)
+    held = ones_where(at_bound.bool(), logp.dtype)
     # Only tokens that keep their gradient enter exp: behind a bound, or times a zero advantage, an overflow would turn
     # into 0 * inf = NaN on the way back.
     moving = ones_where(advantage.bool(), logp.dtype) & ~held

@@ -86,27 +86,75 @@ def _in_threads(share: Callable[[int], object], threads: int) -> None:
         list(pool.map(share, range(threads)))
 
 
+_BLOCK = 128  # tokens whose intermediate numbers stay in the first-level cache
+
+
 @_compiled
 @no_type_check
 def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, first_row, end_row, advantages, returns):
     # Backwards through rows as well as through tokens: the processor then fetches ahead across the ends of rows.
     # Positions are unsigned: a signed one would be checked for Python's negative indices at every access.
+    deltas, values_after = np.empty(_BLOCK), np.empty(_BLOCK + 1)
     for rows_done in range(end_row - first_row):
         row = end_row - 1 - rows_done
-        last = np.uint64(cu_seqlens[row + 1] - 1)
         discount = gamma * lambd[row]
         value_after, advantage = bootstrap[row], 0.0
-        for tokens_done in range(cu_seqlens[row + 1] - cu_seqlens[row]):
-            t = last - np.uint64(tokens_done)
-            if mask[t]:
-                value = np.float64(values[t])
-                advantage = (np.float64(rewards[t]) + gamma * value_after - value) + discount * advantage
-                value_after = value
-                advantages[t] = advantage
-                returns[t] = advantage + value
+        end = cu_seqlens[row + 1]
+        while end > cu_seqlens[row]:
+            tokens = min(_BLOCK, end - cu_seqlens[row])
+            last = np.uint64(end - 1)
+            live = 0
+            for k in range(tokens):
+                live += mask[last - np.uint64(k)]
+            if live == tokens:
+                values_after[0] = value_after
+                advantage = _gae_of_run(
+                    rewards, values, last, tokens, gamma, discount, advantage, deltas, values_after, advantages, returns
+                )
+                value_after = values_after[tokens]
             else:
-                advantages[t] = 0.0
-                returns[t] = 0.0
+                for k in range(tokens):
+                    t = last - np.uint64(k)
+                    if mask[t]:
+                        value = np.float64(values[t])
+                        advantage = (np.float64(rewards[t]) + gamma * value_after - value) + discount * advantage
+                        value_after = value
+                        advantages[t] = advantage
+                        returns[t] = advantage + value
+                    else:
+                        advantages[t] = 0.0
+                        returns[t] = 0.0
+            end -= tokens
+
+
+@_compiled
+@no_type_check
+def _gae_of_run(rewards, values, last, tokens, gamma, discount, advantage, deltas, values_after, advantages, returns):
+    # The run's tokens from its end, k = 0 the last. All but the middle loop becomes vector instructions; the middle one
+    # takes four tokens at a time, so that each four wait for one product of the four before, not for four.
+    for k in range(tokens):
+        values_after[np.uint64(k + 1)] = values[last - np.uint64(k)]
+    for k in range(tokens):
+        deltas[k] = np.float64(rewards[last - np.uint64(k)]) + gamma * values_after[k] - values_after[np.uint64(k + 1)]
+    discount_2, discount_3, discount_4 = discount**2, discount**3, discount**4
+    for four in range(tokens // 4):
+        k0 = np.uint64(4 * four)
+        k1, k2, k3 = k0 + np.uint64(1), k0 + np.uint64(2), k0 + np.uint64(3)
+        alone_1 = deltas[k1] + discount * deltas[k0]
+        alone_2 = deltas[k2] + discount * alone_1
+        alone_3 = deltas[k3] + discount * alone_2
+        deltas[k0] += discount * advantage
+        deltas[k1] = alone_1 + discount_2 * advantage
+        deltas[k2] = alone_2 + discount_3 * advantage
+        advantage = alone_3 + discount_4 * advantage
+        deltas[k3] = advantage
+    for k in range(4 * (tokens // 4), tokens):
+        advantage = deltas[np.uint64(k)] + discount * advantage
+        deltas[np.uint64(k)] = advantage
+    for k in range(tokens):
+        advantages[last - np.uint64(k)] = deltas[k]
+        returns[last - np.uint64(k)] = deltas[k] + values_after[np.uint64(k + 1)]
+    return advantage
 
 
 _ZERO, _ONE, _INFINITE = np.float32(0), np.float32(1), np.float32(np.inf)
