@@ -24,7 +24,7 @@ from tests.reference.arguments import SIZES, Asked, arguments, asked, functions,
 NAN, INF = math.nan, math.inf
 
 # Called by functions that have checked, several times each.
-INNER = {"masking", "ratios"}
+INNER = {"masking"}
 
 EVERY = functions()
 CHECKED = sorted(name for name in EVERY if name.split(".")[0] not in INNER)

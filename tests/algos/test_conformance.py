@@ -12,6 +12,7 @@ import torch
 
 from hone.algos.advantages import discounted_returns, group_normalised, whiten
 from hone.algos.conformance import LAWS, LawBroken, example, from_padded
+from hone.algos.conformance.plugin import NEEDS_A_CASE
 from hone.algos.kl import k1, k2, k3
 from hone.algos.policy_losses import clipped_surrogate
 from hone.algos.reduce import Reduction
@@ -21,7 +22,7 @@ EVERYTHING = [(kind, name) for kind, laws in LAWS.items() for name in laws]
 
 def obeys(kind, name, function):
     """Whether the function passes the law; a crash in it is no verdict."""
-    arguments = [function, example()] if kind in ("loss", "step") else [function]
+    arguments = [function, example()] if kind in NEEDS_A_CASE else [function]
     try:
         LAWS[kind][name](*arguments)
     except LawBroken:
@@ -59,6 +60,7 @@ def summed(loss):
 
 RIGHT = {
     "loss": {"packed": ours, "padded": from_padded(padded_ppo), "padded on the left": from_padded(padded_ppo, left=True)},
+    "clip": {"packed": ours, "padded": from_padded(padded_ppo)},
     "step": {"summed": summed(ours)},
     "kl": {"k2": k2, "straight through": reverse_kl_term},
     "logp": {"gathered": right_logp},
@@ -268,7 +270,34 @@ def returns_of_every_token(rewards, mask, cu_seqlens):  # pain 3: rewards off th
     return discounted_returns(rewards.nan_to_num(), torch.ones_like(mask), cu_seqlens, gamma=0.9)
 
 
+def raw_score_of_a_group_of_one(scores, group):  # decision D1 of the survey; verl's loop
+    alone = torch.bincount(group)[group] == 1
+    return torch.where(alone, scores, group_normalised(scores, group, eps=1e-6))
+
+
+def discounted_by_every_token(rewards, mask, cu_seqlens):  # pain 3: the environment's tokens are steps too
+    live = torch.where(mask, rewards, 0.0)
+    return discounted_returns(live, torch.ones_like(mask), cu_seqlens, gamma=0.9)
+
+
+def optimistic(logp, old_logp, advantages, action_mask, step_tokens, **_):  # max in the place of min
+    keep = action_mask & (advantages != 0)
+    ratio = torch.exp(torch.where(keep, logp - old_logp, 0.0).clamp(-80, 80))
+    advantages = torch.where(action_mask, advantages, 0.0)
+    return -torch.where(keep, torch.maximum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages), 0.0).sum() / step_tokens
+
+
+def clipped_on_both_sides(logp, old_logp, advantages, action_mask, step_tokens, **_):  # the clip alone, without the minimum
+    keep = action_mask & (advantages != 0)
+    ratio = torch.exp(torch.where(keep, logp - old_logp, 0.0).clamp(-80, 80)).clamp(0.8, 1.2)
+    return -torch.where(keep, ratio * torch.where(action_mask, advantages, 0.0), 0.0).sum() / step_tokens
+
+
 FAULTS = {
+    raw_score_of_a_group_of_one: ("group", "group of one"),
+    discounted_by_every_token: ("return", "returns cross gaps"),
+    optimistic: ("clip", "pessimism"),
+    clipped_on_both_sides: ("clip", "pessimism"),
     mean_of_the_micro_batch: ("loss", "micro-batch additivity"),
     advantages_recentred_here: ("loss", "micro-batch additivity"),
     padding_in_the_denominator: ("loss", "packing is padding"),
@@ -310,7 +339,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_the_kit_catches(fault):
     kind, name = FAULTS[fault]
-    assert not obeys(kind, name, from_padded(fault) if kind == "loss" else fault)
+    assert not obeys(kind, name, from_padded(fault) if kind in ("loss", "clip") else fault)
 
 
 def test_every_law_catches_something():

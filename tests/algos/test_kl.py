@@ -122,6 +122,12 @@ def test_the_weighted_gradient_is_unbiased_under_the_old_policys_samples(estimat
         assert_close(loss.total, truth)
 
 
+def test_a_value_saturates_at_a_million_nats():
+    one, mask = torch.ones(1), torch.tensor([True])
+    loss = kl_loss(-100 * one, 0 * one, one, mask, coef=1.0, estimator="k3", gradient="reverse")
+    assert float(loss.total) == 1e6
+
+
 def test_the_weighted_penalty_needs_a_finite_cap():
     one, mask = torch.zeros(1), torch.tensor([True])
     for cap in (0.0, float("inf")):

@@ -20,12 +20,6 @@ def test_cleared_is_on_mask_to_the_bit(dtype):
         assert answer.view(integers).equal(on_mask(values, mask).view(integers))
 
 
-def test_a_mask_of_zeros_and_ones_does_as_well():
-    mask = torch.tensor([True, False, True])
-    assert ones_where(mask.float(), torch.float32).equal(ones_where(mask, torch.float32))
-    assert ones_where(mask, torch.float64).tolist() == [-1, 0, -1]
-
-
 def test_gradients_of_any_order_are_on_masks():
     mask = torch.tensor([True, False, True, False])
     values = torch.tensor([0.3, math.nan, -1.2, math.inf], dtype=torch.float64, requires_grad=True)

@@ -86,7 +86,7 @@ def test_at_the_bound_itself_the_gradient_still_passes(log_ratio, advantage):
     mask, one = torch.tensor([True]), torch.ones(1, dtype=torch.float64)
     logp = (log_ratio * one).requires_grad_()
     ratio = float(logp.detach().exp())  # between 1/2 and 2, so that 1 - ratio and 1 + (ratio - 1) are exact
-    loss = clipped_surrogate(logp, 0 * one, advantage * one, one, mask, clip_low=1 - ratio, clip_high=ratio - 1)
+    loss = clipped_surrogate(logp, 0 * one, advantage * one, one, mask, clip_low=max(1 - ratio, 0.0), clip_high=max(ratio - 1, 0.0))
     loss.total.backward()
     assert loss.metrics["ppo_clip_ratio"] == 0
     assert_close(logp.grad, -ratio * advantage * one)

@@ -84,6 +84,8 @@ NO_REFERENCE = {
     "weighted_kl_loss": "test_kl.py enumerates its expectation, the table has its slope",
 }
 EXEMPT = {
+    "ranges.choices_of": "reads an annotation; test_package.py",
+    "ranges.require_valid": "refuses, computes nothing; test_package.py",
     "corrections.check_bounds": "refuses, computes nothing; test_corrections.py",
     "masking.cleared": "on_mask by clearing bits; test_masking.py holds them together",
     "masking.cleared_with_gradient": "as cleared",

@@ -25,8 +25,10 @@ from hone.algos.algorithms.on_policy_distillation import OnPolicyDistillation as
 from hone.algos.algorithms.opo import OPO as OPO
 from hone.algos.algorithms.orpo import ORPO as ORPO
 from hone.algos.algorithms.ppo import PPO as PPO
+from hone.algos.algorithms.ppo import GAEAdvantage as GAEAdvantage
 from hone.algos.algorithms.process_reward_model import ProcessRewardModel as ProcessRewardModel
 from hone.algos.algorithms.reinforce import Reinforce as Reinforce
+from hone.algos.algorithms.reinforce import ReturnAdvantage as ReturnAdvantage
 from hone.algos.algorithms.reinforce_baseline import ReinforceBaseline as ReinforceBaseline
 from hone.algos.algorithms.remax import ReMax as ReMax
 from hone.algos.algorithms.remax import with_greedy as with_greedy
@@ -36,8 +38,10 @@ from hone.algos.algorithms.sapo import SAPO as SAPO
 from hone.algos.algorithms.sft import SFT as SFT
 from hone.algos.algorithms.simpo import SimPO as SimPO
 from hone.algos.algorithms.terms import Clip as Clip
+from hone.algos.algorithms.terms import GroupAdvantage as GroupAdvantage
 from hone.algos.algorithms.terms import KLPenalty as KLPenalty
 from hone.algos.algorithms.vapo import VAPO as VAPO
+from hone.algos.algorithms.vapo import LengthAdaptiveAdvantage as LengthAdaptiveAdvantage
 from hone.algos.batch import Batch as Batch
 from hone.algos.batch import Packed as Packed
 from hone.algos.batch import SamplerContract as SamplerContract
@@ -137,6 +141,9 @@ from hone.algos.protocol import Advantages as Advantages
 from hone.algos.protocol import Algorithm as Algorithm
 from hone.algos.protocol import Loss as Loss
 from hone.algos.protocol import Outputs as Outputs
+from hone.algos.ranges import Range as Range
+from hone.algos.ranges import require_valid as require_valid
+from hone.algos.ranges import violations as violations
 from hone.algos.ratios import importance_ratio as importance_ratio
 from hone.algos.ratios import log_ratio as log_ratio
 from hone.algos.reduce import Reduction as Reduction

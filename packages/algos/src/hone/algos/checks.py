@@ -17,6 +17,8 @@ import torch
 from jaxtyping import AbstractArray, Bool, Shaped
 from torch import Tensor
 
+from hone.algos.ranges import Range, choices_of
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -32,6 +34,12 @@ MEANINGS = {
     "B": "one per padded row",
     "L": "one per slot",
 }
+SETTINGS = {
+    **dict.fromkeys(("gamma", "lambd", "policy_lambd", "value_lambd", "clip_low", "fraction"), Range(low=0, high=1)),
+    **dict.fromkeys(("clip_high", "clip", "eps", "log_clip_low", "log_clip_high", "min_std"), Range(low=0)),
+    "dual_clip": Range(low=1, open_low=True),
+}
+"""Ranges of numeric settings that mean one thing wherever they occur; others are told by the function that has them."""
 MEND_REWARDS = "mend the reward function, or drop the rows"
 REMEDIES = {"floating point": "float()", "integer": "long()", "boolean": "bool()"}
 
@@ -59,12 +67,18 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     """
     parameters = inspect.signature(function).parameters
     specs = specs_of({name: parameter.annotation for name, parameter in parameters.items()})
+    choices = {name: choices_of(parameter.annotation) for name, parameter in parameters.items()}
+    settings = {name: allowed for name, allowed in choices.items() if allowed or name in SETTINGS}
     names = list(parameters)
     title = function.__name__
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_arguments(title, specs, {**dict(zip(names, args, strict=False)), **kwargs})
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        check_arguments(title, specs, arguments)
+        for name, allowed in settings.items():
+            if name in arguments:
+                check_setting(title, name, arguments[name], allowed)
         return function(*args, **kwargs)
 
     return wrapper
@@ -94,6 +108,15 @@ def check_arguments(function: str, specs: Mapping[str, Spec], arguments: Mapping
             raise ValueError(
                 f"{function}: {offsets} has {many} entries, for {many - 1} rows, but {per_row} has {few}; give both the same rows"
             )
+
+
+def check_setting(function: str, name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError for a value that is none of the choices (if there are any), or out of `SETTINGS`' range, as NaN always is."""
+    if choices and value not in choices:
+        raise ValueError(f"{function}: {name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
+    limit = SETTINGS.get(name)
+    if limit is not None and isinstance(value, float | int) and value not in limit:
+        raise ValueError(f"{function}: {name} is {value}; it must lie in {limit}")
 
 
 def check_offsets(function: str, cu_seqlens: Tensor, *, tokens: int | None) -> None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from hone.algos.ranges import Range
+from hone.algos.ranges import Range, require_valid
 
 LARGEST_KL_ERROR = 0.2
 """Relative distance from the target beyond which the adaptive KL coefficient moves no faster."""
@@ -19,6 +19,9 @@ class FixedKL:
 
     coef: Annotated[float, Range(low=0)] = 0.01
     """Weight of the KL penalty [reward per nat], at least 0."""
+
+    def __post_init__(self) -> None:
+        require_valid(self)
 
     def after(self, *, kl: float, sequences: int) -> "FixedKL":
         """The same state, whatever was measured."""
@@ -37,6 +40,9 @@ class AdaptiveKL:
     """KL aimed at [nats per sequence], above 0."""
     horizon: Annotated[int, Range(low=1)] = 10000
     """Sequences over which an error of one would double the coefficient, at least 1."""
+
+    def __post_init__(self) -> None:
+        require_valid(self)
 
     def after(self, *, kl: float, sequences: int) -> "AdaptiveKL":
         """Coef (1 + clip(kl / target - 1, -0.2, 0.2) sequences / horizon).
@@ -65,6 +71,9 @@ class AdaptiveEntropy:
     """How far the level moves after each optimiser step [per nat], above 0."""
     active: bool = False
     """Whether the entropy last measured was at or below the target."""
+
+    def __post_init__(self) -> None:
+        require_valid(self)
 
     @property
     def coef(self) -> float:

@@ -14,6 +14,7 @@ from hone.algos.batch import Batch, Scored, select
 from hone.algos.checks import require_finite
 from hone.algos.mismatch import effective_sample_size, mismatch_figures, sample_size_figures
 from hone.algos.protocol import Algorithm
+from hone.algos.ranges import require_valid
 from hone.algos.ratios import importance_ratio
 from hone.algos.reduce import Reduction, token_weights, weighted_sum
 from hone.algos.soft_losses import scaled_advantages
@@ -25,9 +26,10 @@ def judge(algo: Algorithm, batch: Batch) -> Scored:
     `figures` of the result are the algorithm's own and, wherever `old_logp` is known, those of `mismatch_figures` over all
     action tokens, "mismatch_ess" (what importance weights would leave of the sample) and, where advantages were corrected,
     "correction_ess", "correction_mean" and "correction_rejected" (share of action tokens).
-    Raises ValueError if a field in `algo.needs` is missing, or a reward on the mask is not finite; FloatingPointError if
-    another number that is read, or an advantage before or after its correction, is not finite.
+    Raises ValueError for settings out of range, if a field in `algo.needs` is missing, or a reward on the mask is not finite;
+    FloatingPointError if another number that is read, or an advantage before or after its correction, is not finite.
     """
+    require_valid(algo)
     require_finite(
         "judge",
         "rewards",

@@ -1,9 +1,11 @@
 """Ranges of numeric settings, written once beside the field: `lr: Annotated[float, Range(low=0, open_low=True)]`.
 
-Used to reject a value with its limit and to print the limit in the help; the mathematics never sees them.
+Used to reject a value with its limit (`violations`, all at once; `require_valid`, which `judge`, the controllers and the offline
+losses call) and to print the limit in the help; the mathematics never sees them.
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -40,6 +42,34 @@ def range_of(annotation: object) -> Range | None:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return next((found for part in typing.get_args(annotation) if (found := range_of(part))), None)
     return None
+
+
+def choices_of(annotation: object) -> tuple[object, ...]:
+    """The values a Literal allows, none for any other annotation."""
+    return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+
+
+@functools.cache
+def require_valid(config: object) -> None:
+    """Raise ValueError naming every setting of a (nested) dataclass outside its range, and every one that is no choice of its Literal.
+
+    Configurations are frozen, so one that passed is not looked at again.
+    """
+    told = [f"{name} is {value!r}, it must lie in {limit}" for name, value, limit in violations(config)]
+    told += [f"{name} is {value!r}, choose one of {', '.join(map(repr, choices))}" for name, value, choices in _strange(config)]
+    if told:
+        raise ValueError(f"{type(config).__name__}: {'; '.join(told)}")
+
+
+def _strange(config: object, prefix: str = "") -> Iterator[tuple[str, object, tuple[object, ...]]]:
+    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _strange(value, f"{name}.")
+        elif (choices := choices_of(hints[field.name])) and value not in choices:
+            yield name, value, choices
 
 
 def violations(config: object, prefix: str = "") -> Iterator[tuple[str, object, Range]]:

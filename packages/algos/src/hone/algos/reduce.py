@@ -32,6 +32,8 @@ class Reduction:
     """Constant divisor C [tokens], at least 1; given with "constant" and only there. The longest response is usual."""
 
     def __post_init__(self) -> None:
+        if self.over not in ("token", "sequence", "constant"):
+            raise ValueError(f"reduction {self.over!r}: choose 'token', 'sequence' or 'constant'")
         if (self.over == "constant") != (self.length is not None):
             raise ValueError(f"reduction {self.over!r} with length {self.length}: a length [tokens] belongs to 'constant', and only there")
         if self.length is not None and self.length < 1:

@@ -88,6 +88,7 @@ def gmpo_loss(
     y_t = min(x_t, log_clip_high) where A > 0, max(x_t, -log_clip_low) where A < 0, 0 where A = 0; x = logp - old_logp.
     The bounds are LOG-ratios [nats]: the paper's 0.4 allows ratios from e^-0.4 to e^0.4. A clipped token sends nothing
     back, the rest of its row still does. Where nothing clips it is GSPO where nothing clips. Needs whole rows (see the module).
+    Advantages are meant to be constant along a row: where their signs differ, nothing bounds the row, and an overflow is not caught.
     Figures: "policy_loss", "ppo_clip_ratio" (weighted share of tokens at a bound), "ppo_kl" (old_logp - logp [nats]).
     Reference: arXiv 2507.20673 eq 4.
     """

@@ -16,7 +16,7 @@ from hone.algos.distillation import (
 )
 from hone.algos.offline import Taught
 from hone.algos.protocol import Loss
-from hone.algos.ranges import Range
+from hone.algos.ranges import Range, require_valid
 from hone.algos.reduce import Reduction
 from hone.algos.supervised import nll
 
@@ -46,6 +46,7 @@ class Distillation:
 
     def logits_loss(self, logits: Float[Tensor, "T V"], rows: Taught) -> Loss:
         """The loss over any part of an optimiser step; logits[t] are those that tokens[t] was drawn from."""
+        require_valid(self)
         mask = rows.action_mask
         if rows.teacher_tokens is None:
             student, teacher = tempered_logp(logits, mask, temperature=self.temperature), rows.teacher_logp

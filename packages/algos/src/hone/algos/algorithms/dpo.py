@@ -8,7 +8,7 @@ from hone.algos.offline import Pairs
 from hone.algos.pairs import row_logp, row_mean_logp, split_pairs
 from hone.algos.preference import conservative_dpo
 from hone.algos.protocol import Loss, Outputs
-from hone.algos.ranges import Range
+from hone.algos.ranges import Range, require_valid
 from hone.algos.reduce import weighted_sum
 
 
@@ -33,6 +33,7 @@ class DPO:
 
     def loss(self, outputs: Outputs, rows: Pairs) -> Loss:
         """The loss over any part of an optimiser step, cut between pairs."""
+        require_valid(self)
         mask, cu_seqlens = rows.action_mask, rows.cu_seqlens
         log_ratios = k1(outputs.logp, rows.require("ref_logp"))
         chosen, rejected = split_pairs(row_logp(log_ratios, mask, cu_seqlens))

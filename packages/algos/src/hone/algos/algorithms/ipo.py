@@ -8,7 +8,7 @@ from hone.algos.offline import Pairs
 from hone.algos.pairs import row_mean_logp, split_pairs
 from hone.algos.preference import ipo
 from hone.algos.protocol import Loss, Outputs
-from hone.algos.ranges import Range
+from hone.algos.ranges import Range, require_valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class IPO:
 
     def loss(self, outputs: Outputs, rows: Pairs) -> Loss:
         """The loss over any part of an optimiser step, cut between pairs."""
+        require_valid(self)
         log_ratios = k1(outputs.logp, rows.require("ref_logp"))
         chosen, rejected = split_pairs(row_mean_logp(log_ratios, rows.action_mask, rows.cu_seqlens))
         return ipo(chosen, rejected, rows.pair_weights, rows.pair_mask, beta=self.beta)

@@ -8,7 +8,7 @@ from hone.algos.kto import kto_loss
 from hone.algos.offline import Judgements
 from hone.algos.pairs import row_logp
 from hone.algos.protocol import Loss, Outputs
-from hone.algos.ranges import Range
+from hone.algos.ranges import Range, require_valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class KTO:
 
     def loss(self, outputs: Outputs, rows: Judgements) -> Loss:
         """The loss over any part of an optimiser step."""
+        require_valid(self)
         log_ratios = row_logp(k1(outputs.logp, rows.require("ref_logp")), rows.action_mask, rows.cu_seqlens)
         return kto_loss(
             log_ratios,

@@ -10,6 +10,7 @@ from torch import Tensor
 from hone.algos.offline import Steps
 from hone.algos.process import reward_token_logits, soft_process_loss
 from hone.algos.protocol import Loss
+from hone.algos.ranges import require_valid
 from hone.algos.reduce import Reduction
 
 
@@ -32,6 +33,7 @@ class ProcessRewardModel:
 
     def logits_loss(self, logits: Float[Tensor, "T V"], rows: Steps) -> Loss:
         """The loss over any part of an optimiser step; logits[t] are read AT token t, where a step ends."""
+        require_valid(self)
         if self.reward_tokens:
             logits = reward_token_logits(logits, torch.tensor(self.reward_tokens, device=logits.device))
         return soft_process_loss(logits, rows.targets, rows.weights, rows.action_mask)

@@ -9,7 +9,7 @@ from torch import Tensor
 from hone.algos.offline import Pairs
 from hone.algos.pairs import split_pairs
 from hone.algos.protocol import Loss
-from hone.algos.ranges import Range
+from hone.algos.ranges import Range, require_valid
 from hone.algos.reward_models import bradley_terry, reward_centre
 
 
@@ -30,6 +30,7 @@ class RewardModel:
 
     def score_loss(self, scores: Float[Tensor, " N"], rows: Pairs) -> Loss:
         """The loss over any part of an optimiser step, cut between pairs."""
+        require_valid(self)
         chosen, rejected = split_pairs(scores)
         loss = bradley_terry(chosen, rejected, rows.margins[0::2], rows.pair_weights, rows.pair_mask)
         if self.centre_coef == 0:

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from hone.algos.offline import Demonstrations
 from hone.algos.protocol import Loss, Outputs
+from hone.algos.ranges import require_valid
 from hone.algos.reduce import Reduction
 from hone.algos.supervised import nll
 
@@ -26,4 +27,5 @@ class SFT:
 
     def loss(self, outputs: Outputs, rows: Demonstrations) -> Loss:
         """The loss over any part of an optimiser step."""
+        require_valid(self)
         return nll(outputs.logp, rows.weights, rows.action_mask)

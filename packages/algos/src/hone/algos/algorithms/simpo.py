@@ -7,7 +7,7 @@ from hone.algos.offline import Pairs
 from hone.algos.pairs import row_mean_logp, split_pairs
 from hone.algos.preference import simpo
 from hone.algos.protocol import Loss, Outputs
-from hone.algos.ranges import Range
+from hone.algos.ranges import Range, require_valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,5 +29,6 @@ class SimPO:
 
     def loss(self, outputs: Outputs, rows: Pairs) -> Loss:
         """The loss over any part of an optimiser step, cut between pairs."""
+        require_valid(self)
         chosen, rejected = split_pairs(row_mean_logp(outputs.logp, rows.action_mask, rows.cu_seqlens))
         return simpo(chosen, rejected, rows.pair_weights, rows.pair_mask, beta=self.beta, gamma_beta_ratio=self.gamma_beta_ratio)

@@ -17,11 +17,13 @@ from hone.algos.conformance.estimators import KL_LAWS as KL_LAWS
 from hone.algos.conformance.estimators import LOGP_LAWS as LOGP_LAWS
 from hone.algos.conformance.estimators import RETURN_LAWS as RETURN_LAWS
 from hone.algos.conformance.estimators import WHITENING_LAWS as WHITENING_LAWS
+from hone.algos.conformance.losses import CLIP_LAWS as CLIP_LAWS
 from hone.algos.conformance.losses import LOSS_LAWS as LOSS_LAWS
 from hone.algos.conformance.losses import STEP_LAWS as STEP_LAWS
 
 LAWS = {
     "loss": LOSS_LAWS,
+    "clip": CLIP_LAWS,
     "step": STEP_LAWS,
     "kl": KL_LAWS,
     "logp": LOGP_LAWS,

@@ -103,6 +103,14 @@ def group_of_equals(advantages: Group) -> None:
                 raise LawBroken(f"{size} scores of {value} have advantages {actual}")
 
 
+def group_of_one(advantages: Group) -> None:
+    """A score with nothing to compare it with has exactly no advantage, beside other groups or alone."""
+    alone = advantages(torch.tensor([3.0]), torch.tensor([0]))
+    beside = advantages(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([0, 1, 0]))
+    if float(alone[0]) != 0 or float(beside[1]) != 0:
+        raise LawBroken(f"a group of one got {float(alone[0])} alone and {float(beside[1])} beside another group")
+
+
 def group_by_id(advantages: Group) -> None:
     """Groups are told by id: rows in any order, and groups of any size, give every row the same advantage."""
     scores = torch.tensor([1.0, 0.0, 0.5, 0.25, 2.0, 0.0, 1.5, 3.0], dtype=torch.float64)
@@ -137,6 +145,18 @@ def returns_stay_in_their_row(returns: Returns) -> None:
         _same(packed[span][alone.action_mask], expected[alone.action_mask], f"row {row} has other returns among its neighbours than alone")
 
 
+def returns_cross_gaps(returns: Returns) -> None:
+    """A gap, however long, is no step: the returns of the tokens around it are those without it, and a reward gets across."""
+    expected = None
+    for gap in (0, 1, 4):
+        mask = torch.tensor([True, *[False] * gap, True, True])
+        rewards = torch.zeros(mask.numel(), dtype=torch.float64)
+        rewards[-1] = 1.0
+        actual = returns(rewards, mask, torch.tensor([0, mask.numel()]))[mask]
+        expected = actual if expected is None else expected
+        _same(actual, expected, f"a gap of {gap} tokens of the environment changed the returns of the tokens around it")
+
+
 def returns_ignore_other_tokens(returns: Returns) -> None:
     """Garbage off the mask, in a gap or in padding, reaches no token on it."""
     case = example()
@@ -155,6 +175,7 @@ WHITENING_LAWS: dict[str, Callable[[Whitening], None]] = {
 }
 GROUP_LAWS: dict[str, Callable[[Group], None]] = {
     "group of equals": group_of_equals,
+    "group of one": group_of_one,
     "group by id": group_by_id,
     "group shift": group_shift,
     "Bessel": bessel,
@@ -162,6 +183,7 @@ GROUP_LAWS: dict[str, Callable[[Group], None]] = {
 RETURN_LAWS: dict[str, Callable[[Returns], None]] = {
     "returns stay in their row": returns_stay_in_their_row,
     "returns ignore other tokens": returns_ignore_other_tokens,
+    "returns cross gaps": returns_cross_gaps,
 }
 
 

@@ -102,6 +102,21 @@ def finite_on_extreme_ratios(loss: Loss, case: Case) -> None:
             raise LawBroken(f"a log-ratio of {log_ratio:g} nats with {sign} gave loss {float(total)} and gradient {gradient}")
 
 
+def pessimism(loss: Loss, case: Case) -> None:
+    """PPO's clip forbids only what would go further: behind a bound on the way out nothing moves, on the way back everything does."""
+    for log_ratio, sign, moves in ((1.0, 1, False), (-1.0, -1, False), (1.0, -1, True), (-1.0, 1, True)):
+        these = case.replace(logp=case.old_logp + log_ratio, advantages=sign * case.advantages.abs())
+        _, gradient = _evaluate(loss, these)
+        moved = gradient[case.action_mask] != 0
+        if not bool((moved == moves).all()):
+            kind = "good" if sign > 0 else "bad"
+            raise LawBroken(
+                f"{kind} tokens with a log-ratio of {log_ratio:+g} nats must {'' if moves else 'not '}move; gradient {gradient}"
+            )
+
+
+CLIP_LAWS: dict[str, Callable[[Loss, Case], None]] = {"pessimism": pessimism}
+"""Of losses that clip ratios as PPO does, at bounds nearer than one nat."""
 LOSS_LAWS: dict[str, Callable[[Loss, Case], None]] = {
     "micro-batch additivity": micro_batch_additivity,
     "row order": row_order,

@@ -1,8 +1,9 @@
 """The laws as a pytest plugin: `pytest -p hone.algos.conformance.plugin`, or `pytest_plugins` in the root conftest.py.
 
-A test that asks for `loss_law`, `step_law`, `kl_law`, `logp_law`, `whitening_law`, `group_law` or `return_law` runs once per law of
-that kind and calls it with the function under test. `@pytest.mark.conformance` changes what is asked of it:
-`without={"on-policy gradient": "a supervised loss"}` leaves laws out, each with its reason; `reduction=` is the example's.
+A test that asks for `loss_law`, `clip_law` (for losses that clip as PPO does), `step_law`, `kl_law`, `logp_law`,
+`whitening_law`, `group_law` or `return_law` runs once per law of that kind and calls it with the function under test.
+`@pytest.mark.conformance` changes what is asked of it: `without={"on-policy gradient": "a supervised loss"}` leaves laws
+out, each with its reason; `reduction=` is the example's.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from hone.algos.conformance import LAWS
 from hone.algos.conformance.case import example
 
-NEEDS_A_CASE = ("loss", "step")
+NEEDS_A_CASE = ("loss", "clip", "step")
 
 
 def pytest_configure(config: pytest.Config) -> None:
