@@ -131,6 +131,14 @@ def content(path: Path) -> set[int]:
     return steps
 
 
+def test_the_newest_few_are_kept(tmp_path: Path) -> None:
+    kept = []
+    for step in range(1, 6):
+        save(Files(), tmp_path, step, keep=3)
+        kept.append(sorted(path.name for path in tmp_path.iterdir()))
+    assert kept == [[f"step_{step}" for step in range(max(1, last - 2), last + 1)] for last in range(1, 6)]
+
+
 @pytest.mark.parametrize("power", [True, False])
 def test_a_save_cut_off_anywhere_leaves_the_newest_complete_one(tmp_path: Path, power: bool) -> None:
     for step in (1, 2):

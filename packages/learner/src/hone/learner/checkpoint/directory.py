@@ -74,7 +74,7 @@ def complete(files: Files, partial: Path, written: Sequence[Written], texts: Map
 def prune(files: Files, root: Path, *, keep: int) -> list[Path]:
     """Removes all but the newest `keep` checkpoints, and everything half written; call it when the newest is complete."""
     steps = sorted((path for path in _entries(root) if step_of(path) is not None), key=lambda path: step_of(path) or 0)
-    doomed = [path for path in _entries(root) if path.name.endswith(PARTIAL)] + steps[: len(steps) - keep]
+    doomed = [path for path in _entries(root) if path.name.endswith(PARTIAL)] + steps[: max(0, len(steps) - keep)]
     for path in doomed:
         gone = path
         if not path.name.endswith(PARTIAL):
