@@ -7,9 +7,11 @@ import hashlib
 import os
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,13 +58,15 @@ class Writer:
         """Copies the pieces and returns; the files appear later. Waits for the save before, and raises what that one failed with."""
         self.raise_unseen()
         self.reserve(sum(_aligned(layout.size) for layout in layouts.values()))
-        bodies, at = {}, 0
+        bodies, copies, at = {}, [], 0
         for path, layout in layouts.items():
             bodies[path] = self._buffer[at : at + layout.size]
             at += _aligned(layout.size)
             for piece, place in zip(layout.pieces, layout.places, strict=True):
-                held = bodies[path][place : place + piece.values.nbytes].view(piece.values.dtype)
-                held.copy_(piece.values.detach(), non_blocking=True)
+                copies.append((bodies[path][place : place + piece.values.nbytes], piece.values.detach().view(torch.uint8)))
+        # Whole pieces to each thread: torch's threads meet after every piece, and wait there for one that the system has put aside.
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+            list(pool.map(_copy, copies))
         if self._pinned:
             torch.cuda.synchronize()
         self._thread = threading.Thread(target=self._run, args=(layouts, bodies), name="hone-checkpoint")
@@ -128,6 +132,14 @@ def check_file(path: Path, expected: Written) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:  # pyright: ignore[reportArgumentType] - a raw file has readinto
             raise OSError(f"{path} does not hold what was written: its SHA-256 is another")
+
+
+def _copy(pair: tuple[Tensor, Tensor]) -> None:
+    target, source = pair
+    if source.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source, non_blocking=True)
 
 
 def _aligned(size: int) -> int:
