@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
+from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import Learner, StepResult
 from hone.learner.packing import Shard, shards, unshard
 from hone.rollout.errors import EngineError
@@ -183,6 +184,7 @@ class RemoteGroup:
 
     def __init__(self, name: str, ranks: Sequence[ActorHandle], *, max_tokens: int, settings: Mapping[str, Any]) -> None:
         self.name, self.ranks, self._max_tokens = name, list(ranks), max_tokens
+        self._written: dict[int, Outcome] = {}
         self._who = f"a process of group {name!r}"
         address, port = get([self.ranks[0].rendezvous.remote()], who=self._who)[0]
         self._building = [rank.build.remote(master_addr=address, master_port=port, **settings) for rank in self.ranks]
@@ -237,6 +239,22 @@ class RemoteGroup:
     def export(self, role: str, directory: str) -> None:
         """Write a role's model in the Hugging Face layout; rank 0 writes."""
         get([rank.call.remote("export", role, directory) for rank in self.ranks], who=self._who)
+
+    def save(self, directory: str) -> None:
+        """Every rank copies its share and goes on."""
+        self._written = {}
+        get([rank.call.remote("save", directory) for rank in self.ranks], who=self._who)
+
+    def saved(self, wait: bool) -> list[Outcome] | None:
+        """What became of the last save on every rank, once; None while one of them is writing."""
+        asked = [rank for rank in range(len(self.ranks)) if rank not in self._written]
+        answers = get([self.ranks[rank].call.remote("saved", wait) for rank in asked], who=self._who)
+        self._written |= {rank: answer for rank, answer in zip(asked, answers, strict=True) if answer is not None}
+        return list(self._written.values()) if len(self._written) == len(self.ranks) else None
+
+    def restore(self, directory: str) -> None:
+        """Take up a checkpoint."""
+        get([rank.call.remote("restore", directory) for rank in self.ranks], who=self._who)
 
     def close(self) -> None:
         """End the processes; what they hold goes with them."""

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from hone.algos.batch import Batch, Scored, select
 from hone.algos.protocol import Loss, Outputs
+from hone.learner.checkpoint import role_files
+from hone.learner.checkpoint.files import Files
+from hone.learner.checkpoint.random_state import random_state, set_random_state
+from hone.learner.checkpoint.snapshot import Outcome, Writer
 from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefConfig
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
@@ -84,7 +88,8 @@ class Learner:
         if backend == "single" and world_size != 1:
             raise ValueError(f"the single-process engine has one rank, not {world_size}; choose the deepspeed backend for more")
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.rank, self.backend, self.max_tokens = rank, backend, max_tokens
+        self.rank, self.world_size, self.backend, self.max_tokens = rank, world_size, backend, max_tokens
+        self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
         if backend == "deepspeed":
             from hone.learner.engines import deepspeed
@@ -129,8 +134,44 @@ class Learner:
         if self.backend == "deepspeed":
             torch.distributed.barrier()
 
+    def save(self, directory: str) -> None:
+        """Copies this rank's share of every role and returns; a thread writes it into `directory`, which is there already.
+
+        No collective. Raises CheckpointError if an earlier save failed and `saved` was not asked.
+        """
+        state = random_state(self.device)
+        self.writer.save(
+            {
+                role_files.path(Path(directory), role, rank=self.rank, world_size=self.world_size): role_files.layout(
+                    role, engine, rank=self.rank, world_size=self.world_size, random_state=state
+                )
+                for role, engine in self.engines.items()
+            }
+        )
+
+    def saved(self, wait: bool) -> Outcome | None:
+        """What became of the last save on this rank, once; None where none is open, or it is not done and `wait` is False."""
+        return self.writer.outcome(wait=wait)
+
+    def restore(self, directory: str) -> None:
+        """Takes up a checkpoint that `checkpoint.directory.verify` vouches for, of any number of ranks, ZeRO stage or engine.
+
+        Raises CheckpointError, before anything is changed, for one of other roles or another model.
+        """
+        readers = {role: role_files.matching(Path(directory), role, engine) for role, engine in self.engines.items()}
+        for role, engine in self.engines.items():
+            engine.restore(readers[role])
+            if (state := readers[role].of_rank(self.rank)) is not None:
+                set_random_state(state["random_state"], self.device)
+
     def close(self) -> None:
-        """Gives up every engine and leaves the process group."""
+        """Gives up every engine and leaves the process group. Raises CheckpointError if the last save failed unseen."""
+        try:
+            self.writer.raise_unseen()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         for engine in self.engines.values():
             engine.close()
         if self.backend == "deepspeed":
