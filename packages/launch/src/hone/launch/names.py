@@ -80,6 +80,8 @@ RENAMED = {
     "ref_num_nodes": "ref.num_nodes",
     "ref_num_gpus_per_node": "ref.num_gpus_per_node",
     "zero_stage": "ds.zero_stage",
+    "ring_attn_size": "ds.ring_attn_size",
+    "ring_head_stride": "ds.ring_attn_head_stride",
     "bf16": "ds.param_dtype",
     "param_dtype": "ds.param_dtype",
     "value_head_prefix": "ds.value_head_prefix",

@@ -180,10 +180,13 @@ class RemoteEngine:
 
 
 class RemoteGroup:
-    """A group of learner ranks behind the RoleGroup protocol; `settings` are the Learner's. Call `wait` before anything else."""
+    """A group of learner ranks behind the RoleGroup protocol; `settings` are the Learner's. Call `wait` before anything else.
 
-    def __init__(self, name: str, ranks: Sequence[ActorHandle], *, max_tokens: int, settings: Mapping[str, Any]) -> None:
-        self.name, self.ranks, self._max_tokens = name, list(ranks), max_tokens
+    Every `ring` consecutive ranks share a shard, and each of them returns the whole shard's results.
+    """
+
+    def __init__(self, name: str, ranks: Sequence[ActorHandle], *, max_tokens: int, ring: int, settings: Mapping[str, Any]) -> None:
+        self.name, self.ranks, self._max_tokens, self._ring = name, list(ranks), max_tokens * ring, ring
         self._written: dict[int, Outcome] = {}
         self._who = f"a process of group {name!r}"
         address, port = get([self.ranks[0].rendezvous.remote()], who=self._who)[0]
@@ -203,8 +206,9 @@ class RemoteGroup:
         return get([rank.send.remote() for rank in self.ranks], who=self._who)[0]
 
     def _sharded(self, method: str, role: str, batch: Batch, *args: Any) -> tuple[list[Shard], list[Any]]:
-        cut = shards(batch, ranks=len(self.ranks), max_tokens=self._max_tokens)
-        references = [rank.call.remote(method, role, ray.put(shard), *args) for rank, shard in zip(self.ranks, cut, strict=True)]
+        cut = shards(batch, ranks=len(self.ranks) // self._ring, max_tokens=self._max_tokens)
+        stored = [ray.put(shard) for shard in cut]
+        references = [rank.call.remote(method, role, stored[index // self._ring], *args) for index, rank in enumerate(self.ranks)]
         return cut, references
 
     def logp(self, role: str, batch: Batch) -> Tensor:
@@ -217,7 +221,7 @@ class RemoteGroup:
 
     def _per_token(self, method: str, role: str, batch: Batch) -> Tensor:
         cut, references = self._sharded(method, role, batch)
-        return unshard(cut, get(references, who=self._who), cu_seqlens=batch.cu_seqlens)
+        return unshard(cut, get(references, who=self._who)[:: self._ring], cu_seqlens=batch.cu_seqlens)
 
     def update_policy(self, role: str, scored: Scored, algo: Algorithm) -> StepResult:
         """One optimiser step of a policy."""
@@ -231,7 +235,7 @@ class RemoteGroup:
         _, references = self._sharded(method, role, scored, algo)
         results: list[StepResult] = get(references, who=self._who)
         # Figures are weighted sums: they add up over ranks just as they do over micro-batches.
-        # A rank that had only fillers reports none.
+        # A rank that had only fillers reports none, nor does any but the first of a ring.
         names = dict.fromkeys(name for result in results for name in result.metrics)
         metrics = {name: sum(result.metrics.get(name, 0.0) for result in results) for name in names}
         return StepResult(metrics=metrics, grad_norm=results[0].grad_norm, lr=results[0].lr)

@@ -23,12 +23,13 @@ class TokenHead(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "T H"],
+        hidden: Float[Tensor, "S H"],
         tokens: Int[Tensor, " T"],
         cu_seqlens: Int[Tensor, " N_plus_1"],
         action_mask: Bool[Tensor, " T"],
         temperature: float,
         with_entropy: bool,
+        places: Int[Tensor, " T"] | None = None,
     ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
         """As `token_logprobs`."""
         return token_logprobs(
@@ -42,6 +43,7 @@ class TokenHead(nn.Module):
             with_entropy=with_entropy,
             head_bias=self.bias,
             softcap=self.softcap,
+            places=places,
         )
 
 

@@ -16,17 +16,20 @@ from torch import Tensor
 
 from hone.algos.batch import Batch, Scored, select
 from hone.algos.protocol import Loss, Outputs
+from hone.learner.attention.wire import add_over_ring, ring_of
 from hone.learner.checkpoint import role_files
 from hone.learner.checkpoint.files import Files
 from hone.learner.checkpoint.random_state import random_state, set_random_state
 from hone.learner.checkpoint.snapshot import Outcome, Writer
 from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefConfig
+from hone.learner.context import Piece, cut_rows, piece_of
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
 from hone.learner.model import load_critic, load_policy
-from hone.learner.model_files import copy_tokenizer, resolve
+from hone.learner.model_files import check_ring, copy_tokenizer, resolve
 from hone.learner.optim import Training
 from hone.learner.packing import Shard
+from hone.learner.ring_probe import check_cut
 
 
 @runtime_checkable
@@ -69,7 +72,9 @@ class StepResult:
 class Learner:
     """One rank. Every method is collective: all ranks call it with their own shard of the same batch, in the same order.
 
-    `max_tokens` caps every micro-batch [tokens]; `seed` fixes what a fresh model part draws.
+    `max_tokens` caps every micro-batch [tokens]; `seed` fixes what a fresh model part draws. The ranks of a ring
+    (`ds.ring_attn_size` consecutive ones) get the same shard, whose micro-batches may be that many times `max_tokens`; all of
+    them return the whole shard's results, and the first one its figures.
     """
 
     def __init__(
@@ -91,10 +96,14 @@ class Learner:
         self.rank, self.world_size, self.backend, self.max_tokens = rank, world_size, backend, max_tokens
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
+        self.head_stride = ds.ring_attn_head_stride
+        for source in self.sources.values():
+            check_ring(str(source), world_size=world_size, size=ds.ring_attn_size, head_stride=self.head_stride)
         if backend == "deepspeed":
             from hone.learner.engines import deepspeed
 
             deepspeed.join(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port, device=self.device)
+        self.wire = ring_of(rank=rank, world_size=world_size, size=ds.ring_attn_size)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             self.engines = {role: self._engine(role, spec, ds) for role, spec in roles.items()}
@@ -191,6 +200,8 @@ class Learner:
             module = load_critic(name, dtype=dtype, device=self.device, value_head_prefix=prefix, gradient_checkpointing=recompute)
         else:
             module = load_policy(name, dtype=dtype, device=self.device, gradient_checkpointing=recompute)
+        if self.wire is not None:
+            check_cut(module, name, wire=self.wire, head_stride=self.head_stride)
         if self.backend == "single":
             return SingleEngine(module, role=role, training=training)
         from hone.learner.engines.deepspeed import DeepSpeedEngine
@@ -199,11 +210,22 @@ class Learner:
 
     def _policy(self, role: str, part: Batch, *, with_entropy: bool) -> Outputs:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy)
-        logp, entropy = self.engines[role](*inputs)
-        return Outputs(logp=logp, entropy=entropy)
+        logp, entropy = self.engines[role](*inputs, self._piece(part))
+        return Outputs(logp=self._whole(logp), entropy=None if entropy is None else self._whole(entropy))
 
     def _values(self, role: str, part: Batch) -> Tensor:
-        return self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask)
+        return self._whole(self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, self._piece(part)))
+
+    def _piece(self, part: Batch) -> Piece | None:
+        """What this rank of a ring runs of a micro-batch."""
+        if self.wire is None:
+            return None
+        cut = cut_rows(part.lengths.tolist(), size=self.wire.size, max_tokens=self.max_tokens)
+        return piece_of(cut, part.cu_seqlens, wire=self.wire, head_stride=self.head_stride)
+
+    def _whole(self, per_token: Tensor) -> Tensor:
+        """What the ranks of a ring have each for some of the tokens, for all of them."""
+        return per_token if self.wire is None else add_over_ring(per_token, self.wire)
 
     @torch.no_grad()
     def _evaluate(self, shard: Shard, forward: Callable[[Batch], Tensor]) -> Tensor:
@@ -229,16 +251,17 @@ class Learner:
             for name, value in {} if index in shard.fillers else loss.metrics.items():
                 totals[name] = totals.get(name, 0) + value
         info = engine.step()
+        if self.wire is not None and self.wire.rank:
+            totals = {}  # every rank of a ring has the same figures, of the whole rows: the first one tells
         read = torch.stack(list(totals.values())).tolist() if totals else []  # waits for the device once, not once per metric
         return StepResult(metrics=dict(zip(totals, read, strict=True)), grad_norm=info.grad_norm, lr=info.lr)
 
     def _micro_batch(self, shard: Shard, index: int) -> Batch:
         """Micro-batch `index` on this rank's device. A filler has an empty mask and weights of zero: it adds nothing to any sum."""
         part = select(shard.batch, shard.micro_batches[index])
-        if part.tokens.shape[0] > self.max_tokens:
-            raise ValueError(
-                f"a micro-batch of {part.tokens.shape[0]} tokens exceeds this rank's {self.max_tokens}; cut the batch with `shards`"
-            )
+        cap = self.max_tokens * (1 if self.wire is None else self.wire.size)
+        if part.tokens.shape[0] > cap:
+            raise ValueError(f"a micro-batch of {part.tokens.shape[0]} tokens exceeds this rank's {cap}; cut the batch with `shards`")
         moved = {
             field.name: value.to(self.device, non_blocking=True)
             for field in dataclasses.fields(part)

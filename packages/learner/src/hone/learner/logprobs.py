@@ -1,7 +1,8 @@
 """From hidden states to log-probabilities and entropies of the tokens, a chunk at a time; the only place that shifts.
 
-T packed tokens, M scored tokens, H hidden size, V vocabulary. The state after token t - 1 predicts token t, so results are
-aligned with their own token: `logp[t]` belongs to `tokens[t]`, and a row's first token, which nothing precedes, gets 0.
+T packed tokens, S of them run here (all of them, but for a ring), M scored tokens, H hidden size, V vocabulary. The state after
+token t - 1 predicts token t, so results are aligned with their own token: `logp[t]` belongs to `tokens[t]`, and a row's first
+token, which nothing precedes, gets 0.
 """
 
 from typing import Any
@@ -20,8 +21,22 @@ def scored_positions(cu_seqlens: Int[Tensor, " N_plus_1"], action_mask: Bool[Ten
     return mask.nonzero().squeeze(1)
 
 
+def predicting_states(
+    positions: Int[Tensor, " M"], places: Int[Tensor, " T"] | None
+) -> tuple[Int[Tensor, " M_here"], Int[Tensor, " M_here"]]:
+    """Those scored positions whose predicting state is here, and where among the hidden states it stands.
+
+    Without `places` all states are here, in order. Over a ring, `places[t]` is where token t's state stands among this rank's,
+    -1 where another rank has it: that rank then scores token t + 1, wherever that one's own state is.
+    """
+    if places is None:
+        return positions, positions - 1
+    states = places[positions - 1]
+    return positions[states >= 0], states[states >= 0]
+
+
 def token_logprobs(
-    hidden: Float[Tensor, "T H"],
+    hidden: Float[Tensor, "S H"],
     head_weight: Float[Tensor, "V H"],
     tokens: Int[Tensor, " T"],
     cu_seqlens: Int[Tensor, " N_plus_1"],
@@ -32,27 +47,33 @@ def token_logprobs(
     with_entropy: bool,
     head_bias: Float[Tensor, " V"] | None = None,
     softcap: float | None = None,
+    places: Int[Tensor, " T"] | None = None,
 ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
     """(log softmax(z / temperature)[token], entropy of that distribution) [nats], z = softcap tanh(head(hidden) / softcap).
 
     Only tokens in the mask meet the head, `chunk_tokens` at a time, so at most [chunk_tokens, V] logits exist, in forward and
-    in backward (which computes them again). Results are fp32, zero off the mask.
+    in backward (which computes them again). Results are fp32, zero off the mask, and where the state is another rank's
+    (`places`, see `predicting_states`).
     """
-    positions = scored_positions(cu_seqlens, action_mask)
+    positions, states = predicting_states(scored_positions(cu_seqlens, action_mask), places)
     logp, entropy = _ChunkedHead.apply(
-        hidden.index_select(0, positions - 1), head_weight, head_bias, tokens[positions], temperature, softcap, chunk_tokens, with_entropy
+        hidden.index_select(0, states), head_weight, head_bias, tokens[positions], temperature, softcap, chunk_tokens, with_entropy
     )
     empty = torch.zeros(tokens.shape[0], dtype=torch.float32, device=hidden.device)
     return empty.index_copy(0, positions, logp), empty.index_copy(0, positions, entropy) if with_entropy else None
 
 
 def state_values(
-    hidden: Float[Tensor, "T H"], head: torch.nn.Module, cu_seqlens: Int[Tensor, " N_plus_1"], action_mask: Bool[Tensor, " T"]
+    hidden: Float[Tensor, "S H"],
+    head: torch.nn.Module,
+    cu_seqlens: Int[Tensor, " N_plus_1"],
+    action_mask: Bool[Tensor, " T"],
+    places: Int[Tensor, " T"] | None = None,
 ) -> Float[Tensor, " T"]:
-    """Value of the state before each token in the mask, head(hidden[t - 1]) in fp32; zero off the mask and at a row's first token."""
-    positions = scored_positions(cu_seqlens, action_mask)
+    """Value of the state before each token in the mask, head(hidden[t - 1]) in fp32; zero as `token_logprobs`."""
+    positions, states = predicting_states(scored_positions(cu_seqlens, action_mask), places)
     empty = torch.zeros(action_mask.shape[0], dtype=torch.float32, device=hidden.device)
-    return empty.index_copy(0, positions, head(hidden.index_select(0, positions - 1)).squeeze(-1).float())
+    return empty.index_copy(0, positions, head(hidden.index_select(0, states)).squeeze(-1).float())
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
