@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hone.learner.logprobs import token_logprobs
+from hone.learner.logprobs import Slopes, token_logprobs
 
 
 class TokenHead(nn.Module):
@@ -29,6 +29,7 @@ class TokenHead(nn.Module):
         action_mask: Bool[Tensor, " T"],
         temperature: float,
         with_entropy: bool,
+        slopes: Slopes | None = None,
     ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
         """As `token_logprobs`."""
         return token_logprobs(
@@ -42,6 +43,7 @@ class TokenHead(nn.Module):
             with_entropy=with_entropy,
             head_bias=self.bias,
             softcap=self.softcap,
+            slopes=slopes,
         )
 
 

@@ -19,19 +19,12 @@ from hone.algos.protocol import Loss, Outputs
 from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefConfig
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
+from hone.learner.logprobs import Slopes
 from hone.learner.model import load_critic, load_policy
 from hone.learner.model_files import copy_tokenizer, resolve
 from hone.learner.optim import Training
 from hone.learner.packing import Shard
-
-
-@runtime_checkable
-class PolicyLoss(Protocol):
-    """The part of an algorithm that trains a policy."""
-
-    def loss(self, outputs: Outputs, scored: Scored) -> Loss:
-        """Loss over any part of an optimiser step."""
-        ...
+from hone.learner.per_token import PerToken, PolicyLoss
 
 
 @runtime_checkable
@@ -104,7 +97,12 @@ class Learner:
 
     def update_policy(self, role: str, shard: Shard, algo: PolicyLoss) -> StepResult:
         """One optimiser step over all micro-batches of a Scored shard. Raises NumericsError; see `Engine.step`."""
-        return self._update(role, shard, lambda part: algo.loss(self._policy(role, part, with_entropy=True), part))
+        per_token = PerToken(algo)
+
+        def loss_of(part: Scored) -> Loss:
+            return algo.loss(self._policy(role, part, with_entropy=True, slopes=per_token.slopes(part)), part)
+
+        return self._update(role, shard, loss_of)
 
     def update_critic(self, role: str, shard: Shard, algo: ValueLoss) -> StepResult:
         """One optimiser step of the critic over all micro-batches of a Scored shard. Raises NumericsError; see `Engine.step`."""
@@ -156,8 +154,8 @@ class Learner:
 
         return DeepSpeedEngine(module, role=role, training=training, ds=ds)
 
-    def _policy(self, role: str, part: Batch, *, with_entropy: bool) -> Outputs:
-        inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy)
+    def _policy(self, role: str, part: Batch, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
+        inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy, slopes)
         logp, entropy = self.engines[role](*inputs)
         return Outputs(logp=logp, entropy=entropy)
 

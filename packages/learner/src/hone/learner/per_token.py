@@ -1,0 +1,81 @@
+"""Losses that are sums of one term per token: their derivatives are known as soon as a token's log-probability is.
+
+The head then takes gradients while it still has the logits (`token_logprobs`, `slopes`). Whether a loss is of this kind is
+found out, not declared: its derivatives over half the tokens must be those it has over all of them. A sequence ratio, a
+pair, or a quantile over the batch gives itself away there; and backward checks again.
+"""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hone.algos.batch import Scored
+from hone.algos.protocol import Loss, Outputs
+from hone.learner.logprobs import Slopes, scored_positions
+
+
+@runtime_checkable
+class PolicyLoss(Protocol):
+    """The part of an algorithm that trains a policy."""
+
+    def loss(self, outputs: Outputs, scored: Scored) -> Loss:
+        """Loss over any part of an optimiser step."""
+        ...
+
+
+class PerToken:
+    """One loss during one optimiser step; asked about its first micro-batch, it answers for all."""
+
+    def __init__(self, algo: PolicyLoss) -> None:
+        self.algo = algo
+        self.holds: bool | None = None
+
+    def slopes(self, part: Scored) -> Slopes | None:
+        """What `token_logprobs` takes for this micro-batch; None where the loss is not a sum over tokens."""
+        if not torch.is_grad_enabled():
+            return None
+        if self.holds is None:
+            positions = scored_positions(part.cu_seqlens, part.action_mask)
+            if len(positions) == 0:
+                return None  # a filler says nothing about the loss
+            self.holds = self._halves_are_the_whole(part, positions)
+        if not self.holds:
+            return None
+        return lambda logp, entropy, positions: self._slopes(part, logp, entropy, positions)
+
+    def _slopes(
+        self, part: Scored, logp: Float[Tensor, " M"], entropy: Float[Tensor, " M"] | None, positions: Int[Tensor, " M"]
+    ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"] | None]:
+        leaves = [logp.detach().requires_grad_(), *([] if entropy is None else [entropy.detach().requires_grad_()])]
+        with torch.enable_grad():
+            outputs = Outputs(logp=leaves[0], entropy=None if entropy is None else leaves[1])
+            total = self.algo.loss(outputs, tokens_of(part, positions)).total
+            found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None,) * len(leaves)
+        return torch.zeros_like(logp) if found[0] is None else found[0], found[1] if entropy is not None else None
+
+    def _halves_are_the_whole(self, part: Scored, positions: Int[Tensor, " M"]) -> bool:
+        # Near the old log-probabilities, where ratios are neither 1 nor clipped; no two tokens alike.
+        near = part.rollout_logp if part.old_logp is None else part.old_logp
+        logp = near[positions] + 0.05 * torch.sin(torch.arange(len(positions), device=positions.device) + 1.0)
+        entropy = torch.ones_like(logp)
+        whole, _ = self._slopes(part, logp, entropy, positions)
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            found, _ = self._slopes(part, logp[half], entropy[half], positions[half])
+            # NaN among them compares as false: a loss that is broken is left to backward.
+            if not bool(((found - whole[half]).abs() <= 1e-5 * whole.abs().amax()).all()):
+                return False
+        return True
+
+
+def tokens_of(batch: Scored, positions: Int[Tensor, " M"]) -> Scored:
+    """The tokens at these ascending positions, each row cut down to its own of them; rows may be left empty."""
+    ends = torch.searchsorted(positions.contiguous(), batch.cu_seqlens.to(positions.dtype))
+    changes: dict[str, Tensor] = {"cu_seqlens": ends.to(batch.cu_seqlens.dtype)}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor) and value.dim() > 0 and field.name not in batch.PER_ROW and field.name != "cu_seqlens":
+            changes[field.name] = value[positions]
+    return dataclasses.replace(batch, **changes)
