@@ -22,7 +22,7 @@ OPENRLHF = "0.11.2"
 def openrlhf(file: str, *, without: tuple[str, ...] = ()) -> ModuleType:
     """A module of OpenRLHF by its path, with empty modules in place of those it imports and the wanted functions do not use."""
     if not (PEERS / f"openrlhf-{OPENRLHF}.dist-info").is_dir():
-        pytest.skip(f"the peer is not here; uv run just peers")
+        pytest.skip("the peer is not here; uv run just peers")
     path = PEERS / "openrlhf" / file
     spec = importlib.util.spec_from_file_location("peer_" + path.stem, path)
     assert spec is not None and spec.loader is not None
