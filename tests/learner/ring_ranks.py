@@ -128,8 +128,9 @@ def main(spec_file: str) -> int:
     for rank in ranks:
         rank.start()
     # A rank that fails leaves its peers waiting in a collective.
-    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-        wait([rank.sentinel for rank in ranks if rank.is_alive()])
+    # Asked once a round: between two askings the last rank may end, and waiting for none of them would never return.
+    while (alive := [rank.sentinel for rank in ranks if rank.is_alive()]) and not any(rank.exitcode for rank in ranks):
+        wait(alive)
     failed = any(rank.exitcode for rank in ranks)
     for rank in ranks:
         rank.kill()

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hone.learner.attention.ring import Ring
-from hone.learner.context import BALANCE, Cut, cut_rows, piece_of
+from hone.learner.context import BALANCE, LINEAR_TOKENS, Cut, cut_rows, piece_of
 from hone.learner.errors import ModelError
 from hone.learner.learner import Learner
 from hone.learner.logprobs import predicting_states, scored_positions
 from hone.learner.model import PolicyModel, load_policy
-from hone.learner.packing import LINEAR_TOKENS
 from hone.learner.ring_probe import check_cut
 from tests.learner.tiny import make_learner, save_model
 from tests.learner.virtual_ring import QueueWire, Shared, on_ring

@@ -18,8 +18,10 @@ from torch import Tensor
 from hone.learner.attention.ring import Ring
 from hone.learner.attention.varlen import row_arguments
 from hone.learner.attention.wire import Wire
-from hone.learner.packing import LINEAR_TOKENS
+from hone.learner.packing import HIDDEN_SIZE
 
+LINEAR_TOKENS = 12 * HIDDEN_SIZE
+"""Row length [tokens] at which attention costs as much as all linear layers, as `packing.cost` has it."""
 BALANCE = 1.08
 """Work of the busiest rank over the mean, above which one more row is cut: cutting it costs communication in every layer, so a
 micro-batch may wait for its busiest rank for a twelfth of its time. At 1.05 up to twice as many rows are cut."""

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hone.learner.logprobs import token_logprobs
+from hone.learner.logprobs import Slopes, token_logprobs
 
 
 class TokenHead(nn.Module):
@@ -30,6 +30,7 @@ class TokenHead(nn.Module):
         temperature: float,
         with_entropy: bool,
         places: Int[Tensor, " T"] | None = None,
+        slopes: Slopes | None = None,
     ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
         """As `token_logprobs`."""
         return token_logprobs(
@@ -44,6 +45,7 @@ class TokenHead(nn.Module):
             head_bias=self.bias,
             softcap=self.softcap,
             places=places,
+            slopes=slopes,
         )
 
 

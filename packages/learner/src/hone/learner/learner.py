@@ -25,20 +25,13 @@ from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefC
 from hone.learner.context import Piece, cut_rows, piece_of
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
+from hone.learner.logprobs import Slopes
 from hone.learner.model import load_critic, load_policy
 from hone.learner.model_files import check_ring, copy_tokenizer, resolve
 from hone.learner.optim import Training
 from hone.learner.packing import Shard
+from hone.learner.per_token import PerToken, PolicyLoss
 from hone.learner.ring_probe import check_cut
-
-
-@runtime_checkable
-class PolicyLoss(Protocol):
-    """The part of an algorithm that trains a policy."""
-
-    def loss(self, outputs: Outputs, scored: Scored) -> Loss:
-        """Loss over any part of an optimiser step."""
-        ...
 
 
 @runtime_checkable
@@ -118,7 +111,14 @@ class Learner:
 
     def update_policy(self, role: str, shard: Shard, algo: PolicyLoss) -> StepResult:
         """One optimiser step over all micro-batches of a Scored shard. Raises NumericsError; see `Engine.step`."""
-        return self._update(role, shard, lambda part: algo.loss(self._policy(role, part, with_entropy=True), part))
+        per_token = PerToken(algo)
+
+        def loss_of(part: Scored) -> Loss:
+            # A rank of a ring does not score all of a row's tokens, so it is not told slopes: backward takes the logits again.
+            slopes = per_token.slopes(part) if self.wire is None else None
+            return algo.loss(self._policy(role, part, with_entropy=True, slopes=slopes), part)
+
+        return self._update(role, shard, loss_of)
 
     def update_critic(self, role: str, shard: Shard, algo: ValueLoss) -> StepResult:
         """One optimiser step of the critic over all micro-batches of a Scored shard. Raises NumericsError; see `Engine.step`."""
@@ -208,9 +208,9 @@ class Learner:
 
         return DeepSpeedEngine(module, role=role, training=training, ds=ds)
 
-    def _policy(self, role: str, part: Batch, *, with_entropy: bool) -> Outputs:
+    def _policy(self, role: str, part: Batch, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy)
-        logp, entropy = self.engines[role](*inputs, self._piece(part))
+        logp, entropy = self.engines[role](*inputs, self._piece(part), slopes)
         return Outputs(logp=self._whole(logp), entropy=None if entropy is None else self._whole(entropy))
 
     def _values(self, role: str, part: Batch) -> Tensor:

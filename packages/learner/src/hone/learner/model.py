@@ -22,11 +22,11 @@ from hone.learner.attention.varlen import PACKED, row_arguments
 from hone.learner.context import Piece
 from hone.learner.errors import ModelError
 from hone.learner.heads import TokenHead, ValueHead
-from hone.learner.logprobs import state_values
+from hone.learner.logprobs import Slopes, state_values
 from hone.learner.model_files import resolve
 
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits that exist at once [numbers, 4 bytes each]: 64 MiB on a CPU, 512 MiB on a GPU, where larger products pay."""
+CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
+"""Logits that exist at once [numbers]: in fp32 128 MiB on a CPU, in bf16 256 MiB on a GPU, where larger products pay."""
 PROBE_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest mean log-probability difference [nats] to transformers' own forward that rounding explains."""
 
@@ -52,13 +52,14 @@ class PolicyModel(nn.Module):
         temperature: float,
         with_entropy: bool,
         piece: Piece | None = None,
+        slopes: Slopes | None = None,
     ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
         """Log-probability and, if asked for, entropy of each token in the mask [nats] at `temperature`; zero elsewhere.
 
-        With a `piece`, of the tokens whose predicting state it holds.
+        With a `piece`, of the tokens whose predicting state it holds. `slopes` as in `token_logprobs`.
         """
         hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece)
-        return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, piece and piece.places)
+        return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, piece and piece.places, slopes)
 
     def named_weights(self) -> list[tuple[str, nn.Parameter]]:
         """Every parameter once, under its name in the checkpoint; a tied output embedding is its input embedding."""
