@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 
-from benchmarks.bench_logprobs import with_peak_bytes
+from benchmarks.bench_head import with_peak_bytes
 from benchmarks.bench_roof import DEVICES, beside
 from benchmarks.peers import WRITTEN_HERE, openrlhf_gae, openrlhf_release
 from hone.algos.advantages import gae, group_normalised

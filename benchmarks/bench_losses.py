@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from benchmarks.bench_advantages import PATHS, on_path, rollout
-from benchmarks.bench_logprobs import with_peak_bytes
+from benchmarks.bench_head import with_peak_bytes
 from benchmarks.bench_roof import DEVICES, beside
 from benchmarks.peers import WRITTEN_HERE, openrlhf_policy_loss, openrlhf_release
 from hone.algos.policy_losses import clipped_surrogate

@@ -51,6 +51,14 @@ def test_a_whole_model_directory_is_accepted(tmp_path: Path) -> None:
     assert of_model(a_model(tmp_path / "relative") and "relative") == []
 
 
+def test_key_heads_that_a_head_stride_does_not_divide_are_told(tmp_path: Path) -> None:
+    model, ring = a_model(tmp_path / "m", num_key_value_heads=4), "--actor.num-gpus-per-node 2 --ds.ring-attn-size 2"
+    assert of_model(model, f"{ring} --ds.ring-attn-head-stride 2") == []
+    problem = only(of_model(model, f"{ring} --ds.ring-attn-head-stride 3"))
+    assert problem.what.startswith("--ds.ring-attn-head-stride 3 does not divide the 4 key heads of ")
+    assert (problem.mend, problem.code) == ("choose a divisor of 4", 2)
+
+
 def test_a_hub_id_is_left_to_the_loader(tmp_path: Path) -> None:
     assert of_model("Qwen/Qwen3-0.6B") == []
     a_model(tmp_path / "models" / "tiny")

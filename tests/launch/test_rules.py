@@ -59,6 +59,14 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
             "roles of group learner share its processes, but ask for different sizes: actor 1 x 2, critic 1 x 3, ref 1 x 2",
             "the same size, or a group of their own",
         ),
+        ("ppo --actor.num-gpus-per-node 3 --ds.ring-attn-size 2", "do not fall into rings of 2: actor 3, critic 3, ref 3", "that divides"),
+        ("grpo --run.backend local --ds.ring-attn-size 2", "do not fall into rings of 2: actor 1, ref 1", "that divides"),
+        ("ppo --ds.ring-attn-head-stride 2", "ds.ring_attn_head_stride without a ring does nothing", "raise --ds.ring-attn-size"),
+        (
+            "ppo --actor.num-gpus-per-node 2 --ds.ring-attn-size 2 --train.max-tokens-per-gpu 200 --data.max-len 500",
+            "a sample of 500 tokens does not fit a micro-batch of 400",
+            "--train.max-tokens-per-gpu 250 or more",
+        ),
         ("ppo --run.backend local --ds.zero-stage 3", "nothing to shard with zero_stage 3", "--ds.zero-stage 0"),
         ("ppo --run.backend local --actor.num-gpus-per-node 2", "one process, not 2 ranks (actor, critic, ref)", "--run.backend ray"),
         (

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hone.learner.kernels import tiles
 from hone.learner.logprobs import scored_positions, state_values, token_logprobs
 
 T, H, V = 23, 8, 50
@@ -29,8 +30,8 @@ def reference(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None, tok
     for start, end in zip(CU_SEQLENS[:-1].tolist(), CU_SEQLENS[1:].tolist(), strict=True):
         for t in range(start, end):
             if t == start or not action_mask[t]:
-                logp.append(torch.zeros(()))
-                entropy.append(torch.zeros(()))
+                logp.append(torch.zeros((), dtype=hidden.dtype))
+                entropy.append(torch.zeros((), dtype=hidden.dtype))
                 continue
             logits = head_weight @ hidden[t - 1] + (0 if head_bias is None else head_bias)
             logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -68,6 +69,160 @@ def test_gradients_of_one_output_alone(used: str) -> None:
     expected[index].sum().backward()
     assert_close(ours["hidden"].grad, plain["hidden"].grad, rtol=1e-4, atol=1e-5)
     assert_close(ours["head_weight"].grad, plain["head_weight"].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(("bias", "softcap"), [(False, None), (True, 3.0)])
+def test_in_double_precision_everything_is_the_dense_reference(with_entropy: bool, told: bool, bias: bool, softcap: float | None) -> None:
+    ours, plain = (
+        {
+            name: value.detach().double().requires_grad_() if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in inputs(bias=bias).items()
+        }
+        for _ in range(2)
+    )
+    pull = torch.randn(2, T, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    pull[1] *= with_entropy
+    asked = []
+
+    def slopes(logp: Tensor, entropy: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        asked.extend(positions.tolist())
+        return pull[0, positions], pull[1, positions] if with_entropy else None
+
+    logp, entropy = token_logprobs(
+        cu_seqlens=CU_SEQLENS,
+        temperature=0.7,
+        chunk_tokens=4,
+        with_entropy=with_entropy,
+        softcap=softcap,
+        slopes=slopes if told else None,
+        **ours,
+    )
+    expected_logp, expected_entropy = reference(**plain, temperature=0.7, softcap=softcap)
+    assert_close(logp, expected_logp, rtol=1e-12, atol=1e-12)
+    total = (pull[0] * logp).sum()
+    if with_entropy:
+        assert_close(entropy, expected_entropy, rtol=1e-12, atol=1e-12)
+        total = total + (pull[1] * entropy).sum()
+    # An engine multiplies a loss by its number of ranks, or by a loss scale.
+    (8 * total).backward()
+    (8 * ((pull[0] * expected_logp).sum() + (pull[1] * expected_entropy).sum())).backward()
+    for name in ("hidden", "head_weight", *(["head_bias"] if bias else [])):
+        assert_close(ours[name].grad, plain[name].grad, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+    assert asked == (scored_positions(CU_SEQLENS, ours["action_mask"]).tolist() if told else [])
+
+
+def test_slopes_that_do_not_come_true_cost_a_product_and_change_nothing() -> None:
+    ours, plain = inputs(), inputs()
+    settings = {"cu_seqlens": CU_SEQLENS, "temperature": 0.7, "chunk_tokens": 4, "with_entropy": False}
+    logp, _ = token_logprobs(slopes=lambda logp, entropy, positions: (torch.ones_like(logp), None), **settings, **ours)
+    (expected, _) = token_logprobs(**settings, **plain)
+    logp.square().sum().backward()
+    expected.square().sum().backward()
+    assert torch.equal(ours["hidden"].grad, plain["hidden"].grad)
+    assert torch.equal(ours["head_weight"].grad, plain["head_weight"].grad)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("tile_logits", [2**20, 12])
+def test_states_spread_over_ranks_in_any_order_score_every_token_once(
+    told: bool, tile_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two ranks share the states, shuffled, and a third holds none; a token's label may be elsewhere.
+    monkeypatch.setattr(tiles, "TILE_LOGITS", tile_logits)
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(3))
+    pull = torch.randn(2, T, generator=torch.Generator().manual_seed(7))
+    ours, plain, asked = inputs(bias=True), inputs(bias=True), []
+    settings = {"cu_seqlens": CU_SEQLENS, "temperature": 0.7, "chunk_tokens": 4, "with_entropy": True, "softcap": 3.0}
+
+    def slopes(logp: Tensor, entropy: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        asked.extend(positions.tolist())
+        return pull[0, positions], pull[1, positions]
+
+    results = []
+    for own in (order[:9], order[9:], order[:0]):
+        places = torch.full((T,), -1)
+        places[own] = torch.arange(len(own))
+        state = ours["hidden"][own] if len(own) else ours["hidden"][:1]
+        results.append(torch.stack(token_logprobs(**{**ours, "hidden": state}, **settings, places=places, slopes=slopes if told else None)))
+    expected = torch.stack(token_logprobs(**plain, **settings))
+    assert_close(sum(results), expected)
+    assert ((results[0] != 0) & (results[1] != 0)).sum() == 0 and not results[2].any()
+    (pull * sum(results)).sum().backward()
+    (pull * expected).sum().backward()
+    for name in ("hidden", "head_weight", "head_bias"):
+        assert_close(ours[name].grad, plain[name].grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert sorted(asked) == (scored_positions(CU_SEQLENS, ours["action_mask"]).tolist() if told else [])
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_bf16_is_as_near_to_the_truth_as_full_logits_are(told: bool) -> None:
+    ours, plain, truth = (
+        {
+            name: value.detach().to(dtype).requires_grad_() if torch.is_tensor(value) and value.is_floating_point() else value
+            for name, value in inputs().items()
+        }
+        for dtype in (torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    )
+    truth = {
+        name: value.detach().double().requires_grad_() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in truth.items()
+    }
+    pull = torch.randn(T, generator=torch.Generator().manual_seed(7))
+    slopes = (lambda logp, entropy, positions: (pull[positions], None)) if told else None
+    logp, _ = token_logprobs(cu_seqlens=CU_SEQLENS, temperature=0.7, chunk_tokens=4, with_entropy=False, slopes=slopes, **ours)
+    (pull * logp).sum().backward()
+    positions = scored_positions(CU_SEQLENS, plain["action_mask"])
+    full = (plain["hidden"][positions - 1] @ plain["head_weight"].T).float().div(0.7).log_softmax(-1)
+    full = full.gather(1, plain["tokens"][positions, None]).squeeze(1)
+    (pull[positions] * full).sum().backward()
+    exact, _ = reference(**truth, temperature=0.7, softcap=None)
+    (pull * exact).sum().backward()
+    assert logp.dtype == torch.float32
+    assert (logp[positions] - exact[positions]).abs().max() <= 1.01 * (full - exact[positions]).abs().max()
+    for name in ("hidden", "head_weight"):
+        error, allowed = ((one[name].grad - truth[name].grad).norm() for one in (ours, plain))
+        assert error <= 1.1 * allowed, name
+
+
+def test_a_confident_token_keeps_its_small_gradient_in_bf16() -> None:
+    # Logits 12 and 0, target the first: p = 1 / (1 + e^-12), d logp / d hidden = (1 - p) (w_0 - w_1), 1 - p = 6.14e-6, far below
+    # the 2^-8 that bf16 tells from 1.
+    hidden = torch.tensor([[12.0], [0.0]], dtype=torch.bfloat16).requires_grad_()
+    weight = torch.tensor([[1.0], [0.0]], dtype=torch.bfloat16)
+    settings = {"temperature": 1.0, "chunk_tokens": 4, "with_entropy": False}
+    logp, _ = token_logprobs(hidden, weight, torch.tensor([0, 0]), torch.tensor([0, 2]), torch.tensor([False, True]), **settings)
+    logp.sum().backward()
+    assert_close(hidden.grad[0].float(), torch.tensor([6.144e-6]), rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("large", [-3e4, 3e4])
+def test_large_logits_neither_overflow_nor_lose_the_entropy(large: float) -> None:
+    # Every tile but one far below (or above) the others: the maximum moves late, and early.
+    weight = torch.zeros(V, 1)
+    weight[[3, 40]] = large
+    hidden, tokens, mask = torch.ones(2, 1), torch.tensor([0, 3]), torch.tensor([False, True])
+    logp, entropy = token_logprobs(hidden, weight, tokens, torch.tensor([0, 2]), mask, temperature=1.0, chunk_tokens=1, with_entropy=True)
+    states = 2 if large > 0 else V - 2
+    assert_close(entropy[1], torch.tensor(float(states)).log())
+    assert_close(logp[1], -torch.tensor(2.0).log() if large > 0 else torch.tensor(large) - torch.tensor(48.0).log())
+
+
+def test_tiles_narrower_than_the_vocabulary_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for tile_logits in (2**20, 12):
+        monkeypatch.setattr(tiles, "TILE_LOGITS", tile_logits)
+        for told in (False, True):
+            given = inputs(bias=True)
+            slopes = (lambda logp, entropy, positions: (torch.ones_like(logp), torch.full_like(logp, 0.5))) if told else None
+            logp, entropy = token_logprobs(
+                cu_seqlens=CU_SEQLENS, temperature=0.7, chunk_tokens=4, with_entropy=True, softcap=4.0, slopes=slopes, **given
+            )
+            (logp.sum() + 0.5 * entropy.sum()).backward()
+            results.append([logp, entropy, *(given[name].grad for name in ("hidden", "head_weight", "head_bias"))])
+    for other in results[1:]:
+        assert_close(other, results[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_hand_derived_value() -> None:

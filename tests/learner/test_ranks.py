@@ -33,7 +33,7 @@ the second step to a few, because the KL estimate exponentiates; the values come
 BF16_DRIFT = 0.02
 """Mean distance of weights after the two steps, in learning rates. Adam's step is about lr g / |g|: where the gradient is rounding
 noise its sign is too, so single weights may be 4 lr apart, but few are (measured: mean 0.004). A wrong scale moves all of them."""
-MAX_TOKENS = 21  # with these rows, rank 1 needs a filler
+MAX_TOKENS = 42  # with these rows, rank 0 needs a filler
 
 
 def free_port() -> int:

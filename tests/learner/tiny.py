@@ -88,6 +88,8 @@ def make_learner(
     dtype: str = "fp32",
     gradient_checkpointing: bool = False,
     lr: float = 1e-2,
+    ring: int = 1,
+    head_stride: int | None = None,
 ) -> Learner:
     """A learner that hosts the given roles, each from its model directory."""
     adam = AdamConfig(lr=lr, weight_decay=0.01)
@@ -98,7 +100,7 @@ def make_learner(
     }
     return Learner(
         roles={role: RoleSpec(kind=role, model=model, config=configs[role], total_steps=10) for role, model in roles.items()},
-        ds=DeepSpeedConfig(zero_stage=stage, param_dtype=dtype),
+        ds=DeepSpeedConfig(zero_stage=stage, param_dtype=dtype, ring_attn_size=ring, ring_attn_head_stride=head_stride),
         backend=backend,
         rank=rank,
         world_size=world_size,

@@ -192,6 +192,7 @@ def learner_ranks(
         group.name,
         ranks,
         max_tokens=plan.config.train.max_tokens_per_gpu,
+        ring=plan.config.ds.ring_attn_size,
         settings={
             "roles": {role: specs[role] for role in group.roles},
             "ds": plan.config.ds,

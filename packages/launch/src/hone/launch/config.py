@@ -36,7 +36,15 @@ class CkptConfig:
     """What is saved on the way."""
 
     save_steps: Annotated[int, Range(low=-1)] = -1
-    """Steps between two saves of the policy under `checkpoints/`; -1 saves at the end only."""
+    """Steps between two checkpoints, each with all a run needs to go on from it; -1 saves the model alone, at the end."""
+    path: str | None = None
+    """Directory of the checkpoints, one folder a step; without one, `checkpoints/` in the run directory."""
+    max_num: Annotated[int, Range(low=1)] = 3
+    """Checkpoints kept; an older one goes when a newer one is complete."""
+    load_enable: bool = False
+    """Go on from the newest complete checkpoint under `ckpt.path`, in a run directory of its own."""
+    save_hf: bool = False
+    """With every checkpoint, also export the policy as a model directory, `step_N_hf` in the run directory's `checkpoints/`."""
 
 
 @dataclass(frozen=True, kw_only=True)

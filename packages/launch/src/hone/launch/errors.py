@@ -16,6 +16,7 @@ USAGE, ENVIRONMENT, PREEMPTED, INTERRUPTED = 2, 5, 75, 128 + signal.SIGINT
 
 CODES = {
     "hone.datasets.errors.DataError": 3,
+    "hone.learner.errors.CheckpointError": 4,
     "hone.learner.errors.ModelError": 5,
     "hone.rollout.errors.RewardError": 6,
     "hone.rollout.errors.EngineError": 7,

@@ -15,6 +15,7 @@ from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.observe.progress import READY
 from hone.launch.parts import Assembly, Plan
 from hone.launch.publish import Publisher
+from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import Learner, StepResult
 from hone.learner.model_files import resolve
 from hone.learner.packing import Shard, shards, unshard
@@ -56,6 +57,19 @@ class LocalGroup:
     def export(self, role: str, directory: str) -> None:
         """Write a role's model in the Hugging Face layout."""
         self.learner.export(role, directory)
+
+    def save(self, directory: str) -> None:
+        """Copy the state and go on."""
+        self.learner.save(directory)
+
+    def saved(self, wait: bool) -> list[Outcome] | None:
+        """What became of the last save."""
+        outcome = self.learner.saved(wait)
+        return None if outcome is None else [outcome]
+
+    def restore(self, directory: str) -> None:
+        """Take up a checkpoint."""
+        self.learner.restore(directory)
 
     def close(self) -> None:
         """Release the models."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.config import PolicyGradientConfig
+from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import RoleSpec, StepResult
 from hone.rollout.executor import Group, SingleTurn
 from hone.rollout.types import Engine, Prompt
@@ -110,6 +111,18 @@ class RoleGroup(Protocol):
         """Write a role's model in the Hugging Face layout."""
         ...
 
+    def save(self, directory: str) -> None:
+        """Every rank copies its share of all roles and goes on; a thread of its own writes it into `directory`."""
+        ...
+
+    def saved(self, wait: bool) -> list[Outcome] | None:
+        """What became of the last save on every rank, once; None while one of them is writing and `wait` is False."""
+        ...
+
+    def restore(self, directory: str) -> None:
+        """Take up a checkpoint. Raises CheckpointError."""
+        ...
+
     def close(self) -> None:
         """End the group's processes."""
         ...
@@ -163,6 +176,11 @@ class Assembly:
     def publish(self, *, version: int) -> dict[str, float]:
         """Bring the policy to the engines and prove that it arrived."""
         return self.publisher(version)
+
+    @property
+    def role_groups(self) -> list[RoleGroup]:
+        """Every group once."""
+        return list({id(group): group for group in self.host.values()}.values())
 
     def export(self, role: str, directory: str) -> None:
         """Write a role's model in the Hugging Face layout."""

@@ -15,10 +15,11 @@ from hone.datasets.schemas import load_prompts
 from hone.datasets.sources import read_json_lines
 from hone.launch.builtin import BuiltinModel
 from hone.launch.config import PolicyGradientConfig
-from hone.launch.errors import ENVIRONMENT, Problem, exit_code
+from hone.launch.errors import ENVIRONMENT, USAGE, Problem, exit_code
 from hone.launch.model_directory import faults, stated
 from hone.launch.resolve import Resolved
 from hone.launch.schema import shown
+from hone.learner.model_files import check_ring
 
 SPARE_BYTES = 256 * 2**20
 """Disk a run needs besides its models: rollouts, metrics, logs."""
@@ -76,8 +77,19 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
         path = getattr(config, group).model_name_or_path
         if path is not None and path not in seen:
             seen[path] = group
-            for problem in faults(path, max_len=config.data.max_len):
+            problems = list(faults(path, max_len=config.data.max_len))
+            for problem in problems:
                 yield Problem(what=problem.what, mend=problem.mend, code=problem.code, settings=(f"{group}.model_name_or_path",))
+            if not problems and Path(path).expanduser().is_dir():
+                yield from _head_stride(config, str(Path(path).expanduser()))
+
+
+def _head_stride(config: PolicyGradientConfig, directory: str) -> Iterator[Problem]:
+    size, stride = config.ds.ring_attn_size, config.ds.ring_attn_head_stride
+    try:
+        check_ring(directory, world_size=size, size=size, head_stride=stride)
+    except ValueError as error:
+        yield replace(stated(error, otherwise="--ds.ring-attn-head-stride 1"), code=USAGE, settings=("ds.ring_attn_head_stride",))
 
 
 def _prompts(resolved: Resolved) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hone.datasets.config import DataConfig
 from hone.datasets.schemas import load_prompts, prompt_rows
-from hone.datasets.stream import PromptStream
+from hone.datasets.stream import PromptStream, StreamState
 from hone.datasets.tasks import arithmetic
 from hone.datasets.tokenise import tokenise
 from hone.datasets.tokenizer import load_tokenizer, template_hash, tokenizer_hash
@@ -40,8 +40,13 @@ class PromptData:
             ]
 
 
-def prepare(config: DataConfig, *, model: str, batch_size: int, num_episodes: int, seed: int, max_new_tokens: int) -> PromptData:
-    """Read, validate, render and tokenise every prompt. Raises DataError (rows), TokenizerError (the model's tokenizer)."""
+def prepare(
+    config: DataConfig, *, model: str, batch_size: int, num_episodes: int, seed: int, max_new_tokens: int, state: StreamState | None = None
+) -> PromptData:
+    """Read, validate, render and tokenise every prompt; with `state`, go on where a run was saved.
+
+    Raises DataError (rows, and rows that are not those of the saved run), TokenizerError (the model's tokenizer).
+    """
     if config.prompt_dataset is None:
         source = arithmetic.source(seed, min(BUILTIN_ROWS, config.max_samples))
         rows = prompt_rows(source, input_key="prompt", label_key="label", chat=config.apply_chat_template)
@@ -49,9 +54,13 @@ def prepare(config: DataConfig, *, model: str, batch_size: int, num_episodes: in
         rows = load_prompts(config)
     tokenizer = load_tokenizer(model)
     prompts = tokenise(rows, tokenizer, config=config, max_new_tokens=max_new_tokens)
+    if state is None:
+        stream = PromptStream(prompts.records, batch_size=batch_size, seed=seed, num_episodes=num_episodes)
+    else:
+        stream = PromptStream.from_state(state, prompts.records)
     return PromptData(
         name=prompts.name,
-        stream=PromptStream(prompts.records, batch_size=batch_size, seed=seed, num_episodes=num_episodes),
+        stream=stream,
         rows=len(prompts.records),
         dropped=tuple((row.uid, row.reason) for row in prompts.dropped),
         tokenizer=tokenizer,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
+from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import Learner, StepResult
 from hone.learner.packing import Shard, shards, unshard
 from hone.rollout.errors import EngineError
@@ -179,10 +180,14 @@ class RemoteEngine:
 
 
 class RemoteGroup:
-    """A group of learner ranks behind the RoleGroup protocol; `settings` are the Learner's. Call `wait` before anything else."""
+    """A group of learner ranks behind the RoleGroup protocol; `settings` are the Learner's. Call `wait` before anything else.
 
-    def __init__(self, name: str, ranks: Sequence[ActorHandle], *, max_tokens: int, settings: Mapping[str, Any]) -> None:
-        self.name, self.ranks, self._max_tokens = name, list(ranks), max_tokens
+    Every `ring` consecutive ranks share a shard, and each of them returns the whole shard's results.
+    """
+
+    def __init__(self, name: str, ranks: Sequence[ActorHandle], *, max_tokens: int, ring: int, settings: Mapping[str, Any]) -> None:
+        self.name, self.ranks, self._max_tokens, self._ring = name, list(ranks), max_tokens * ring, ring
+        self._written: dict[int, Outcome] = {}
         self._who = f"a process of group {name!r}"
         address, port = get([self.ranks[0].rendezvous.remote()], who=self._who)[0]
         self._building = [rank.build.remote(master_addr=address, master_port=port, **settings) for rank in self.ranks]
@@ -201,8 +206,9 @@ class RemoteGroup:
         return get([rank.send.remote() for rank in self.ranks], who=self._who)[0]
 
     def _sharded(self, method: str, role: str, batch: Batch, *args: Any) -> tuple[list[Shard], list[Any]]:
-        cut = shards(batch, ranks=len(self.ranks), max_tokens=self._max_tokens)
-        references = [rank.call.remote(method, role, ray.put(shard), *args) for rank, shard in zip(self.ranks, cut, strict=True)]
+        cut = shards(batch, ranks=len(self.ranks) // self._ring, max_tokens=self._max_tokens)
+        stored = [ray.put(shard) for shard in cut]
+        references = [rank.call.remote(method, role, stored[index // self._ring], *args) for index, rank in enumerate(self.ranks)]
         return cut, references
 
     def logp(self, role: str, batch: Batch) -> Tensor:
@@ -215,7 +221,7 @@ class RemoteGroup:
 
     def _per_token(self, method: str, role: str, batch: Batch) -> Tensor:
         cut, references = self._sharded(method, role, batch)
-        return unshard(cut, get(references, who=self._who), cu_seqlens=batch.cu_seqlens)
+        return unshard(cut, get(references, who=self._who)[:: self._ring], cu_seqlens=batch.cu_seqlens)
 
     def update_policy(self, role: str, scored: Scored, algo: Algorithm) -> StepResult:
         """One optimiser step of a policy."""
@@ -229,7 +235,7 @@ class RemoteGroup:
         _, references = self._sharded(method, role, scored, algo)
         results: list[StepResult] = get(references, who=self._who)
         # Figures are weighted sums: they add up over ranks just as they do over micro-batches.
-        # A rank that had only fillers reports none.
+        # A rank that had only fillers reports none, nor does any but the first of a ring.
         names = dict.fromkeys(name for result in results for name in result.metrics)
         metrics = {name: sum(result.metrics.get(name, 0.0) for result in results) for name in names}
         return StepResult(metrics=metrics, grad_norm=results[0].grad_norm, lr=results[0].lr)
@@ -237,6 +243,22 @@ class RemoteGroup:
     def export(self, role: str, directory: str) -> None:
         """Write a role's model in the Hugging Face layout; rank 0 writes."""
         get([rank.call.remote("export", role, directory) for rank in self.ranks], who=self._who)
+
+    def save(self, directory: str) -> None:
+        """Every rank copies its share and goes on."""
+        self._written = {}
+        get([rank.call.remote("save", directory) for rank in self.ranks], who=self._who)
+
+    def saved(self, wait: bool) -> list[Outcome] | None:
+        """What became of the last save on every rank, once; None while one of them is writing."""
+        asked = [rank for rank in range(len(self.ranks)) if rank not in self._written]
+        answers = get([self.ranks[rank].call.remote("saved", wait) for rank in asked], who=self._who)
+        self._written |= {rank: answer for rank, answer in zip(asked, answers, strict=True) if answer is not None}
+        return list(self._written.values()) if len(self._written) == len(self.ranks) else None
+
+    def restore(self, directory: str) -> None:
+        """Take up a checkpoint."""
+        get([rank.call.remote("restore", directory) for rank in self.ranks], who=self._who)
 
     def close(self) -> None:
         """End the processes; what they hold goes with them."""

@@ -66,10 +66,11 @@ def _batches(resolved: Resolved, _: int) -> Iterator[Problem]:
         above = next(size for size in range(train.batch_size, samples + 1) if samples % size == 0)
         mend = f"nearest --train.batch-size {below} or {above}"
         yield Problem(what=f"train.batch_size {train.batch_size} does not divide {made}", mend=mend, settings=names)
-    if train.batch_size < ranks(resolved.config):
-        what = f"{ranks(resolved.config)} learner ranks share an optimiser step of {train.batch_size} samples: some would have none"
+    rings = max(1, ranks(resolved.config) // resolved.config.ds.ring_attn_size)
+    if train.batch_size < rings:
+        what = f"{rings} learner ranks share an optimiser step of {train.batch_size} samples: some would have none"
         names = ("train.batch_size", "actor.num_nodes", "actor.num_gpus_per_node")
-        yield Problem(what=what, mend=f"--train.batch-size {ranks(resolved.config)} or more, or fewer ranks", settings=names)
+        yield Problem(what=what, mend=f"--train.batch-size {rings} or more, or fewer ranks", settings=names)
 
 
 def _groups(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -85,10 +86,25 @@ def _lengths(resolved: Resolved, _: int) -> Iterator[Problem]:
         what = f"a response of {rollout.max_new_tokens} tokens leaves no room for a prompt within data.max_len {data.max_len}"
         mend = "raise --data.max-len, or lower --rollout.max-new-tokens"
         yield Problem(what=what, mend=mend, settings=("data.max_len", "rollout.max_new_tokens"))
-    if train.max_tokens_per_gpu < data.max_len:
-        what = f"a sample of {data.max_len} tokens does not fit a micro-batch of {train.max_tokens_per_gpu}"
-        mend = f"--train.max-tokens-per-gpu {data.max_len} or more, or lower --data.max-len"
+    ring = resolved.config.ds.ring_attn_size
+    if train.max_tokens_per_gpu * ring < data.max_len:
+        what = f"a sample of {data.max_len} tokens does not fit a micro-batch of {train.max_tokens_per_gpu * ring}"
+        mend = f"--train.max-tokens-per-gpu {-(-data.max_len // ring)} or more, or lower --data.max-len"
         yield Problem(what=what, mend=mend, settings=("train.max_tokens_per_gpu", "data.max_len"))
+
+
+def _rings(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config = resolved.config
+    size = config.ds.ring_attn_size
+    if uneven := [group for group in _models(config) if ranks(config, group) % size]:
+        told = ", ".join(f"{group} {ranks(config, group)}" for group in uneven)
+        what = f"learner ranks do not fall into rings of {size}: {told}"
+        names = ("ds.ring_attn_size", *(f"{group}.{setting}" for group in uneven for setting in ("num_nodes", "num_gpus_per_node")))
+        yield Problem(what=what, mend="a --ds.ring-attn-size that divides the ranks of each, or more ranks", settings=names)
+    if size == 1 and config.ds.ring_attn_head_stride is not None and _typed(resolved.sources["ds.ring_attn_head_stride"]):
+        what = "ds.ring_attn_head_stride without a ring does nothing"
+        mend = "raise --ds.ring-attn-size, or drop --ds.ring-attn-head-stride"
+        yield Problem(what=what, mend=mend, settings=("ds.ring_attn_head_stride", "ds.ring_attn_size"))
 
 
 def _penalty(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -245,6 +261,7 @@ RULES: tuple[Rule, ...] = (
     _batches,
     _groups,
     _lengths,
+    _rings,
     _penalty,
     _teacher,
     _correction,

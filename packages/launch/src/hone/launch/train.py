@@ -21,25 +21,48 @@ from hone.rollout.executor import Group
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of the loop: its number from 1, what was sampled, and what was measured."""
+    """One step of the loop: its number from 1, what was sampled, what was measured, and where the loop's generator stands after it."""
 
     number: int
     groups: Sequence[Group]
     metrics: dict[str, float]
+    shuffle: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """After which step the loop goes on, and where its generator then stood (`Step.shuffle`; None: freshly seeded)."""
+
+    step: int = 0
+    shuffle: bytes | None = None
+
+
+FRESH = Start()
 
 
 def train(
-    algo: Algorithm, parts: Parts, *, batch_size: int, max_epochs: int, max_steps: int, critic_only_steps: int, seed: int
+    algo: Algorithm,
+    parts: Parts,
+    *,
+    batch_size: int,
+    max_epochs: int,
+    max_steps: int,
+    critic_only_steps: int,
+    seed: int,
+    start: Start = FRESH,
 ) -> Iterator[Step]:
     """Reinforcement learning of the policy in `parts`, a step at a time.
 
-    batch_size: samples of one optimiser step; max_epochs: passes over a rollout; critic_only_steps: steps at the start
-    in which the policy stands still. Raises what its parts raise; a step that was yielded is complete.
+    batch_size: samples of one optimiser step; max_epochs: passes over a rollout; max_steps: steps of the whole run, those before
+    `start` included; critic_only_steps: steps at the start in which the policy stands still. Raises what its parts raise; a step
+    that was yielded is complete.
     """
     shuffle = torch.Generator().manual_seed(seed)
-    parts.publish(version=0)  # before a token is sampled, the engines are shown to hold the learner's policy
+    if start.shuffle is not None:
+        shuffle.set_state(torch.frombuffer(bytearray(start.shuffle), dtype=torch.uint8))
+    parts.publish(version=start.step)  # before a token is sampled, the engines are shown to hold the learner's policy
 
-    for number, prompts in enumerate(islice(parts.prompts(), max_steps), start=1):
+    for number, prompts in enumerate(islice(parts.prompts(), max_steps - start.step), start=start.step + 1):
         with parts.phase("generation"):
             groups = parts.act(prompts, step=number)
 
@@ -61,6 +84,7 @@ def train(
         yield Step(
             number=number,
             groups=groups,
+            shuffle=shuffle.get_state().numpy().tobytes(),
             metrics={
                 **rollout_metrics(groups),
                 **mismatch_metrics(batch),

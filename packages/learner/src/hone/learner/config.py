@@ -95,5 +95,9 @@ class DeepSpeedConfig:
     """What DeepSpeed shards over the ranks: 0 nothing (in bf16 as 1), 1 optimiser states, 2 and gradients, 3 and parameters."""
     param_dtype: Literal["fp32", "bf16"] = "bf16"
     """Number format of the parameters in forward and backward; optimiser states are fp32 always."""
+    ring_attn_size: Annotated[int, Range(low=1)] = 1
+    """Consecutive ranks that share every micro-batch, long rows cut among them; it may hold this many times the tokens of one rank."""
+    ring_attn_head_stride: Annotated[int, Range(low=1)] | None = None
+    """Key heads for which a ring gathers all keys at a time; without it, keys go round the ring, one rank's at a time."""
     value_head_prefix: str = "score"
     """Name of the critic's head in its checkpoint."""

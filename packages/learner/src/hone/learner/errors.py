@@ -19,3 +19,7 @@ class NumericsError(Exception):
 
 ROLE_FLAGS = {"policy": "actor"}
 """Flag group of a role, where it is not the role's own name."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be loaded, or one that could not be written."""

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hone.learner.logprobs import token_logprobs
+from hone.learner.logprobs import Slopes, token_logprobs
 
 
 class TokenHead(nn.Module):
@@ -23,12 +23,14 @@ class TokenHead(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "T H"],
+        hidden: Float[Tensor, "S H"],
         tokens: Int[Tensor, " T"],
         cu_seqlens: Int[Tensor, " N_plus_1"],
         action_mask: Bool[Tensor, " T"],
         temperature: float,
         with_entropy: bool,
+        places: Int[Tensor, " T"] | None = None,
+        slopes: Slopes | None = None,
     ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
         """As `token_logprobs`."""
         return token_logprobs(
@@ -42,6 +44,8 @@ class TokenHead(nn.Module):
             with_entropy=with_entropy,
             head_bias=self.bias,
             softcap=self.softcap,
+            places=places,
+            slopes=slopes,
         )
 
 

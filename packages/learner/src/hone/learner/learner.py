@@ -16,22 +16,22 @@ from torch import Tensor
 
 from hone.algos.batch import Batch, Scored, select
 from hone.algos.protocol import Loss, Outputs
+from hone.learner.attention.wire import add_over_ring, ring_of
+from hone.learner.checkpoint import role_files
+from hone.learner.checkpoint.files import Files
+from hone.learner.checkpoint.random_state import random_state, set_random_state
+from hone.learner.checkpoint.snapshot import Outcome, Writer
 from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefConfig
+from hone.learner.context import Piece, cut_rows, piece_of
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
+from hone.learner.logprobs import Slopes
 from hone.learner.model import load_critic, load_policy
-from hone.learner.model_files import copy_tokenizer, resolve
+from hone.learner.model_files import check_ring, copy_tokenizer, resolve
 from hone.learner.optim import Training
 from hone.learner.packing import Shard
-
-
-@runtime_checkable
-class PolicyLoss(Protocol):
-    """The part of an algorithm that trains a policy."""
-
-    def loss(self, outputs: Outputs, scored: Scored) -> Loss:
-        """Loss over any part of an optimiser step."""
-        ...
+from hone.learner.per_token import PerToken, PolicyLoss
+from hone.learner.ring_probe import check_cut
 
 
 @runtime_checkable
@@ -65,7 +65,9 @@ class StepResult:
 class Learner:
     """One rank. Every method is collective: all ranks call it with their own shard of the same batch, in the same order.
 
-    `max_tokens` caps every micro-batch [tokens]; `seed` fixes what a fresh model part draws.
+    `max_tokens` caps every micro-batch [tokens]; `seed` fixes what a fresh model part draws. The ranks of a ring
+    (`ds.ring_attn_size` consecutive ones) get the same shard, whose micro-batches may be that many times `max_tokens`; all of
+    them return the whole shard's results, and the first one its figures.
     """
 
     def __init__(
@@ -84,12 +86,17 @@ class Learner:
         if backend == "single" and world_size != 1:
             raise ValueError(f"the single-process engine has one rank, not {world_size}; choose the deepspeed backend for more")
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self.rank, self.backend, self.max_tokens = rank, backend, max_tokens
+        self.rank, self.world_size, self.backend, self.max_tokens = rank, world_size, backend, max_tokens
+        self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
+        self.head_stride = ds.ring_attn_head_stride
+        for source in self.sources.values():
+            check_ring(str(source), world_size=world_size, size=ds.ring_attn_size, head_stride=self.head_stride)
         if backend == "deepspeed":
             from hone.learner.engines import deepspeed
 
             deepspeed.join(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port, device=self.device)
+        self.wire = ring_of(rank=rank, world_size=world_size, size=ds.ring_attn_size)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             self.engines = {role: self._engine(role, spec, ds) for role, spec in roles.items()}
@@ -104,7 +111,14 @@ class Learner:
 
     def update_policy(self, role: str, shard: Shard, algo: PolicyLoss) -> StepResult:
         """One optimiser step over all micro-batches of a Scored shard. Raises NumericsError; see `Engine.step`."""
-        return self._update(role, shard, lambda part: algo.loss(self._policy(role, part, with_entropy=True), part))
+        per_token = PerToken(algo)
+
+        def loss_of(part: Scored) -> Loss:
+            # A rank of a ring does not score all of a row's tokens, so it is not told slopes: backward takes the logits again.
+            slopes = per_token.slopes(part) if self.wire is None else None
+            return algo.loss(self._policy(role, part, with_entropy=True, slopes=slopes), part)
+
+        return self._update(role, shard, loss_of)
 
     def update_critic(self, role: str, shard: Shard, algo: ValueLoss) -> StepResult:
         """One optimiser step of the critic over all micro-batches of a Scored shard. Raises NumericsError; see `Engine.step`."""
@@ -129,8 +143,44 @@ class Learner:
         if self.backend == "deepspeed":
             torch.distributed.barrier()
 
+    def save(self, directory: str) -> None:
+        """Copies this rank's share of every role and returns; a thread writes it into `directory`, which is there already.
+
+        No collective. Raises CheckpointError if an earlier save failed and `saved` was not asked.
+        """
+        state = random_state(self.device)
+        self.writer.save(
+            {
+                role_files.path(Path(directory), role, rank=self.rank, world_size=self.world_size): role_files.layout(
+                    role, engine, rank=self.rank, world_size=self.world_size, random_state=state
+                )
+                for role, engine in self.engines.items()
+            }
+        )
+
+    def saved(self, wait: bool) -> Outcome | None:
+        """What became of the last save on this rank, once; None where none is open, or it is not done and `wait` is False."""
+        return self.writer.outcome(wait=wait)
+
+    def restore(self, directory: str) -> None:
+        """Takes up a checkpoint that `checkpoint.directory.verify` vouches for, of any number of ranks, ZeRO stage or engine.
+
+        Raises CheckpointError, before anything is changed, for one of other roles or another model.
+        """
+        readers = {role: role_files.matching(Path(directory), role, engine) for role, engine in self.engines.items()}
+        for role, engine in self.engines.items():
+            engine.restore(readers[role])
+            if (state := readers[role].of_rank(self.rank)) is not None:
+                set_random_state(state["random_state"], self.device)
+
     def close(self) -> None:
-        """Gives up every engine and leaves the process group."""
+        """Gives up every engine and leaves the process group. Raises CheckpointError if the last save failed unseen."""
+        try:
+            self.writer.raise_unseen()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         for engine in self.engines.values():
             engine.close()
         if self.backend == "deepspeed":
@@ -150,19 +200,32 @@ class Learner:
             module = load_critic(name, dtype=dtype, device=self.device, value_head_prefix=prefix, gradient_checkpointing=recompute)
         else:
             module = load_policy(name, dtype=dtype, device=self.device, gradient_checkpointing=recompute)
+        if self.wire is not None:
+            check_cut(module, name, wire=self.wire, head_stride=self.head_stride)
         if self.backend == "single":
             return SingleEngine(module, role=role, training=training)
         from hone.learner.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(module, role=role, training=training, ds=ds)
 
-    def _policy(self, role: str, part: Batch, *, with_entropy: bool) -> Outputs:
+    def _policy(self, role: str, part: Batch, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy)
-        logp, entropy = self.engines[role](*inputs)
-        return Outputs(logp=logp, entropy=entropy)
+        logp, entropy = self.engines[role](*inputs, self._piece(part), slopes)
+        return Outputs(logp=self._whole(logp), entropy=None if entropy is None else self._whole(entropy))
 
     def _values(self, role: str, part: Batch) -> Tensor:
-        return self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask)
+        return self._whole(self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, self._piece(part)))
+
+    def _piece(self, part: Batch) -> Piece | None:
+        """What this rank of a ring runs of a micro-batch."""
+        if self.wire is None:
+            return None
+        cut = cut_rows(part.lengths.tolist(), size=self.wire.size, max_tokens=self.max_tokens)
+        return piece_of(cut, part.cu_seqlens, wire=self.wire, head_stride=self.head_stride)
+
+    def _whole(self, per_token: Tensor) -> Tensor:
+        """What the ranks of a ring have each for some of the tokens, for all of them."""
+        return per_token if self.wire is None else add_over_ring(per_token, self.wire)
 
     @torch.no_grad()
     def _evaluate(self, shard: Shard, forward: Callable[[Batch], Tensor]) -> Tensor:
@@ -188,16 +251,17 @@ class Learner:
             for name, value in {} if index in shard.fillers else loss.metrics.items():
                 totals[name] = totals.get(name, 0) + value
         info = engine.step()
+        if self.wire is not None and self.wire.rank:
+            totals = {}  # every rank of a ring has the same figures, of the whole rows: the first one tells
         read = torch.stack(list(totals.values())).tolist() if totals else []  # waits for the device once, not once per metric
         return StepResult(metrics=dict(zip(totals, read, strict=True)), grad_norm=info.grad_norm, lr=info.lr)
 
     def _micro_batch(self, shard: Shard, index: int) -> Batch:
         """Micro-batch `index` on this rank's device. A filler has an empty mask and weights of zero: it adds nothing to any sum."""
         part = select(shard.batch, shard.micro_batches[index])
-        if part.tokens.shape[0] > self.max_tokens:
-            raise ValueError(
-                f"a micro-batch of {part.tokens.shape[0]} tokens exceeds this rank's {self.max_tokens}; cut the batch with `shards`"
-            )
+        cap = self.max_tokens * (1 if self.wire is None else self.wire.size)
+        if part.tokens.shape[0] > cap:
+            raise ValueError(f"a micro-batch of {part.tokens.shape[0]} tokens exceeds this rank's {cap}; cut the batch with `shards`")
         moved = {
             field.name: value.to(self.device, non_blocking=True)
             for field in dataclasses.fields(part)

@@ -19,13 +19,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from hone.learner.attention.varlen import PACKED, row_arguments
+from hone.learner.context import Piece
 from hone.learner.errors import ModelError
 from hone.learner.heads import TokenHead, ValueHead
-from hone.learner.logprobs import state_values
+from hone.learner.logprobs import Slopes, state_values
 from hone.learner.model_files import resolve
 
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits that exist at once [numbers, 4 bytes each]: 64 MiB on a CPU, 512 MiB on a GPU, where larger products pay."""
+CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
+"""Logits that exist at once [numbers]: in fp32 128 MiB on a CPU, in bf16 256 MiB on a GPU, where larger products pay."""
 PROBE_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest mean log-probability difference [nats] to transformers' own forward that rounding explains."""
 
@@ -50,10 +51,15 @@ class PolicyModel(nn.Module):
         action_mask: Bool[Tensor, " T"],
         temperature: float,
         with_entropy: bool,
+        piece: Piece | None = None,
+        slopes: Slopes | None = None,
     ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
-        """Log-probability and, if asked for, entropy of each token in the mask [nats] at `temperature`; zero elsewhere."""
-        hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens)
-        return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy)
+        """Log-probability and, if asked for, entropy of each token in the mask [nats] at `temperature`; zero elsewhere.
+
+        With a `piece`, of the tokens whose predicting state it holds. `slopes` as in `token_logprobs`.
+        """
+        hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece)
+        return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, piece and piece.places, slopes)
 
     def named_weights(self) -> list[tuple[str, nn.Parameter]]:
         """Every parameter once, under its name in the checkpoint; a tied output embedding is its input embedding."""
@@ -80,10 +86,11 @@ class CriticModel(nn.Module):
         position_ids: Int[Tensor, " T"],
         cu_seqlens: Int[Tensor, " N_plus_1"],
         action_mask: Bool[Tensor, " T"],
+        piece: Piece | None = None,
     ) -> Float[Tensor, " T"]:
-        """Value of the state before each token in the mask; zero elsewhere."""
-        hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens)
-        return state_values(hidden, self.value_head, cu_seqlens, action_mask)
+        """Value of the state before each token in the mask; zero elsewhere, and where a `piece` does not hold the state."""
+        hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens, piece)
+        return state_values(hidden, self.value_head, cu_seqlens, action_mask, piece and piece.places)
 
     def named_weights(self) -> list[tuple[str, nn.Parameter]]:
         """Every parameter once, under its name in the checkpoint."""
@@ -108,10 +115,17 @@ Model = TypeVar("Model", PolicyModel, CriticModel)
 
 
 def packed_hidden(
-    backbone: nn.Module, tokens: Int[Tensor, " T"], position_ids: Int[Tensor, " T"], cu_seqlens: Int[Tensor, " N_plus_1"]
-) -> Float[Tensor, "T H"]:
-    """Last hidden states of packed rows, each row as if it were alone."""
-    output = backbone(input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, **row_arguments(cu_seqlens))
+    backbone: nn.Module,
+    tokens: Int[Tensor, " T"],
+    position_ids: Int[Tensor, " T"],
+    cu_seqlens: Int[Tensor, " N_plus_1"],
+    piece: Piece | None = None,
+) -> Float[Tensor, "S H"]:
+    """Last hidden states of packed rows, each row as if it were alone; of all tokens, or of a `piece`'s, in its order."""
+    if piece is not None:
+        tokens, position_ids = tokens[piece.index], position_ids[piece.index]
+    arguments = row_arguments(cu_seqlens) if piece is None else piece.row_arguments()
+    output = backbone(input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, **arguments)
     return output.last_hidden_state[0]
 
 

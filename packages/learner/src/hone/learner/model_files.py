@@ -39,6 +39,23 @@ def check_model(name: str) -> None:
         raise ModelError(_convert_remedy(name, settings, pickled))
 
 
+def check_ring(directory: str, *, world_size: int, size: int, head_stride: int | None) -> None:
+    """Raises ValueError for rings of `size` that do not come out even, and for key heads that `head_stride` does not divide."""
+    if world_size % size:
+        raise ValueError(
+            f"{world_size} ranks do not fall into rings of {size}; --ds.ring-attn-size must divide the ranks of every group that learns"
+        )
+    if size == 1 or head_stride is None:
+        return
+    settings = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    settings = settings.get("text_config", settings)
+    heads = settings.get("num_key_value_heads") or settings.get("num_attention_heads")
+    if isinstance(heads, int) and heads % head_stride:
+        raise ValueError(
+            f"--ds.ring-attn-head-stride {head_stride} does not divide the {heads} key heads of {directory}; choose a divisor of {heads}"
+        )
+
+
 def resolve(name: str) -> Path:
     """The directory that holds the model, downloaded from the hub where `name` is a hub id. Raises ModelError."""
     check_model(name)

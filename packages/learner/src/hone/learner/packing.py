@@ -1,23 +1,24 @@
 """Rows into micro-batches under a hard token cap, balanced over ranks, the same number of micro-batches on every rank.
 
 Flow: Batch --shards--> one Shard per rank --(learner)--> one flat array per rank --unshard--> [T] in the batch's own order.
-A rank with fewer micro-batches than the others repeats one of its rows as a filler, whose weights the learner sets to
-zero: collectives then match and the loss does not change. Everything here is deterministic.
+Rows that a loss reads together (the two of a pair) form a unit and are never parted. A rank with too few units for its
+micro-batches repeats one as a filler, whose weights the learner sets to zero: collectives then match and the loss does not
+change. Everything here is deterministic.
 """
 
 import bisect
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hone.algos.batch import Batch, select
 
-LINEAR_TOKENS = 49_152
-"""Row length [tokens] at which attention costs as much as all linear layers, 12 x hidden size (here of 4,096)."""
+HIDDEN_SIZE = 4096
+"""Hidden size that costs are reckoned with where the model's own is not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,27 +35,47 @@ class Shard:
     rows: tuple[int, ...]
 
 
-def plan(lengths: Sequence[int], *, ranks: int, max_tokens: int) -> list[list[list[int]]]:
+def plan(
+    lengths: Sequence[int],
+    *,
+    ranks: int,
+    max_tokens: int,
+    max_rows: int | None = None,
+    rows_per_unit: int = 1,
+    hidden_size: int = HIDDEN_SIZE,
+) -> list[list[list[int]]]:
     """Rank -> micro-batch -> row indices; every row once, then fillers until all ranks have the same number.
 
-    Raises ValueError for a row longer than `max_tokens`, for no rows, and for lengths, ranks or a cap below 1.
+    A micro-batch holds at most `max_tokens` tokens and, if given, `max_rows` rows. `rows_per_unit` neighbours stay together.
+    Ranks are balanced by `cost` at `hidden_size`; a rank's micro-batches come heaviest first, so that those which
+    run at the same time are alike. Raises ValueError for a unit that fits no micro-batch, for no rows, for rows that make no
+    whole number of units, and for any number below 1.
     """
-    return _with_fillers(_without_fillers(lengths, ranks=ranks, max_tokens=max_tokens), lengths)
+    settings = {"max_rows": max_rows, "rows_per_unit": rows_per_unit, "hidden_size": hidden_size}
+    return [own + fillers for own, fillers in _planned(lengths, ranks=ranks, max_tokens=max_tokens, **settings)]
 
 
-def shards(batch: Batch, *, ranks: int, max_tokens: int) -> list[Shard]:
-    """The batch cut for `ranks` ranks, each micro-batch at most `max_tokens` tokens. Raises as `plan`."""
-    lengths = batch.lengths.tolist()
-    real = _without_fillers(lengths, ranks=ranks, max_tokens=max_tokens)
+def shards(
+    batch: Batch,
+    *,
+    ranks: int,
+    max_tokens: int,
+    max_rows: int | None = None,
+    rows_per_unit: int = 1,
+    hidden_size: int = HIDDEN_SIZE,
+) -> list[Shard]:
+    """The batch cut for `ranks` ranks, as `plan` has it; raises as `plan`."""
+    settings = {"max_rows": max_rows, "rows_per_unit": rows_per_unit, "hidden_size": hidden_size}
     result = []
-    for without, micro_batches in zip(real, _with_fillers(real, lengths), strict=True):
+    for own, fillers in _planned(batch.lengths.tolist(), ranks=ranks, max_tokens=max_tokens, **settings):
+        micro_batches = own + fillers
         rows = sorted({row for micro_batch in micro_batches for row in micro_batch})
         local = {row: index for index, row in enumerate(rows)}
         result.append(
             Shard(
                 batch=select(batch, rows),
                 micro_batches=tuple(tuple(local[row] for row in micro_batch) for micro_batch in micro_batches),
-                fillers=frozenset(range(len(without), len(micro_batches))),
+                fillers=frozenset(range(len(own), len(micro_batches))),
                 rows=tuple(rows),
             )
         )
@@ -82,53 +103,128 @@ def unshard(parts: Sequence[Shard], arrays: Sequence[Tensor], *, cu_seqlens: Int
     return result
 
 
-def _cost(length: int) -> float:
-    """Work of a row, in units of a token's linear layers: attention adds a share that grows with the length."""
-    return length * (1 + length / LINEAR_TOKENS)
+def cost(lengths: np.ndarray, *, hidden_size: int) -> np.ndarray:
+    """Work of each row [N], in units of a token's linear layers: s + s^2 / (12 H) for s tokens and hidden size H.
+
+    A layer has about 12 H^2 weights, 24 H^2 operations a token; causal attention takes 2 s^2 H a row. Equal at s = 12 H.
+    """
+    return lengths * (1.0 + lengths / (12.0 * hidden_size))
 
 
-def _without_fillers(lengths: Sequence[int], *, ranks: int, max_tokens: int) -> list[list[list[int]]]:
+def _planned(
+    lengths: Sequence[int], *, ranks: int, max_tokens: int, max_rows: int | None, rows_per_unit: int, hidden_size: int
+) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """(micro-batches, fillers) of every rank, in rows."""
+    _check(lengths, ranks=ranks, max_tokens=max_tokens, max_rows=max_rows, rows_per_unit=rows_per_unit)
+    rows = np.asarray(lengths, dtype=np.int64)
+    tokens = rows.reshape(-1, rows_per_unit).sum(1)
+    costs = cost(rows, hidden_size=hidden_size).reshape(-1, rows_per_unit).sum(1)
+    if tokens.max() > max_tokens:
+        what = (
+            f"a row of {tokens.max()} tokens does" if rows_per_unit == 1 else f"{rows_per_unit} rows of {tokens.max()} tokens together do"
+        )
+        raise ValueError(
+            f"{what} not fit a micro-batch of {max_tokens}; raise --train.max-tokens-per-gpu or lower --rollout.max-new-tokens"
+        )
+    units = None if max_rows is None else max_rows // rows_per_unit
+    # A cap on rows asks for ranks of equally many.
+    of_rank = _groups(_dealt(costs, ranks, evenly=units is not None), ranks)
+    count = max(_fewest(tokens[own], max_tokens, units) for own in of_rank)
+    packed = [_micro_batches(own, tokens[own], count, max_tokens, units) for own in of_rank]
+    if (needed := max(len(bins) for bins in packed)) > count:
+        packed = [
+            bins if len(bins) == needed else _micro_batches(own, tokens[own], needed, max_tokens, units)
+            for own, bins in zip(of_rank, packed, strict=True)
+        ]
+    result = []
+    for own, bins in zip(of_rank, packed, strict=True):
+        heaviest_first = sorted(bins, key=lambda members: -float(costs[members].sum())) if len(bins) > 1 else bins
+        filler = [int((own if len(own) else np.arange(len(tokens)))[np.argmin(tokens[own] if len(own) else tokens)])]
+        fillers = [filler] * (max(len(bins) for bins in packed) - len(bins))
+        result.append(([_rows(members, rows_per_unit) for members in heaviest_first], [_rows(one, rows_per_unit) for one in fillers]))
+    return result
+
+
+def _check(lengths: Sequence[int], *, ranks: int, max_tokens: int, max_rows: int | None, rows_per_unit: int) -> None:
     if not lengths:
         raise ValueError("no rows to plan: every prompt of the step was dropped")
-    if ranks < 1 or max_tokens < 1 or min(lengths) < 1:
-        raise ValueError(f"ranks {ranks}, max_tokens {max_tokens} and the shortest row {min(lengths)} must all be at least 1")
-    if max(lengths) > max_tokens:
+    if ranks < 1 or max_tokens < 1 or rows_per_unit < 1 or min(lengths) < 1:
         raise ValueError(
-            f"a row of {max(lengths)} tokens does not fit a micro-batch of {max_tokens}; "
-            "raise --train.max-tokens-per-gpu or lower --rollout.max-new-tokens"
+            f"ranks {ranks}, max_tokens {max_tokens}, rows_per_unit {rows_per_unit} and the shortest row {min(lengths)} "
+            "must all be at least 1"
         )
-    longest_first = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    loads = [(0.0, rank) for rank in range(ranks)]
-    per_rank: list[list[int]] = [[] for _ in range(ranks)]
-    for row in longest_first:
-        load, rank = heapq.heappop(loads)
-        per_rank[rank].append(row)
-        heapq.heappush(loads, (load + _cost(lengths[row]), rank))
-    return [_bins(rows, lengths, max_tokens) for rows in per_rank]
+    if len(lengths) % rows_per_unit:
+        raise ValueError(f"{len(lengths)} rows are no whole number of units of {rows_per_unit}; pack the rows of a unit side by side")
+    if max_rows is not None and max_rows < rows_per_unit:
+        raise ValueError(f"a micro-batch of {max_rows} rows holds no unit of {rows_per_unit}; raise --train.micro-batch-size")
 
 
-def _bins(rows: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows, longest first, each into the fullest micro-batch it still fits (best fit decreasing, O(n log n))."""
+def _dealt(costs: np.ndarray, hands: int, *, evenly: bool) -> np.ndarray:
+    """The hand each item is dealt to, largest items first: a round at a time, its largest to the lightest hand.
+
+    As longest-processing-time-first, with one sort a round in place of one heap operation an item: a hand that is heavier than
+    the lightest would be with the next item sits the round out, unless all are to hold equally many (`evenly`).
+    """
+    order = np.argsort(-costs, kind="stable")
+    sorted_costs, hand = costs[order], np.empty(len(costs), dtype=np.int64)
+    loads = np.zeros(hands)
+    done = 0
+    while done < len(costs):
+        lightest = np.argsort(loads, kind="stable")
+        if not evenly:
+            within_reach = np.searchsorted(loads[lightest], loads[lightest[0]] + sorted_costs[done], side="left")
+            lightest = lightest[: max(1, int(within_reach))]
+        lightest = lightest[: len(costs) - done]
+        end = done + len(lightest)
+        loads[lightest] += sorted_costs[done:end]
+        hand[order[done:end]] = lightest
+        done = end
+    return hand
+
+
+def _groups(hand: np.ndarray, hands: int) -> list[np.ndarray]:
+    """Items of each hand, ascending."""
+    order = np.argsort(hand, kind="stable")
+    ends = np.bincount(hand, minlength=hands).cumsum().tolist()
+    return [order[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _fewest(tokens: np.ndarray, max_tokens: int, max_units: int | None) -> int:
+    """The lower bound on micro-batches."""
+    return max(-(-int(tokens.sum()) // max_tokens), 0 if max_units is None else -(-len(tokens) // max_units))
+
+
+def _micro_batches(own: np.ndarray, tokens: np.ndarray, count: int, max_tokens: int, max_units: int | None) -> list[np.ndarray]:
+    """`own` units in `count` micro-batches of like size where that keeps the caps, else in as few as best fit finds."""
+    count = min(count, len(own))
+    if count <= 1:
+        return [own] if len(own) else []
+    groups = _groups(_dealt(tokens.astype(float), count, evenly=max_units is not None), count)
+    fit = max(int(tokens[group].sum()) for group in groups) <= max_tokens
+    if not fit or (max_units is not None and max(len(group) for group in groups) > max_units):
+        groups = _best_fit(tokens, max_tokens, max_units)
+    return [own[group] for group in groups]
+
+
+def _best_fit(tokens: np.ndarray, max_tokens: int, max_units: int | None) -> list[np.ndarray]:
+    """Units, longest first, each into the fullest micro-batch it still fits; O(n log n)."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, index of the micro-batch), ascending
-    for row in rows:
-        place = bisect.bisect_left(room, (lengths[row], -1))
+    lengths = tokens.tolist()
+    for unit in np.argsort(-tokens, kind="stable").tolist():
+        place = bisect.bisect_left(room, (lengths[unit], -1))
         if place < len(room):
             left, index = room.pop(place)
         else:
-            left, index = capacity, len(bins)
+            left, index = max_tokens, len(bins)
             bins.append([])
-        bins[index].append(row)
-        bisect.insort(room, (left - lengths[row], index))
-    return [sorted(rows_of_bin) for rows_of_bin in bins]
+        bins[index].append(unit)
+        if max_units is None or len(bins[index]) < max_units:
+            bisect.insort(room, (left - lengths[unit], index))
+    return [np.array(sorted(members)) for members in bins]
 
 
-def _with_fillers(micro_batches: list[list[list[int]]], lengths: Sequence[int]) -> list[list[list[int]]]:
-    count = max(len(of_rank) for of_rank in micro_batches)
-    shortest = min(range(len(lengths)), key=lambda row: (lengths[row], row))
-    result = []
-    for of_rank in micro_batches:
-        own = [row for micro_batch in of_rank for row in micro_batch]
-        filler = min(own, key=lambda row: (lengths[row], row)) if own else shortest
-        result.append([*of_rank, *([filler] for _ in range(count - len(of_rank)))])
-    return result
+def _rows(units: np.ndarray | list[int], rows_per_unit: int) -> list[int]:
+    if rows_per_unit == 1:
+        return units if isinstance(units, list) else units.tolist()
+    return [unit * rows_per_unit + place for unit in _rows(units, 1) for place in range(rows_per_unit)]

@@ -91,9 +91,9 @@ class Ledger:
         return totals
 
 
-def replay(events: Iterable[Mapping[str, Any]]) -> Ledger:
-    """The ledger that events.jsonl tells of; other kinds of event are passed over."""
-    ledger = Ledger(_write_nothing)
+def replay(events: Iterable[Mapping[str, Any]], record: Callable[..., None] | None = None) -> Ledger:
+    """The ledger that events.jsonl tells of; other kinds of event are passed over. What is entered later goes to `record`."""
+    ledger = Ledger(record or _write_nothing)
     for event in events:
         if event["kind"] in KINDS:
             ledger._count(event["kind"], event["prompts"], step=event["step"], reason=event.get("reason", ""))

@@ -19,7 +19,7 @@ from typing import Any
 
 from hone.launch.errors import Problem, UsageError
 from hone.launch.observe import rollout_table
-from hone.launch.observe.files import append_line, read_lines, replace_text, unused
+from hone.launch.observe.files import append_line, read_lines, replace_text, replaced, unused
 from hone.launch.observe.metrics import check_names
 from hone.launch.observe.redact import redact
 
@@ -91,6 +91,12 @@ class RunDirectory:
         """One event, stamped with the time [s since 1970]; secrets in its texts are struck out."""
         shown = {name: redact(value) if isinstance(value, str) else value for name, value in fields.items()}
         append_line(self.path / EVENTS, {"time_s": round(time.time(), 3), "kind": kind, **shown})
+
+    def go_on_from(self, metrics: bytes, events: bytes) -> None:
+        """The lines of an earlier run, up to its checkpoint, for this one to go on with; before anything is appended."""
+        for name, data in ((METRICS_FILE, metrics), (EVENTS, events)):
+            with replaced(self.path / name) as file:
+                file.write(data)
 
     def write_rollouts(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
         """The samples of a step (see rollout_table.py); returns the file."""

@@ -28,21 +28,22 @@ from hone.launch.interrupt import Interrupt
 from hone.launch.observe import manifest
 from hone.launch.observe.display import Display, make_display
 from hone.launch.observe.files import replace_text
-from hone.launch.observe.ledger import Ledger, LedgerError
+from hone.launch.observe.ledger import LedgerError, replay
 from hone.launch.observe.peak_memory import PeakMemory
 from hone.launch.observe.progress import READY, RunInfo
 from hone.launch.observe.redact import redact
 from hone.launch.observe.report import conclude
-from hone.launch.observe.run_directory import RunDirectory
+from hone.launch.observe.run_directory import RunDirectory, read_events
 from hone.launch.observe.summary import Summary
 from hone.launch.parts import Assembly
 from hone.launch.plan import in_full, make_plan
 from hone.launch.processes import Descendants, adopt_orphans, keep_bytecode, prepare_environment
 from hone.launch.prompts import PromptData, prepare
 from hone.launch.rollout_rows import rows
+from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, take_up
 from hone.launch.toml import to_toml
-from hone.launch.train import train
-from hone.learner.errors import ModelError
+from hone.launch.train import Start, Step, train
+from hone.learner.errors import CheckpointError, ModelError
 from hone.rollout.rewards.pool import RewardPool
 from hone.rollout.types import Prompt
 
@@ -60,6 +61,7 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
     console = Console(highlight=False)
     asked = config.actor.model_name_or_path
     model = str(_built_in(console)) if asked is None else in_full(asked)
+    resumed = _take_up(config) if config.ckpt.load_enable else None
     prompts = prepare(
         config.data,
         model=model,
@@ -67,9 +69,13 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
         num_episodes=config.train.num_episodes,
         seed=config.train.seed,
         max_new_tokens=config.rollout.max_new_tokens,
+        state=None if resumed is None else resumed.state.stream,
     )
     steps = min(prompts.stream.steps, config.train.max_steps or prompts.stream.steps)
     directory = RunDirectory.create(config.run.dir, config.algo.name)
+    if resumed is not None:
+        directory.go_on_from(resumed.text(METRICS), resumed.text(EVENTS))
+        directory.append_event("resumed", step=resumed.state.step, checkpoint=str(resumed.path), passed_over=list(resumed.passed_over))
     directory.write_config(to_toml(config, sources))
     directory.write_manifest(manifest.collect(verb=config.algo.name, seed=config.train.seed, argv=sys.argv))
     info = RunInfo(verb=config.algo.name, model=model, data=prompts.name, directory=str(directory.path), total_steps=steps)
@@ -87,7 +93,15 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
 
         interrupt = stack.enter_context(Interrupt(notice))
         session = Session(
-            config=config, model=model, prompts=prompts, steps=steps, directory=directory, display=display, memory=memory, scratch=scratch
+            config=config,
+            model=model,
+            prompts=prompts,
+            steps=steps,
+            directory=directory,
+            display=display,
+            memory=memory,
+            scratch=scratch,
+            resumed=resumed,
         )
         summarise = partial(_summary, began=began, memory=memory)
         try:
@@ -121,17 +135,19 @@ class Session:
         display: Display,
         memory: PeakMemory,
         scratch: Path,
+        resumed: Resumed | None = None,
     ) -> None:
+        self._resumed = resumed
         self._scratch = scratch
         self._config, self._model, self._prompts, self._steps = config, model, prompts, steps
         self._directory, self._display, self._memory = directory, display, memory
-        self._ledger = Ledger(directory.append_event)
-        self._done = 0
+        self._ledger = replay(read_events(directory.path)[0], directory.append_event)
+        self._done = self._first = 0 if resumed is None else resumed.state.step
 
     def carry_out(self, interrupt: Interrupt) -> Literal["finished", "stopped"]:
         """Build the parts, run the loop, export; "finished", or "stopped" where Ctrl-C asked for it."""
         config = self._config
-        for uid, reason in self._prompts.dropped:
+        for uid, reason in () if self._resumed else self._prompts.dropped:
             self._directory.append_event("row_dropped", uid=uid, reason=reason)
         if dropped := self._prompts.dropped:
             total = self._prompts.rows + len(dropped)
@@ -148,6 +164,12 @@ class Session:
             self._display.startup("reward", READY)
             parts = self._build(pool)
             stack.push(partial(self._close, parts))
+            if self._resumed is not None:
+                for group in parts.role_groups:
+                    group.restore(str(self._resumed.path.resolve()))
+                for reason in self._resumed.passed_over:
+                    self._display.note(f"a newer checkpoint was passed over: {reason}")
+                self._display.note(f"going on after step {self._first}, from {self._resumed.path}")
             interrupt.patient = True
             try:
                 outcome = self._loop(parts, interrupt)
@@ -181,7 +203,7 @@ class Session:
 
     def _rescue(self, parts: Assembly) -> None:
         """Keep what was learnt before a failure, if anything was; the failure itself is what the run ends with."""
-        if self._done == 0:
+        if self._done == self._first:
             return
         kept = self._directory.checkpoints / f"failed_in_step_{self._done + 1}"
         try:
@@ -223,7 +245,10 @@ class Session:
             max_steps=self._steps,
             critic_only_steps=config.critic.freezing_steps,
             seed=config.train.seed,
+            start=Start() if self._resumed is None else Start(step=self._first, shuffle=self._resumed.state.shuffle),
         )
+        root = self._directory.checkpoints if config.ckpt.path is None else Path(config.ckpt.path)
+        saves = Checkpoints(parts.role_groups, root, keep=config.ckpt.max_num, event=self._saved)
         for step in steps:
             self._ledger.train([group.prompt.prompt_id for group in step.groups], step=step.number)
             self._directory.write_rollouts(step.number, rows(step.groups))
@@ -231,17 +256,48 @@ class Session:
             self._directory.append_metrics(metrics)
             self._display.step(metrics)
             self._done = step.number
-            if config.ckpt.save_steps > 0 and step.number % config.ckpt.save_steps == 0:
-                self._export(parts, self._directory.checkpoints / f"step_{step.number}")
-            if interrupt.asked and step.number < self._steps:
+            saves.poll(wait=False)
+            stopping = interrupt.asked and step.number < self._steps
+            if config.ckpt.save_steps > 0 and (step.number % config.ckpt.save_steps == 0 or stopping):
+                saves.begin(step.number, self._texts(step))
+                if config.ckpt.save_hf:
+                    self._export(parts, self._directory.checkpoints / f"step_{step.number}_hf")
+            if stopping:
+                saves.poll(wait=True)
                 return "stopped"
+        saves.poll(wait=True)
         return "finished"
+
+    def _texts(self, step: Step) -> dict[str, str]:
+        """What goes into a checkpoint beside the roles: the loop's state, and what the run has written about itself so far."""
+        state = LoopState(step=step.number, algorithm=self._config.algo.name, stream=self._prompts.stream.state(), shuffle=step.shuffle)
+        written = {name: (self._directory.path / name).read_text(encoding="utf-8") for name in (METRICS, EVENTS)}
+        return {STATE: state.text(), **written}
+
+    def _saved(self, kind: str, **fields: Any) -> None:
+        """A checkpoint that is complete, or one that failed: written down, and a failure shown, for it must not be found out later."""
+        self._directory.append_event(kind, **fields)
+        if kind == "checkpoint_failed":
+            self._display.note(f"the checkpoint of step {fields['step']} was not written ({fields['error']}); training goes on")
 
     def _issued(self, source: Callable[[], Iterator[list[Prompt]]]) -> Iterator[list[Prompt]]:
         """The prompts of each step, entered into the ledger as they are drawn."""
-        for number, prompts in enumerate(source(), start=1):
+        for number, prompts in enumerate(source(), start=self._first + 1):
             self._ledger.issue([prompt.prompt_id for prompt in prompts], step=number)
             yield prompts
+
+
+def _take_up(config: PolicyGradientConfig) -> Resumed:
+    """The checkpoint to go on from, before anything is loaded. Raises CheckpointError."""
+    if config.ckpt.path is None:
+        raise CheckpointError("--ckpt.load-enable needs to know where the checkpoints are; name their directory with --ckpt.path")
+    return take_up(
+        Path(config.ckpt.path),
+        algorithm=config.algo.name,
+        batch_size=config.rollout.batch_size,
+        seed=config.train.seed,
+        num_episodes=config.train.num_episodes,
+    )
 
 
 def _built_in(console: Console) -> Path:

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from hone.learner.attention.ring import Ring
+from hone.learner.attention.ring_forms import ring_attention
+
 PACKED = "hone_packed"
 
 
 def row_arguments(cu_seqlens: Int[Tensor, " N_plus_1"]) -> dict[str, Any]:
     """Keyword arguments for a transformers model's forward: the row bounds, under the names its flash-attention path uses."""
     bounds = cu_seqlens.to(torch.int32)
-    longest = int(bounds.diff().max())
+    longest = int(bounds.diff().max()) if len(bounds) > 1 else 0
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -35,11 +38,13 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    ring: Ring | None = None,
     **unused: object,
 ) -> tuple[Tensor, None]:
     """Causal attention within each row; query [1, heads, T, dim], key and value [1, key heads, T, dim] -> [1, T, heads, dim].
 
-    `sliding_window` counts the tokens a query sees, itself included. Raises ValueError for what no kernel here computes.
+    `sliding_window` counts the tokens a query sees, itself included. With a `ring`, the row bounds end where its cut rows
+    begin. Raises ValueError for what no kernel here computes.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError(
@@ -48,9 +53,22 @@ def packed_attention(
     beyond = [name for name in ("softcap", "s_aux", "position_bias") if unused.get(name) is not None]
     if beyond or dropout or attention_mask is not None:
         raise ValueError(f"{type(module).__name__} asks for {beyond or 'dropout or a mask'}, which packed attention does not compute")
+    if ring is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        cut = [states[0, :, ring.whole :].transpose(0, 1) for states in (query, key, value)]
+        result = ring_attention(cut[0], cut[1], cut[2], ring, scale=scale, window=sliding_window)[None]
+        if ring.whole:
+            query, key, value = (states[:, :, : ring.whole] for states in (query, key, value))
+            result = torch.cat([_packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), result], 1)
+        return result, None
+    return _packed(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, window: int | None) -> Tensor:
+    """Rows that are here as a whole; see `packed_attention`."""
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256:
-        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return _by_length(query[0], key[0], value[0], cu_seq_lens_q, scaling, sliding_window)[None], None
+        return _kernel(query, key, value, bounds, longest, scaling, window)
+    return _by_length(query[0], key[0], value[0], bounds, scaling, window)[None]
 
 
 def _by_length(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, window: int | None) -> Tensor:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 
+from hone.learner.checkpoint.pieces import Piece, Source, share
 from hone.learner.config import DeepSpeedConfig
+from hone.learner.engines import state, zero_state
 from hone.learner.engines.protocol import StepInfo
 from hone.learner.errors import NumericsError
 from hone.learner.model import CriticModel, PolicyModel
@@ -122,6 +124,26 @@ class DeepSpeedEngine:
         """Name, number format and full shape of every parameter; gathers nothing."""
         full = "ds_shape" if self.stage == 3 else "shape"
         return [(name, parameter.dtype, tuple(getattr(parameter, full))) for name, parameter in self.module.named_weights()]
+
+    def pieces(self) -> list[Piece]:
+        """A rank's own share; see `Engine`."""
+        if self.training is None:
+            return []
+        held = self._held()
+        if self.stage > 0:
+            return state.pieces(held, held.fragments)
+        return state.pieces(held, share(held.fragments, rank=distributed.get_rank(), world_size=distributed.get_world_size()))
+
+    def restore(self, source: Source) -> None:
+        """Takes up a saved state; see `Engine`."""
+        if self.training is not None:
+            state.restore(self._held(), source)
+            zero_state.renew_parameters(self.engine.optimizer, self.stage)
+        self.steps = source.counters["steps"]
+
+    def _held(self) -> state.Held:
+        trained = [(name, parameter) for name, parameter in self.module.named_weights() if parameter.requires_grad]
+        return zero_state.held(self.engine.optimizer, trained, self.stage)
 
     def close(self) -> None:
         """Gives up DeepSpeed's buffers and hooks."""

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hone.learner.checkpoint.pieces import Piece, Source
 from hone.learner.model import CriticModel, PolicyModel
 
 
@@ -28,6 +29,8 @@ class Engine(Protocol):
     """One role's model, trainable or frozen."""
 
     module: PolicyModel | CriticModel
+    steps: int
+    """Optimiser steps taken."""
 
     def __call__(self, *inputs: object) -> Any:
         """The module's forward."""
@@ -54,6 +57,17 @@ class Engine(Protocol):
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, number format and full shape of every parameter, in the order of `weights`; gathers nothing."""
+        ...
+
+    def pieces(self) -> list[Piece]:
+        """The rank's share of all that training has changed, as views of live memory: over the ranks, every element once.
+
+        No collective. A frozen model has none.
+        """
+        ...
+
+    def restore(self, source: Source) -> None:
+        """Takes up the state in `source`, whatever ranks, stage or engine it was saved with. Raises CheckpointError."""
         ...
 
     def close(self) -> None:

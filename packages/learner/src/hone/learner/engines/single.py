@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from hone.learner.checkpoint.pieces import Fragment, Piece, Source
+from hone.learner.engines import state
 from hone.learner.engines.protocol import StepInfo
 from hone.learner.errors import NumericsError
 from hone.learner.model import CriticModel, PolicyModel
@@ -71,6 +73,28 @@ class SingleEngine:
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, number format and shape of every parameter."""
         return [(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in self.module.named_weights()]
+
+    def pieces(self) -> list[Piece]:
+        """All of it; see `Engine`."""
+        return state.pieces(held := self._held(), held.fragments) if self.training is not None else []
+
+    @torch.no_grad()
+    def restore(self, source: Source) -> None:
+        """Takes up a saved state; see `Engine`."""
+        if self.training is not None:
+            state.restore(self._held(), source)
+            for parameter, master in self.masters:
+                if master is not parameter:
+                    parameter.copy_(master)
+        self.steps = source.counters["steps"]
+
+    def _held(self) -> state.Held:
+        named = self.module.named_weights()
+        fragments = [
+            Fragment(name=name, shape=tuple(one.shape), start=0, flat=index, offset=0, numel=one.numel())
+            for index, (name, one) in enumerate(named)
+        ]
+        return state.Held(masters=[master for _, master in self.masters], fragments=fragments, optimiser=self.optimiser)
 
     def close(self) -> None:
         """Nothing to give up."""

@@ -1,0 +1,95 @@
+"""The language model's head: ours beside OpenRLHF's own functions on full fp32 logits; time, and the most memory held at once.
+
+T packed tokens, H hidden size, V vocabulary. Every token but a row's first is scored, which is our worst case: leaving
+prompts out saves us their share and saves the full form nothing. The roof is the matrix products that cannot be avoided, on
+the same numbers: one for results, three with gradients (6 T H V operations).
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.profiler import ProfilerActivity, profile
+from torch.testing import assert_close
+
+from benchmarks.bench_roof import beside
+from benchmarks.peers import openrlhf
+from hone.learner.logprobs import token_logprobs
+from hone.learner.model import CHUNK_LOGITS
+
+SIZES = {"qwen_vocabulary": (512, 1024, 151_936, 4), "small": (768, 256, 16_384, 8)}
+TEMPERATURE = 0.8
+
+
+def with_peak_bytes(function: Callable[[], list[Tensor | None]]) -> tuple[list[Tensor | None], int]:
+    """The call's results, and the most bytes that torch's allocator held during it, beyond those held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        results = function()
+    changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return results, peak
+
+
+@pytest.mark.parametrize("mode", ["forward", "told_slopes", "any_loss"])
+@pytest.mark.parametrize("size", SIZES)
+def test_head(benchmark: BenchmarkFixture, size: str, mode: str) -> None:
+    """forward: results alone. told_slopes: with gradients of a loss that is a sum over tokens. any_loss: of any other."""
+    tokens_count, hidden_size, vocabulary, rows = SIZES[size]
+    gradients = mode != "forward"
+    peer_logprobs = openrlhf("models/utils.py", without=("deepspeed",)).log_probs_from_logits
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens_count, hidden_size, generator=generator).requires_grad_(gradients)
+    head_weight = (torch.randn(vocabulary, hidden_size, generator=generator) / hidden_size**0.5).requires_grad_(gradients)
+    tokens = torch.randint(0, vocabulary, (tokens_count,), generator=generator)
+    bounds = torch.arange(0, tokens_count + 1, tokens_count // rows)
+    scored = torch.ones(tokens_count, dtype=torch.bool)
+    scored[bounds[:-1]] = False
+    pull = torch.randn(tokens_count, generator=generator)  # stands for the loss's gradient
+
+    def results(logp: Tensor) -> list[Tensor | None]:
+        return [logp.detach(), *(torch.autograd.grad((pull * logp).sum(), (hidden, head_weight)) if gradients else ())]
+
+    def ours() -> list[Tensor | None]:
+        logp, _ = token_logprobs(
+            hidden,
+            head_weight,
+            tokens,
+            bounds,
+            scored,
+            temperature=TEMPERATURE,
+            chunk_tokens=CHUNK_LOGITS["cpu"] // vocabulary,
+            with_entropy=False,
+            slopes=(lambda logp, entropy, positions: (pull[positions], None)) if mode == "told_slopes" else None,
+        )
+        return results(logp)
+
+    def peer() -> list[Tensor | None]:
+        logits = linear(hidden, head_weight).float()
+        logits.div_(TEMPERATURE)  # as its Actor does
+        logp = peer_logprobs(logits, tokens.roll(-1)).roll(1)
+        return results(logp * scored)
+
+    def products() -> None:
+        with torch.no_grad():
+            logits = hidden @ head_weight.T
+            if gradients:
+                logits @ head_weight
+                logits.T @ hidden
+
+    (chunked, ours_bytes), (full, peer_bytes) = with_peak_bytes(ours), with_peak_bytes(peer)
+    assert_close(chunked, full, rtol=1e-4, atol=1e-4)
+    result_bytes = sum(tensor.nbytes for tensor in full[1:] if tensor is not None)  # both must hold the gradients
+    del chunked, full
+    benchmark.extra_info.update(
+        ours_peak_mib=ours_bytes / 2**20,
+        openrlhf_peak_mib=peer_bytes / 2**20,
+        gradients_mib=result_bytes / 2**20,
+        times_more_memory_than_ours=(peer_bytes - result_bytes) / (ours_bytes - result_bytes),
+    )
+    beside(benchmark, ours, peers={"openrlhf": peer}, roof=products, rounds=3 if size == "qwen_vocabulary" else 7)

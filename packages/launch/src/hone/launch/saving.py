@@ -1,0 +1,134 @@
+"""The run's checkpoints: every group of learner ranks writes beside the others, the controller makes one directory of it.
+
+begin (a memory copy on every rank) -> training goes on -> poll, once a step: all written? -> manifest, rename, older ones removed.
+A disk that is full or fails stops no run: the attempt is dropped and told as an event, and the next interval tries again.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from hone.datasets.stream import StreamState
+from hone.learner.checkpoint import directory as checkpoints
+from hone.learner.checkpoint.files import Files
+from hone.learner.checkpoint.snapshot import Outcome
+from hone.learner.errors import CheckpointError
+
+STATE, METRICS, EVENTS = "run.json", "metrics.jsonl", "events.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopState:
+    """Where the loop stands after `step`: the prompts drawn, the generator that cuts rollouts into optimiser steps, controllers."""
+
+    step: int
+    algorithm: str
+    stream: StreamState
+    shuffle: bytes
+    controllers: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps({**dataclasses.asdict(self), "shuffle": self.shuffle.hex()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A verified checkpoint, what the loop needs of it, and the newer ones that were passed over, with the reason."""
+
+    path: Path
+    state: LoopState
+    passed_over: tuple[str, ...]
+
+    def text(self, name: str) -> bytes:
+        """A file that the run had written about itself when the checkpoint was made."""
+        return (self.path / name).read_bytes()
+
+
+@runtime_checkable
+class Savable(Protocol):
+    """The processes that host roles, as far as saving goes."""
+
+    def save(self, directory: str) -> None:
+        """Every rank copies its share and goes on."""
+        ...
+
+    def saved(self, wait: bool) -> list[Outcome] | None:
+        """What became of the last save on every rank, once; None while one of them is writing."""
+        ...
+
+
+class Checkpoints:
+    """One save at a time under `root`, the newest `keep` are kept; `event(kind, **fields)` hears of each that is complete or failed."""
+
+    def __init__(self, groups: Sequence[Savable], root: Path, *, keep: int, event: Callable[..., None], files: Files | None = None) -> None:
+        self._groups, self._root, self._keep, self._event = list(groups), root, keep, event
+        self._files = files or Files()
+        self._open: tuple[int, Path, Mapping[str, str]] | None = None
+        self._outcomes: dict[int, list[Outcome]] = {}
+
+    def begin(self, step: int, texts: Mapping[str, str]) -> None:
+        """Begins a save; `texts` (file name -> content) go in beside the roles. Waits for the one before, if it is not done."""
+        self.poll(wait=True)
+        try:
+            partial = checkpoints.begin(self._files, self._root, step)
+        except OSError as error:
+            self._event("checkpoint_failed", step=step, error=str(error))
+            return
+        self._open, self._outcomes = (step, partial, texts), {}
+        for group in self._groups:
+            group.save(str(partial.resolve()))
+
+    def poll(self, *, wait: bool) -> None:
+        """Completes the open save if everything is written, or waits until it is."""
+        if self._open is None:
+            return
+        for index, group in enumerate(self._groups):
+            if index not in self._outcomes and (outcomes := group.saved(wait)) is not None:
+                self._outcomes[index] = outcomes
+        if len(self._outcomes) < len(self._groups):
+            return
+        (step, partial, texts), self._open = self._open, None
+        outcomes = [outcome for of_group in self._outcomes.values() for outcome in of_group]
+        errors = [outcome.error for outcome in outcomes if outcome.error]
+        try:
+            if errors:
+                raise OSError("; ".join(errors))
+            path = checkpoints.complete(self._files, partial, [file for outcome in outcomes for file in outcome.files], texts)
+            self._event("checkpoint_saved", step=step, path=str(path))
+            checkpoints.prune(self._files, self._root, keep=self._keep)
+        except OSError as error:
+            self._event("checkpoint_failed", step=step, error=str(error))
+            self._drop(partial)
+
+    def _drop(self, partial: Path) -> None:
+        """Makes room again. What cannot be removed now is removed by the next save."""
+        try:
+            if partial.exists():
+                self._files.remove(partial)
+        except OSError as error:
+            self._event("checkpoint_left", path=str(partial), error=str(error))
+
+
+def take_up(root: Path, *, algorithm: str, batch_size: int, seed: int, num_episodes: int) -> Resumed:
+    """The newest complete checkpoint under `root`, checked against the run that is to go on from it.
+
+    Raises CheckpointError where there is none, or where it is of a run whose prompts or algorithm were others.
+    """
+    found = checkpoints.find(root)
+    try:
+        fields = json.loads((found.path / STATE).read_text(encoding="utf-8"))
+        stream = StreamState(**fields.pop("stream"))
+        state = LoopState(**{**fields, "stream": stream, "shuffle": bytes.fromhex(fields["shuffle"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{found.path / STATE} is no state of this loop ({type(error).__name__}: {error}); name another") from error
+    before = {"algorithm": state.algorithm, "--rollout.batch-size": stream.batch_size, "--train.seed": stream.seed}
+    now = {"algorithm": algorithm, "--rollout.batch-size": batch_size, "--train.seed": seed}
+    if changed := [f"{name} {before[name]} then, {now[name]} now" for name in now if before[name] != now[name]]:
+        raise CheckpointError(f"{found.path} is of another run: {'; '.join(changed)}; give the same again, or start a new run")
+    # More episodes than before only make the run longer.
+    state = dataclasses.replace(state, stream=dataclasses.replace(stream, num_episodes=num_episodes))
+    return Resumed(path=found.path, state=state, passed_over=found.passed_over)

@@ -1,0 +1,64 @@
+"""Where ZeRO keeps what: DeepSpeed's sharded masters and optimiser state as `Held`, and the parameters renewed from the masters.
+
+Stage 0 holds every parameter on every rank and steps it directly. Stages 1 and 2 lay each parameter group end to end and give every
+rank an equal range of that, which may begin and end inside a parameter (`_hp_mapping`). Stage 3 cuts each parameter into equal
+parts, one per rank, the last padded (`grad_position`). Read from deepspeed 0.19: runtime/zero/stage_1_and_2.py, stage3.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hone.learner.checkpoint.pieces import Fragment
+from hone.learner.engines.state import Held
+
+
+def held(optimiser: Any, named: Sequence[tuple[str, nn.Parameter]], stage: int) -> Held:
+    """A rank's part of the trained parameters `named`; `optimiser` is what `deepspeed.initialize` returned."""
+    if stage == 0:
+        fragments = [
+            Fragment(name=name, shape=tuple(one.shape), start=0, flat=index, offset=0, numel=one.numel())
+            for index, (name, one) in enumerate(named)
+        ]
+        return Held(masters=[parameter for _, parameter in named], fragments=fragments, optimiser=optimiser)
+    names = {id(parameter): name for name, parameter in named}
+    if stage == 3:
+        fragments = [fragment for name, parameter in named if (fragment := _part(optimiser, name, parameter)).numel > 0]
+        return Held(masters=optimiser.fp32_partitioned_groups_flat, fragments=fragments, optimiser=optimiser.optimizer)
+    fragments = [
+        Fragment(
+            name=names[id(parameter)],
+            shape=tuple(parameter.shape),
+            start=mapping.lp_fragment_address.start,
+            flat=index,
+            offset=mapping.hp_fragment_address.start,
+            numel=mapping.hp_fragment_address.numel,
+        )
+        for index, group in enumerate(optimiser.bit16_groups)
+        for parameter in group
+        if (mapping := parameter._hp_mapping) is not None
+    ]
+    return Held(masters=optimiser.single_partition_of_fp32_groups, fragments=fragments, optimiser=optimiser.optimizer)
+
+
+@torch.no_grad()
+def renew_parameters(optimiser: Any, stage: int) -> None:
+    """The parameters of the forward pass, on all ranks, from the masters; collective."""
+    if stage == 3:
+        optimiser.checkpoint_event_prologue()
+        for index in range(len(optimiser.fp16_groups)):
+            optimiser._reassign_or_swap_out_partitioned_parameters(index)
+        optimiser.invalidate_secondary_tensor()
+        optimiser.checkpoint_event_epilogue()
+    elif stage > 0:
+        optimiser.update_lp_params()
+
+
+def _part(optimiser: Any, name: str, parameter: Any) -> Fragment:
+    """Stage 3's range of a parameter on this rank, without its padding."""
+    flat, offset, size = optimiser.grad_position[optimiser.get_param_id(parameter)]
+    start = size * optimiser._get_param_partition_rank(parameter)
+    numel = max(0, min(size, parameter.ds_numel - start))
+    return Fragment(name=name, shape=tuple(parameter.ds_shape), start=start, flat=flat, offset=offset, numel=numel)

@@ -1,0 +1,114 @@
+"""Stop and resume: the run that was taken up from a checkpoint against the run that never stopped, bit for bit.
+
+One and two gloo ranks of DeepSpeed and the engine of one process; then one number of ranks and ZeRO stage
+taken up by another.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from hone.learner.checkpoint import directory as checkpoints
+from hone.learner.errors import CheckpointError
+from tests.learner.checkpoint_ranks import MAX_TOKENS, ROLES, cross_case
+from tests.learner.test_ranks import free_port, wait
+from tests.learner.tiny import make_learner, save_model
+
+# name -> stage (none: the engine of one process), number format, parameters left whole under stage 3, numbers of ranks
+CASES = {
+    "single": (None, "fp32", False, [1]),
+    "single-bf16": (None, "bf16", False, [1]),
+    "stage0": (0, "fp32", False, [1, 2]),
+    "stage1": (1, "fp32", False, [2]),
+    "stage2": (2, "fp32", False, [1, 2]),
+    "stage3": (3, "fp32", False, [1, 2]),
+    "stage3-whole": (3, "fp32", True, [2]),
+    "stage2-bf16": (2, "bf16", False, [2]),
+    "stage3-bf16": (3, "bf16", False, [2]),
+}
+RESUMED = [(name, ranks) for name, case in CASES.items() for ranks in case[3]]
+CROSS = [("stage3", 2, 1, 1), ("stage3", 2, 1, 0), ("stage2", 1, 2, 3), ("stage2", 1, 2, 1)]
+"""Case and number of ranks that saved it; number of ranks and stage it is taken up with."""
+
+
+def folder(root: Path, name: str, ranks: int) -> Path:
+    return root / f"{name}-{ranks}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All cases in one pair of processes."""
+    root = tmp_path_factory.mktemp("resume")
+    model = save_model(root / "model", "qwen3-tied")
+    cases: list[dict[str, Any]] = []
+    for name, ranks in RESUMED:
+        stage, dtype, whole, _ = CASES[name]
+        case = {"name": f"{name}-{ranks}", "cross": False, "path": str(folder(root, name, ranks))}
+        cases.append({**case, "ranks": ranks, "stage": stage, "dtype": dtype, "whole": whole})
+    for name, saved_by, ranks, stage in CROSS:
+        case = {"name": f"{name}-{saved_by}-{ranks}-{stage}", "cross": True, "path": str(folder(root, name, saved_by) / "step_2")}
+        cases.append({**case, "ranks": ranks, "stage": stage, "dtype": "fp32", "whole": False})
+    for case in cases:
+        case["ports"] = [[free_port(), free_port()] for _ in range(2)]
+    (root / "spec.json").write_text(json.dumps({"model": model, "out": str(root / "results"), "cases": cases}))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-W", "error", "-m", "tests.learner.checkpoint_ranks", str(root / "spec.json")]
+    logs = [root / f"rank{rank}.log" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        codes = wait(processes, timeout_s=280)
+    finally:
+        for process in processes:
+            process.kill()
+    if codes != [0, 0]:
+        pytest.fail("\n".join(log.read_text()[-4000:] for log in logs))
+    return {"root": root, "model": model, "results": [torch.load(root / f"results-{rank}.pt") for rank in range(2)]}
+
+
+def assert_never_stopped(result: dict[str, Any]) -> None:
+    assert result["fresh"] > 0 and result["moved"] > 0, "the comparison could not have failed"
+    assert {name: result[name] for name in ("taken up", "steps", "end", "draw")} == {"taken up": [], "steps": [], "end": [], "draw": []}
+
+
+@pytest.mark.parametrize(("name", "ranks"), RESUMED)
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(runs: dict[str, Any], name: str, ranks: int) -> None:
+    for rank in range(2):
+        assert_never_stopped(runs["results"][rank][f"{name}-{ranks}"])
+
+
+@pytest.mark.parametrize(("name", "saved_by", "ranks", "stage"), CROSS)
+def test_other_ranks_and_stages_go_on_from_the_same_numbers(runs: dict[str, Any], name: str, saved_by: int, ranks: int, stage: int) -> None:
+    model, path = runs["model"], folder(runs["root"], name, saved_by) / "step_2"
+    single = cross_case(lambda: make_learner(dict.fromkeys(ROLES, model), lr=1e-3, max_tokens=MAX_TOKENS), path)
+    for result in [*(runs["results"][rank][f"{name}-{saved_by}-{ranks}-{stage}"] for rank in range(ranks)), single]:
+        assert result["wrong"] == []
+        for weight_name, weight in result["weights"].items():
+            # One Adam step of 1e-3 whose gradient was summed in another order.
+            expected = single["weights"][weight_name]
+            assert_close(weight, expected, rtol=1e-5, atol=2e-5, msg=lambda text, name=weight_name: f"{name}: {text}")
+
+
+def test_a_checkpoint_of_another_model_or_other_roles_is_refused_before_anything_changes(runs: dict[str, Any], tmp_path: Path) -> None:
+    path = folder(runs["root"], "stage3", 2) / "step_2"
+    assert checkpoints.find(path.parent).path == path
+    other = make_learner({"policy": save_model(tmp_path / "other", "llama-untied")})
+    before = {name: tensor.clone() for name, tensor in other.weights("policy")}
+    with pytest.raises(CheckpointError, match=r"another model: of \d+ weights of the policy, \d+ differ, the first model\.layers"):
+        other.restore(str(path))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.weights("policy"))
+    with pytest.raises(CheckpointError, match="0 files of role 'reference'"):
+        make_learner(dict.fromkeys(("policy", "reference"), runs["model"])).restore(str(path))
