@@ -162,7 +162,8 @@ class _Slot:
 
     def _replace(self) -> None:
         self._empty()
-        with suppress(RewardError):  # the next job tries again, and is told
+        # Whatever keeps a worker from starting (also the system's refusal of a process): the next job tries again, and is told.
+        with suppress(Exception):
             self._fill()
 
     def _fill(self) -> WorkerProcess:

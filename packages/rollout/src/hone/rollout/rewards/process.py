@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -36,20 +36,19 @@ class WorkerProcess:
         self._killed = False
         self._channel, theirs = Pipe()
         program = f"import sys; sys.path[:] = {sys.path!r}; from hone.rollout.rewards.worker import main; main({theirs.fileno()})"
-        output = None if log is None else log.open("ab")
         # A session of its own: a terminal's Ctrl-C does not reach it, and killing its group takes its children along.
         # Unbuffered (-u), so that what a function printed before it was killed is not lost.
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", "-c", program],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=None if output is None else subprocess.STDOUT,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
-        if output is not None:
-            output.close()
+        with ExitStack() as ours:
+            ours.callback(theirs.close)
+            output = None if log is None else ours.enter_context(log.open("ab"))
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "-c", program],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
         with suppress(BrokenPipeError):  # its end is reported by await_ready
             self._channel.send(source)
 
