@@ -6,6 +6,7 @@ that slows the machine then slows all of them, and ratios of medians mean someth
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from statistics import median
 
 import pytest
@@ -23,32 +24,43 @@ def beside(
     peers: Mapping[str, Callable[[], object]],
     roof: Callable[[], object],
     rounds: int,
+    calls: int = 1,
     device: str = "cpu",
 ) -> None:
     """Times all of them; `extra_info` gets milliseconds, `times_slower_than_ours_<peer>`, and `share_of_roof` = roof / ours.
 
-    No warm-up round: the caller has run ours and the peers once, to assert that they agree. On CUDA a round ends when the
+    Times are medians over calls. A round makes `calls` of them in a row, ours and others alike: more than one for what takes
+    a few milliseconds or less, where the first call after another's turn mostly meets cold caches and memory that the system
+    has to hand out anew. `ours_first_call_ms` tells what that one takes.
+
+    No warm-up round: the caller has run ours and the peers once, to assert that they agree. On CUDA a call ends when the
     device has finished.
     """
 
-    def settled(function: Callable[[], object]) -> None:
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def timed(function: Callable[[], object]) -> list[float]:
+        """Seconds of each call."""
+        ends = [time.perf_counter()]
+        for _ in range(calls):
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+        return [end - start for start, end in pairwise(ends)]
 
     others = {**peers, "roof": roof}
     seconds: dict[str, list[float]] = {name: [] for name in others}
+    own_seconds: list[float] = []
 
     def time_the_others() -> None:
         for name, function in others.items():
-            began = time.perf_counter()
-            settled(function)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name] += timed(function)
 
-    benchmark.pedantic(settled, args=(ours,), setup=time_the_others, rounds=rounds)
-    ours_s = benchmark.stats.stats.median
+    benchmark.pedantic(lambda: own_seconds.extend(timed(ours)), setup=time_the_others, rounds=rounds)
+    ours_s = median(own_seconds)
     benchmark.extra_info["threads"] = torch.get_num_threads()
+    benchmark.extra_info["calls_per_round"] = calls
     benchmark.extra_info["ours_ms"] = 1e3 * ours_s
+    benchmark.extra_info["ours_first_call_ms"] = 1e3 * median(own_seconds[::calls])
     for name in others:
         benchmark.extra_info[f"{name}_ms"] = 1e3 * median(seconds[name])
     for name in peers:

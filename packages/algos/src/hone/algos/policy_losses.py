@@ -18,7 +18,7 @@ from hone.algos.masking import cleared, cleared_with_gradient, ones_where
 from hone.algos.protocol import Loss
 from hone.algos.reduce import weighted_sum
 
-CUT_TOKENS = 2**17
+CUT_TOKENS = 2**18
 """On a CPU the loss is summed over cuts of so many tokens, whose intermediate results stay in its cache."""
 
 

@@ -1,13 +1,7 @@
 # pyright: basic, reportCallIssue=false
 # Compiled functions have numba's types, not Python's.
-"""Kernels for the CPU, compiled by numba when first used (about a second): one pass over memory, as many threads as torch has.
+"""Kernels for the CPU, compiled by numba when first used (about a second): one pass over memory, in torch's own threads."""
 
-Threads are Python's, and the compiled code does without the interpreter's lock: numba's own parallel loops end the process
-when one is entered from two threads, or from a fork.
-"""
-
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, no_type_check
 
 import numpy as np
@@ -17,6 +11,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
+
+from hone.algos.kernels.threads import in_threads, shares_of_work
 
 # Fused multiply-adds everywhere. Sums over tokens may also be reordered, so that they run in vector lanes.
 _compiled: Any = njit(nogil=True, error_model="numpy", fastmath={"contract"})
@@ -39,10 +35,10 @@ def gae(
     lambdas = lambd.double() if isinstance(lambd, Tensor) else torch.full_like(bootstrap, lambd)
     per_row = _arrays(cu_seqlens.long(), lambdas, bootstrap)
     outputs = (advantages.numpy(), returns.numpy())
-    threads = torch.get_num_threads()
+    threads = shares_of_work()
     shares = np.searchsorted(per_row[0], np.linspace(0, values.numel(), threads + 1))
     shares[0], shares[-1] = 0, bootstrap.numel()
-    _in_threads(lambda i: _gae_of_rows(*per_token, *per_row, gamma, shares[i], shares[i + 1], *outputs), threads)
+    in_threads(lambda i: _gae_of_rows(*per_token, *per_row, gamma, shares[i], shares[i + 1], *outputs), threads)
     return advantages, returns
 
 
@@ -63,27 +59,18 @@ def surrogate(
     side. Sums are accumulated in fp64.
     """
     slope = torch.empty(logp.numel())
-    threads = torch.get_num_threads()
+    threads = shares_of_work()
     sums = np.zeros((threads, 3))
     per_token = _arrays(logp, old_logp, advantages, weights, action_mask.view(torch.uint8), slope)
     bounds = (np.float32(lowest), np.float32(highest), np.float32(dual_clip))
     shares = np.linspace(0, logp.numel(), threads + 1).astype(np.int64)
-    _in_threads(lambda i: _surrogate_of_tokens(*per_token, *bounds, shares[i], shares[i + 1], sums[i]), threads)
+    in_threads(lambda i: _surrogate_of_tokens(*per_token, *bounds, shares[i], shares[i + 1], sums[i]), threads)
     return torch.from_numpy(sums.sum(0)), slope
 
 
 def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
     """The tensors' own memory; contiguous, so that one compiled version serves."""
     return tuple(tensor.detach().contiguous().numpy() for tensor in tensors)
-
-
-def _in_threads(share: Callable[[int], object], threads: int) -> None:
-    if threads == 1:
-        share(0)
-        return
-    # Made for each call: kept ones would not survive a fork. That takes some 0.1 ms.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(share, range(threads)))
 
 
 _BLOCK = 128  # tokens whose intermediate numbers stay in the first-level cache

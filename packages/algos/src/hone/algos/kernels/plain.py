@@ -34,15 +34,19 @@ def gae(
     returns = torch.empty_like(advantages)
     lambdas = torch.repeat_interleave(lambd.double(), cu_seqlens.diff().long()) if isinstance(lambd, Tensor) else None
     recurrence = _Recurrence(cu_seqlens, bootstrap, tokens=values.numel())
+    # Memory that is used again for every block: asking the system for new pages costs more than the arithmetic in them.
+    scratch = torch.empty(3, recurrence.tokens, dtype=torch.float64, device=values.device)
     for stop in range(values.numel(), 0, -recurrence.tokens):
         here = slice(max(stop - recurrence.tokens, 0), stop)
         live = action_mask[here]
         ones = ones_where(live, dtype)
-        reward, value = (cleared(numbers[here].to(dtype), ones).double() for numbers in (rewards, values))
+        reward, value, term = scratch[:, : live.numel()]
+        for numbers, constants in ((reward, rewards), (value, values)):
+            numbers.copy_(cleared(constants[here].to(dtype), ones))
         # With u_t = V_t + lambda A_t on an action token, and u_t = u_{t+1} on any other, A_t = r_t - V_t + gamma u_{t+1}, so
         # u_t = (1 - lambda) V_t + lambda r_t + gamma lambda u_{t+1}: one recurrence without gaps, its factor 1 off the mask.
         weight = lambd if lambdas is None else lambdas[here]
-        after = recurrence.after(torch.lerp(value, reward, weight), live, gamma * weight)
+        after = recurrence.after(torch.lerp(value, reward, weight, out=term), live, gamma * weight)
         target = reward.add_(after, alpha=gamma)
         returns[here] = target
         advantages[here] = target.sub_(value)
@@ -68,6 +72,7 @@ class _Recurrence:
         self._terms, self._factors, self._numbers = table[0, :-1], table[1, :-1], table[2]
         rows = (self._terms, self._factors, self._numbers[1:], self._numbers[:-1])
         self._steps = [*zip(*(row.unbind(0) for row in rows), strict=True)][::-1]
+        self._after = torch.empty(self._lanes, self._chunk, dtype=table.dtype, device=table.device)
         self._carried, self._one = table.new_zeros(1), table.new_ones(())
         # Where rows end, as (step, lane) of their block, and the first of those in each block. Read back once for all.
         filled = cu_seqlens.diff() > 0
@@ -108,7 +113,7 @@ class _Recurrence:
         for term_t, factor_t, later, now in self._steps:
             add(term_t, factor_t, later, out=now)
         self._carried = starts[:1].clone()
-        after = self._numbers[1:].t().reshape(-1)
+        after = self._after.copy_(self._numbers[1:].t()).view(-1)
         after[place] = after_ends
         return after[padding:]
 
