@@ -30,7 +30,7 @@ def gae(
     bootstrap: Float[Tensor, " N"],
 ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
     """`hone.algos.advantages.gae`, row by row and token by token in fp64; within one rounding of fp32 of the plain path."""
-    advantages, returns = torch.empty(values.numel()), torch.empty(values.numel())
+    advantages, returns = torch.empty(2, values.numel())
     per_token = _arrays(rewards, values, action_mask.view(torch.uint8))
     lambdas = lambd.double() if isinstance(lambd, Tensor) else torch.full_like(bootstrap, lambd)
     per_row = _arrays(cu_seqlens.long(), lambdas, bootstrap)
