@@ -76,13 +76,15 @@ def test_gae_equals_the_plain_path_whatever_stands_off_the_mask(device, seed, ga
     lambd = torch.linspace(0, 1, rows) if per_row else 0.95
     after = torch.arange(rows, dtype=torch.float64)
     inputs = (batch["rewards"], batch["values"], batch["mask"], batch["bounds"])
-    expected = plain.gae(*inputs, gamma=gamma, lambd=lambd, bootstrap=after)
+    *expected, finite = plain.gae(*inputs, gamma=gamma, lambd=lambd, bootstrap=after)
     there = lambd.to(home) if per_row else lambd
-    found = module.gae(*on(home, *inputs), gamma=gamma, lambd=there, bootstrap=after.to(home))
+    *found, also_finite = module.gae(*on(home, *inputs), gamma=gamma, lambd=there, bootstrap=after.to(home))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         assert_close(one.cpu(), other, rtol=ULP, atol=1e-12)
         assert (one.cpu()[~batch["mask"]] == 0).all()
+    assert finite
+    assert also_finite
 
 
 def test_a_row_that_is_not_finite_leaves_the_others_alone(device):
@@ -90,8 +92,9 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(device):
     rewards, values, mask = torch.ones(12), torch.zeros(12), torch.ones(12, dtype=torch.bool)
     rewards[6] = math.nan
     inputs = on(home, rewards, values, mask, torch.tensor([0, 4, 8, 12]))
-    to_go, _ = module.gae(*inputs, gamma=1.0, lambd=1.0, bootstrap=torch.zeros(3, dtype=torch.float64, device=home))
+    to_go, _, finite = module.gae(*inputs, gamma=1.0, lambd=1.0, bootstrap=torch.zeros(3, dtype=torch.float64, device=home))
     assert_close(to_go.cpu(), torch.tensor([4.0, 3, 2, 1, math.nan, math.nan, math.nan, 1, 4, 3, 2, 1]), equal_nan=True)
+    assert not finite
 
 
 def value_and_gradient(function, logp, *constants, **bounds):
@@ -208,7 +211,7 @@ def test_neither_threads_nor_strides_change_an_answer(numba_kernels):
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            answers.append((*numba_kernels.gae(*rows, **options), *numba_kernels.surrogate(*losses, **bounds)))
+            answers.append((*numba_kernels.gae(*rows, **options)[:2], *numba_kernels.surrogate(*losses, **bounds)))
     finally:
         torch.set_num_threads(threads)
     strided = [torch.stack([column, column], dim=1)[:, 0] for column in losses]

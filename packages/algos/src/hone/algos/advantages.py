@@ -4,6 +4,7 @@ T packed tokens, N rows, K action tokens. "Next" always means the row's next act
 between two turns are no steps of the policy, so nothing is discounted, and no value is read, across such a gap.
 """
 
+import math
 from typing import cast
 
 import torch
@@ -42,9 +43,9 @@ def gae(
         bootstrap = torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float64, device=values.device)
     kernels = kernels_for(rewards, values)
     path = plain.gae if kernels is None else kernels.gae
-    advantages, returns = path(rewards, values, action_mask, cu_seqlens, gamma=gamma, lambd=lambd, bootstrap=bootstrap.double())
-    # What is not finite comes out again, so one look at the sum does for both inputs.
-    if not bool(advantages.sum().isfinite()):
+    advantages, returns, finite = path(rewards, values, action_mask, cu_seqlens, gamma=gamma, lambd=lambd, bootstrap=bootstrap.double())
+    # What is not finite comes out again, so one look at the advantages does for both inputs.
+    if not finite:
         require_finite("gae", "rewards", rewards, action_mask, remedy=MEND_REWARDS)
         require_finite("gae", "values", values, action_mask, remedy="go back to an earlier checkpoint of the critic")
     return advantages, returns
@@ -157,6 +158,6 @@ def _centred(scores: Float[Tensor, " N"], index: Int[Tensor, " N"], sizes: Int[T
     shifted = scores - one_of_group.index_select(0, index)
     mean = scores.new_zeros(sizes.shape).scatter_add_(0, index, shifted) / sizes
     centred = shifted - mean.index_select(0, index)
-    if not bool(centred.sum().isfinite()):
+    if not math.isfinite(centred.sum()):
         require_finite("group statistics", "scores", scores, remedy=MEND_REWARDS)
     return centred

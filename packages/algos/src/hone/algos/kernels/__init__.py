@@ -41,8 +41,8 @@ class Kernels(Protocol):
         gamma: float,
         lambd: float | Float[Tensor, " N"],
         bootstrap: Float[Tensor, " N"],
-    ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
-        """(advantages, returns); `bootstrap` in fp64."""
+    ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"], bool]:
+        """(advantages, returns, whether all advantages are finite); `bootstrap` in fp64."""
         ...
 
     def surrogate(

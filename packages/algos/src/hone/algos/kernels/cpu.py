@@ -28,18 +28,19 @@ def gae(
     gamma: float,
     lambd: float | Float[Tensor, " N"],
     bootstrap: Float[Tensor, " N"],
-) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
+) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"], bool]:
     """`hone.algos.advantages.gae`, row by row and token by token in fp64; within one rounding of fp32 of the plain path."""
-    advantages, returns = torch.empty(2, values.numel())
+    advantages, returns = torch.empty(values.numel()), torch.empty(values.numel())
     per_token = _arrays(rewards, values, action_mask.view(torch.uint8))
     lambdas = lambd.double() if isinstance(lambd, Tensor) else torch.full_like(bootstrap, lambd)
     per_row = _arrays(cu_seqlens.long(), lambdas, bootstrap)
     outputs = (advantages.numpy(), returns.numpy())
     threads = shares_of_work()
-    shares = np.searchsorted(per_row[0], np.linspace(0, values.numel(), threads + 1))
+    shares = np.searchsorted(per_row[0], [values.numel() * i // threads for i in range(threads + 1)])
     shares[0], shares[-1] = 0, bootstrap.numel()
-    in_threads(lambda i: _gae_of_rows(*per_token, *per_row, gamma, shares[i], shares[i + 1], *outputs), threads)
-    return advantages, returns
+    broken = np.zeros(threads, dtype=np.int64)
+    in_threads(lambda i: _gae_of_rows(*per_token, *per_row, gamma, shares[i], shares[i + 1], *outputs, broken[i:]), threads)
+    return advantages, returns, not broken.any()
 
 
 def surrogate(
@@ -63,7 +64,7 @@ def surrogate(
     sums = np.zeros((threads, 3))
     per_token = _arrays(logp, old_logp, advantages, weights, action_mask.view(torch.uint8), slope)
     bounds = (np.float32(lowest), np.float32(highest), np.float32(dual_clip))
-    shares = np.linspace(0, logp.numel(), threads + 1).astype(np.int64)
+    shares = [logp.numel() * i // threads for i in range(threads + 1)]
     in_threads(lambda i: _surrogate_of_tokens(*per_token, *bounds, shares[i], shares[i + 1], sums[i]), threads)
     return torch.from_numpy(sums.sum(0)), slope
 
@@ -73,12 +74,13 @@ def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
     return tuple(tensor.detach().contiguous().numpy() for tensor in tensors)
 
 
+_ZERO, _ONE, _INFINITE = np.float32(0), np.float32(1), np.float32(np.inf)
 _BLOCK = 128  # tokens whose intermediate numbers stay in the first-level cache
 
 
 @_compiled
 @no_type_check
-def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, first_row, end_row, advantages, returns):
+def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, first_row, end_row, advantages, returns, broken):
     # Backwards through rows as well as through tokens: the processor then fetches ahead across the ends of rows.
     # Positions are unsigned: a signed one would be checked for Python's negative indices at every access.
     deltas, values_after = np.empty(_BLOCK), np.empty(_BLOCK + 1)
@@ -95,9 +97,10 @@ def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, fir
                 live += mask[last - np.uint64(k)]
             if live == tokens:
                 values_after[0] = value_after
-                advantage = _gae_of_run(
+                advantage, infinite = _gae_of_run(
                     rewards, values, last, tokens, gamma, discount, advantage, deltas, values_after, advantages, returns
                 )
+                broken[0] += infinite
                 value_after = values_after[tokens]
             else:
                 for k in range(tokens):
@@ -108,6 +111,7 @@ def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, fir
                         value_after = value
                         advantages[t] = advantage
                         returns[t] = advantage + value
+                        broken[0] += not np.isfinite(np.float32(advantage))
                     else:
                         advantages[t] = 0.0
                         returns[t] = 0.0
@@ -138,13 +142,13 @@ def _gae_of_run(rewards, values, last, tokens, gamma, discount, advantage, delta
     for k in range(4 * (tokens // 4), tokens):
         advantage = deltas[np.uint64(k)] + discount * advantage
         deltas[np.uint64(k)] = advantage
+    infinite = 0
     for k in range(tokens):
-        advantages[last - np.uint64(k)] = deltas[k]
+        found = np.float32(deltas[k])
+        advantages[last - np.uint64(k)] = found
         returns[last - np.uint64(k)] = deltas[k] + values_after[np.uint64(k + 1)]
-    return advantage
-
-
-_ZERO, _ONE, _INFINITE = np.float32(0), np.float32(1), np.float32(np.inf)
+        infinite += found - found != _ZERO
+    return advantage, infinite
 
 
 @_compiled_sums

@@ -6,6 +6,7 @@ GAE takes one program per row, which walks back from the row's end in blocks and
 loss one program per block of tokens. Under TRITON_INTERPRET=1 they run on CPU tensors too, slowly, for tests.
 """
 
+import math
 from typing import Any, no_type_check
 
 import torch
@@ -28,7 +29,7 @@ def gae(
     gamma: float,
     lambd: float | Float[Tensor, " N"],
     bootstrap: Float[Tensor, " N"],
-) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
+) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"], bool]:
     """`hone.algos.advantages.gae` in fp64, in another order of operations; within one rounding of fp32 of the plain path."""
     advantages, returns = torch.empty(values.numel(), device=values.device), torch.empty(values.numel(), device=values.device)
     lambdas = lambd.double() if isinstance(lambd, Tensor) else torch.full_like(bootstrap, lambd)
@@ -38,7 +39,7 @@ def gae(
     per_row = (cu_seqlens.long().contiguous(), lambdas.contiguous(), bootstrap.contiguous(), gammas)
     if bootstrap.numel():
         _gae_of_row[(bootstrap.numel(),)](*per_token, *per_row, advantages, returns, BLOCK=BLOCK_TOKENS)
-    return advantages, returns
+    return advantages, returns, math.isfinite(advantages.sum())
 
 
 def surrogate(

@@ -4,6 +4,7 @@ The batch is walked from its end in blocks of tokens, small enough for a process
 temporary is larger than a few blocks. Arithmetic is fp64 throughout.
 """
 
+import math
 from collections.abc import Callable
 from math import ceil, isqrt
 
@@ -27,8 +28,8 @@ def gae(
     gamma: float,
     lambd: float | Float[Tensor, " N"],
     bootstrap: Float[Tensor, " N"],
-) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
-    """(advantages, returns) as `hone.algos.advantages.gae` defines them."""
+) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"], bool]:
+    """(advantages, returns, whether all advantages are finite) as `hone.algos.advantages.gae` defines them."""
     dtype = torch.promote_types(upcast(rewards).dtype, upcast(values).dtype)
     advantages = torch.empty(values.numel(), dtype=dtype, device=values.device)
     returns = torch.empty_like(advantages)
@@ -52,7 +53,8 @@ def gae(
         advantages[here] = target.sub_(value)
         for numbers in (advantages, returns):
             numbers[here].view(ones.dtype).bitwise_and_(ones)
-    return advantages.to(upcast(values).dtype), returns.to(upcast(values).dtype)
+    finite = math.isfinite(advantages.sum())
+    return advantages.to(upcast(values).dtype), returns.to(upcast(values).dtype), finite
 
 
 class _Recurrence:

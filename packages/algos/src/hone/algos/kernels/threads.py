@@ -50,7 +50,7 @@ def _in_openmp(share: Callable[[int], object], shares: int) -> None:
                 mine = left.pop()
                 try:
                     share(mine)
-                except BaseException as failure:  # noqa: BLE001 - an exception cannot pass through OpenMP; it is raised below
+                except BaseException as failure:  # an exception cannot pass through OpenMP; it is raised below
                     failures.append(failure)
 
     _parallel(_Work(work), None, shares, 0)
@@ -59,7 +59,7 @@ def _in_openmp(share: Callable[[int], object], shares: int) -> None:
 
 
 def _note_fork() -> None:
-    global _forked  # noqa: PLW0603 - a fact about the process
+    global _forked
     _forked = True
 
 
