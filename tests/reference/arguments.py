@@ -107,8 +107,8 @@ def asked(annotation: object) -> Asked | None:
     return None
 
 
-BITS = {"cleared", "cleared_with_gradient", "ones_where"}
-"""Work on bits, whose width must be told: test_masking.py holds them to `on_mask`."""
+BITS = {"cleared", "known_exp", "ones_where"}
+"""Work on bits, whose width must be told, or on two tensors that belong together: test_masking.py holds them."""
 
 
 def functions() -> dict[str, Callable[..., object]]:

@@ -88,7 +88,7 @@ EXEMPT = {
     "ranges.require_valid": "refuses, computes nothing; test_package.py",
     "corrections.check_bounds": "refuses, computes nothing; test_corrections.py",
     "masking.cleared": "on_mask by clearing bits; test_masking.py holds them together",
-    "masking.cleared_with_gradient": "as cleared",
+    "masking.known_exp": "exp whose value is at hand; test_masking.py derives it twice",
     "masking.ones_where": "the bits for it",
     "conformance.plugin.pytest_configure": "pytest's hook; test_conformance.py runs pytest with it",
     "conformance.plugin.pytest_generate_tests": "pytest's hook; test_conformance.py runs pytest with it",

@@ -33,28 +33,31 @@ def cleared(constants: Float[Tensor, "..."], ones: Int[Tensor, "..."]) -> Float[
     return (constants.view(ones.dtype) & ones).view(constants.dtype)
 
 
-def cleared_with_gradient(values: Float[Tensor, "..."], ones: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """`cleared`, with the gradient of `on_mask`: zero where `ones` is zero, whatever comes back."""
-    return cast(Tensor, _Cleared.apply(values, ones))  # pyright: ignore[reportUnknownMemberType] - torch leaves it untyped
+def known_exp(exponents: Float[Tensor, "..."], exps: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`exps`, with the gradient of exp(exponents) wherever they are that; where an entry is zero, so is its gradient.
+
+    It saves computing exp again where the numbers are at hand, and leaves out tokens whose exp might overflow.
+    """
+    return cast(Tensor, _KnownExp.apply(exponents, exps.detach()))  # pyright: ignore[reportUnknownMemberType] - torch leaves it untyped
 
 
-class _Cleared(torch.autograd.Function):
-    # Linear, so its derivatives are the same operation, at any order and in either direction.
+class _KnownExp(torch.autograd.Function):
+    # Its derivative holds itself, so it can be derived at any order and in either direction.
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(values: Tensor, ones: Tensor) -> Tensor:
-        return cleared(values, ones)
+    def forward(exponents: Tensor, exps: Tensor) -> Tensor:
+        return exps.view_as(exps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return cleared_with_gradient(grad_outputs[0], *ctx.saved_tensors), None
+        return grad_outputs[0] * known_exp(*ctx.saved_tensors), None
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
-        return cleared_with_gradient(grad_inputs[0], *ctx.saved_tensors)
+        return grad_inputs[0] * known_exp(*ctx.saved_tensors)

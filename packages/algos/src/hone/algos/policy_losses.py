@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hone.algos.checks import checked
 from hone.algos.kernels import Kernels, kernels_for
-from hone.algos.masking import cleared, cleared_with_gradient, ones_where
+from hone.algos.masking import cleared, known_exp, ones_where
 from hone.algos.protocol import Loss
 from hone.algos.reduce import weighted_sum
 
@@ -87,12 +87,12 @@ def _surrogate_sums(
         above = (advantage < 0) & (ratio > dual_clip)
         bounded, at_bound = bounded.masked_fill_(above, dual_clip), at_bound.masked_fill_(above, 1.0)
     held = ones_where(at_bound.bool(), logp.dtype)
-    # Only tokens that keep their gradient enter exp: behind a bound, or times a zero advantage, an overflow would turn
-    # into 0 * inf = NaN on the way back.
+    # Only tokens that keep their gradient have a ratio here: behind a bound, or times a zero advantage, an overflow would
+    # turn into 0 * inf = NaN on the way back.
     moving = ones_where(advantage.bool(), logp.dtype) & ~held
     price = weight * advantage
-    free_ratio = torch.exp(cleared_with_gradient(difference, moving))
-    total = -((cleared(price, moving) * free_ratio).sum() + (cleared(price, held) * cleared(bounded, held)).sum())
+    free_ratio = known_exp(difference, cleared(ratio, moving))
+    total = -((price * free_ratio).sum() + cleared(price * bounded, held).sum())
     return total, (weight * at_bound).sum(), -(weight * cleared(difference.detach(), ones)).sum()
 
 
