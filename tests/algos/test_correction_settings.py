@@ -263,9 +263,9 @@ def test_figures_golden_of_f1():
         ({"level": "token", "normalize": True}, 0.836230, 1.0, 0.0),
         # Of three tokens [1.105171, .818731, 1.051271]: 2.975173^2 / (5 * 2.996894).
         ({"level": "token", "mode": "mask", "low": 0.6}, 0.590722, 2.975173 / 5, 0.4),
-        # By token: (3 * 2 + 2 * .576950)^2 / (5 * (12 + 2 * .332871)).
-        ({"level": "sequence"}, 0.808137, 7.1539 / 5, 0.0),
-        ({"level": "sequence", "mode": "mask"}, 0.4, 1.1539 / 5, 0.6),
+        # By row: (2 + .576950)^2 / (2 * (4 + .332871)).
+        ({"level": "sequence"}, 0.766313, 2.57695 / 2, 0.0),
+        ({"level": "sequence", "mode": "mask"}, 0.5, 0.57695 / 2, 0.6),
         ({"second_moment": 0.04}, 0.6, 0.6, 0.4),
         ({"level": "sequence", "mode": "mask", "high": 0.1}, 0.0, 0.0, 1.0),
         ({"level": "sequence", "mode": "mask", "high": 0.1, "normalize": True}, 0.0, 0.0, 1.0),

@@ -103,6 +103,9 @@ def test_scores_that_an_estimator_cannot_use_are_refused():
         pass_at_k_advantages(_fp64(1, 0.5), group, live, k=1, eps=1e-6)
     with pytest.raises(ValueError, match="k is 0; pass@k needs at least 1"):
         pass_at_k_advantages(_fp64(1, 0), group, live, k=0, eps=1e-6)
+    for correct in (-1, 5):
+        with pytest.raises(ValueError, match=f"correct holds {correct} of 4 samples at index 1"):
+            pass_at_k(torch.tensor([4, correct]), torch.tensor([4, 4]), k=2)
 
 
 def test_action_counts_and_group_index_golden():

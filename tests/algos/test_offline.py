@@ -166,7 +166,9 @@ def test_a_cut_takes_rows_with_all_they_carry(name, masks, over, data):
     assert type(rows) is kind and rows.temperature == 0.7
     for field in dataclasses.fields(Packed):
         assert field.name == "temperature" or getattr(rows, field.name) is getattr(plain, field.name)
-    order = data.draw(st.lists(st.integers(0, rows.rows - 1), max_size=5))
+    together = kind.ROWS_TOGETHER
+    units = data.draw(st.lists(st.integers(0, rows.rows // together - 1), max_size=5))
+    order = [together * unit + place for unit in units for place in range(together)]
     part = select(rows, order)
     assert type(part) is kind and part.rows == len(order) and part.temperature == 0.7
     edges = rows.cu_seqlens.tolist()
@@ -202,3 +204,12 @@ def test_a_step_of_nothing_has_rows_and_weights_of_nothing(name):
         assert labelled.rows == rows.rows
         weights = labelled.row_weights if "row_weights" in labelled.PER_ROW else labelled.weights
         assert (weights == 0).all()
+
+
+def test_a_pair_is_not_parted():
+    """Cut between its rows, each would stand beside a stranger, and no shape would tell."""
+    pairs = weighed_pairs(packed(["#", "##", ".#", "#"]))
+    assert select(pairs, [2, 3, 0, 1]).lengths.tolist() == [2, 1, 1, 2]
+    for rows in ([0], [1, 2], [1, 0], [0, 1, 2], [0, 3]):
+        with pytest.raises(ValueError, match="part Pairs; take 2 neighbours"):
+            select(pairs, rows)

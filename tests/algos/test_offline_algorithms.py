@@ -29,6 +29,7 @@ from hone.algos.offline import (
     LogitsLoss,
     LogpLoss,
     Offline,
+    Pairs,
     ScoreLoss,
     weighed_demonstrations,
     weighed_judgements,
@@ -366,7 +367,8 @@ def test_a_missing_anchor_names_what_fills_it():
 @pytest.mark.parametrize("algo", [DPO(), IPO(), SimPO(), ORPO(), RewardModel()])
 def test_half_a_pair_is_refused(algo):
     rows, logp = f4()
-    half = select(weighed_pairs(rows), [0])
+    one = select(rows, [0])
+    half = Pairs(**{field.name: getattr(one, field.name) for field in dataclasses.fields(one)}, row_weights=_fp64(1.0), margins=_fp64(0.0))
     numbers = _fp64(1.0) if algo.name == "rm" else logp[:7]
     with pytest.raises(ValueError, match="has 1 rows; pairs need an even number: chosen, rejected"):
         loss_of(algo, numbers, half)

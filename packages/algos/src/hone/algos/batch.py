@@ -77,6 +77,8 @@ class Packed:
 
     # Fields with one entry per row; tensors without an axis belong to the whole step; all others have one entry per token.
     PER_ROW: ClassVar[frozenset[str]] = frozenset()
+    # Neighbouring rows that mean nothing without each other.
+    ROWS_TOGETHER: ClassVar[int] = 1
 
     tokens: Int[Tensor, " T"]
     cu_seqlens: Int[Tensor, " N_plus_1"]
@@ -193,7 +195,16 @@ def pack(trajectories: Sequence[Trajectory]) -> Batch:
 
 
 def select(batch: AnyPacked, rows: Sequence[int]) -> AnyPacked:
-    """The given rows, in the given order, as a batch of the same stage (weights are taken along unchanged)."""
+    """The given rows, in the given order, as a batch of the same stage (weights are taken along unchanged).
+
+    Raises ValueError for rows that part what belongs together, such as a pair.
+    """
+    together = batch.ROWS_TOGETHER
+    wanted = [first + place for first in rows[::together] for place in range(together)]
+    if list(rows) != wanted or any(first % together for first in rows[::together]):
+        raise ValueError(
+            f"rows {list(rows)} part {type(batch).__name__}; take {together} neighbours at a time, from a multiple of {together}"
+        )
     row_index = torch.tensor(list(rows), dtype=torch.long)
     cu_seqlens = torch.tensor([0, *accumulate(int(length) for length in batch.lengths[row_index])], dtype=torch.int32)
     shift = batch.cu_seqlens[row_index] - cu_seqlens[:-1]

@@ -91,10 +91,18 @@ def max_rl(scores: Float[Tensor, " N"], group: Int[Tensor, " N"], live: Bool[Ten
 def pass_at_k(correct: Int[Tensor, " P"], samples: Int[Tensor, " P"], *, k: int) -> Float[Tensor, " P"]:
     """Rho = 1 - C(n - c, k) / C(n, k): the chance that k of n samples, drawn without replacement, hold one of the c correct.
 
-    Zero for c = 0, whatever n. Reference: arXiv 2107.03374. Raises ValueError for k below 1.
+    Zero for c = 0, whatever n. Reference: arXiv 2107.03374. Raises ValueError for k below 1, and for a prompt with more
+    correct samples than samples, or fewer than none.
     """
     if k < 1:
         raise ValueError(f"k is {k}; pass@k needs at least 1 sample")
+    impossible = (correct < 0) | (correct > samples)
+    if bool(impossible.any()):
+        first = int(impossible.nonzero()[0, 0])
+        raise ValueError(
+            f"correct holds {int(correct[first])} of {int(samples[first])} samples at index {first}; "
+            "give, for each prompt, how many of its samples are correct"
+        )
     failing = _ratio_of_binomials(samples - correct, samples, k=k)
     return torch.where(correct > 0, 1 - failing, 0.0)
 

@@ -19,13 +19,17 @@ from hone.algos.ratios import importance_ratio
 from hone.algos.reduce import Reduction, token_weights, weighted_sum
 from hone.algos.soft_losses import scaled_advantages
 
+MEND_MODEL = "go back to an earlier checkpoint with a lower learning rate"
+MEND_SIZE = "all they are made of is finite, so it is too large for fp32; clip or scale the rewards"
+
 
 def judge(algo: Algorithm, batch: Batch) -> Scored:
     """The batch with the algorithm's advantages, corrected, and weights as if the whole rollout were one optimiser step.
 
     `figures` of the result are the algorithm's own and, wherever `old_logp` is known, those of `mismatch_figures` over all
     action tokens, "mismatch_ess" (what importance weights would leave of the sample) and, where advantages were corrected,
-    "correction_ess", "correction_mean" and "correction_rejected" (share of action tokens).
+    "correction_ess", "correction_mean" (both over rows for a sequence-level correction, else over action tokens) and
+    "correction_rejected" (share of action tokens).
     Raises ValueError for settings out of range, if a field in `algo.needs` is missing, or a reward on the mask is not finite;
     FloatingPointError if another number that is read, or an advantage before or after its correction, is not finite.
     """
@@ -42,15 +46,15 @@ def judge(algo: Algorithm, batch: Batch) -> Scored:
     for name in sorted(read):
         _require_finite(batch, batch.require(name), name)
     judged = algo.advantages(batch)
-    _require_finite(batch, judged.advantages, f"advantages of {algo.name}")
+    _require_finite(batch, judged.advantages, f"advantages of {algo.name}", remedy=MEND_SIZE)
     factor = algo.correction.factor(batch)
     advantages = judged.advantages
     if factor is not None:
         advantages = scaled_advantages(advantages, factor, batch.action_mask)
-        _require_finite(batch, advantages, f"corrected advantages of {algo.name}")
+        _require_finite(batch, advantages, f"corrected advantages of {algo.name}", remedy=MEND_SIZE)
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
     weights = token_weights(batch.action_mask, batch.cu_seqlens, algo.reduction)
-    figures = {**judged.figures, **_disagreement(batch), **({} if factor is None else _corrected(batch, factor))}
+    figures = {**judged.figures, **_disagreement(batch), **({} if factor is None else _corrected(batch, factor, algo.correction.level))}
     return Scored(**fields, advantages=advantages, returns=judged.returns, weights=weights, figures=figures)
 
 
@@ -76,9 +80,11 @@ def _disagreement(batch: Batch) -> dict[str, Float[Tensor, ""]]:
     }
 
 
-def _corrected(batch: Batch, factor: Float[Tensor, " T"]) -> dict[str, Float[Tensor, ""]]:
+def _corrected(batch: Batch, factor: Float[Tensor, " T"], level: str) -> dict[str, Float[Tensor, ""]]:
     by_token = token_weights(batch.action_mask, batch.cu_seqlens, Reduction())
-    sizes = sample_size_figures(factor, by_token, batch.action_mask)
+    # What shares one correction is one sample: at the level of sequences a row, else a token.
+    by_row = token_weights(batch.action_mask, batch.cu_seqlens, Reduction(over="sequence"))
+    sizes = sample_size_figures(factor, by_row if level == "sequence" else by_token, batch.action_mask)
     return {
         "correction_ess": effective_sample_size(sizes),
         "correction_mean": sizes["correction"],
@@ -86,7 +92,7 @@ def _corrected(batch: Batch, factor: Float[Tensor, " T"]) -> dict[str, Float[Ten
     }
 
 
-def _require_finite(batch: Batch, values: Float[Tensor, " _"], name: str) -> None:
+def _require_finite(batch: Batch, values: Float[Tensor, " _"], name: str, *, remedy: str = MEND_MODEL) -> None:
     # A NaN set to zero here would train on, and hide its cause.
     per_token = values[batch.row_of_token] if name in batch.PER_ROW else values
     broken = (~torch.isfinite(per_token) & batch.action_mask).nonzero().flatten()
@@ -95,6 +101,6 @@ def _require_finite(batch: Batch, values: Float[Tensor, " _"], name: str) -> Non
         row = int(batch.row_of_token[token])
         raise FloatingPointError(
             f"{name}: {broken.numel()} of {int(batch.action_mask.sum())} action tokens are not finite, the first {float(per_token[token])} "
-            f"at token {token - int(batch.cu_seqlens[row])} of row {row} (group {int(batch.group[row])}); nothing was trained on them: "
-            "go back to an earlier checkpoint with a lower learning rate"
+            f"at token {token - int(batch.cu_seqlens[row])} of row {row} (group {int(batch.group[row])}); "
+            f"nothing was trained on them: {remedy}"
         )

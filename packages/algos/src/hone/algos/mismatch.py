@@ -36,7 +36,7 @@ def effective_sample_size(figures: dict[str, Float[Tensor, ""]]) -> Float[Tensor
     """
     denominator = figures["correction_mass"] * figures["correction_square"]
     # An overflowed square means that one sample outweighs all others.
-    share = figures["correction"].square() / denominator
+    share = (figures["correction"].square() / denominator).clamp(max=1.0)  # above it by rounding alone
     return torch.where((denominator == 0) | denominator.isinf(), 0.0, share)
 
 

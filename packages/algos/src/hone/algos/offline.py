@@ -37,6 +37,7 @@ class Pairs(Packed):
     """Rows 2i and 2i + 1 are pair i's chosen and rejected answer; both carry the pair's weight and margin [reward]."""
 
     PER_ROW: ClassVar[frozenset[str]] = frozenset({"row_weights", "margins"})
+    ROWS_TOGETHER: ClassVar[int] = 2
 
     row_weights: Float[Tensor, " N"]
     margins: Float[Tensor, " N"]
