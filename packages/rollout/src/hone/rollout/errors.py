@@ -11,3 +11,7 @@ class EngineError(Exception):
 
 class StaleWeights(EngineError):
     """After an update an engine does not serve the weights it was sent; names the engine and what is stale."""
+
+
+class EnvironmentFailure(Exception):
+    """An environment raised, hung, or answered with something that is no turn; names it, its file and the prompt."""

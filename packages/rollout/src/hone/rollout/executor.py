@@ -5,21 +5,18 @@ Prompts run concurrently and finish in any order; what `collect` returns is orde
 """
 
 import asyncio
-import math
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from hone.algos.batch import SamplerContract, Trajectory
+from hone.rollout.calls import all_of, draw
 from hone.rollout.config import RolloutConfig
-from hone.rollout.errors import EngineError
 from hone.rollout.rewards.result import Judgement, RewardItem
 from hone.rollout.sampling import requests
 from hone.rollout.types import Completion, Engine, Prompt, Request
-
-Result = TypeVar("Result")
 
 
 @runtime_checkable
@@ -91,7 +88,7 @@ class SingleTurn:
         calls = [prompts[start : start + self.prompts_per_call] for start in range(0, len(prompts), self.prompts_per_call)]
         samples_per_call = self.prompts_per_call * self.config.n_samples_per_prompt
         gate = asyncio.Semaphore(max(1, self.samples_in_flight // samples_per_call))
-        groups = await _all(self._call(call, step, gate, on_group) for call in calls)
+        groups = await all_of(self._call(call, step, gate, on_group) for call in calls)
         return [group for call in groups for group in call]
 
     async def _call(
@@ -100,10 +97,10 @@ class SingleTurn:
         asked = [self._requests(prompt, step) for prompt in prompts]
         flat = [request for of_prompt in asked for request in of_prompt]
         async with gate:
-            drawn = await self._generate(prompts, flat)
+            drawn = await draw(self.engine, flat, of=[prompt.prompt_id for prompt in prompts], timeout_s=self.config.timeout_s)
         n = self.config.n_samples_per_prompt
         # The engine is free for others while these are judged.
-        return await _all(
+        return await all_of(
             self._group(prompt, of_prompt, drawn[index * n : (index + 1) * n], on_group)
             for index, (prompt, of_prompt) in enumerate(zip(prompts, asked, strict=True))
         )
@@ -126,26 +123,6 @@ class SingleTurn:
         )
         n = self.config.n_samples_per_prompt
         return requests(prompt, n=n, step=step, run_seed=self.run_seed, max_new_tokens=budget, contract=contract)
-
-    async def _generate(self, prompts: Sequence[Prompt], asked: Sequence[Request]) -> list[Completion]:
-        timeout_s = self.config.timeout_s
-        names = ", ".join(repr(prompt.prompt_id) for prompt in prompts[:3]) + (f" and {len(prompts) - 3} more" if len(prompts) > 3 else "")
-        deadline = asyncio.timeout(timeout_s)
-        try:
-            async with deadline:
-                drawn = await self.engine.generate(asked)
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            raise EngineError(
-                f"engine {self.engine.name} did not finish prompt {names} within {timeout_s:g} s; see the engine's log, "
-                "raise rollout.timeout-s or lower rollout.max-new-tokens"
-            ) from None
-        if [completion.request_id for completion in drawn] != [request.request_id for request in asked]:
-            raise EngineError(f"engine {self.engine.name} answered other requests than those of prompt {names}, or in another order")
-        for completion, request in zip(drawn, asked, strict=True):
-            _refuse_malformed(completion, request, self.engine.name)
-        return drawn
 
     async def _group(
         self, prompt: Prompt, asked: Sequence[Request], drawn: Sequence[Completion], on_group: Callable[[Group], None] | None
@@ -205,30 +182,3 @@ def _trajectory(prompt: Prompt, sample: int, contract: SamplerContract, completi
         score=judgement.score,
         contract=contract,
     )
-
-
-def _refuse_malformed(completion: Completion, request: Request, engine: str) -> None:
-    tokens, logp, version = completion.tokens, completion.logp, completion.version
-    if not 1 <= len(tokens) <= request.max_new_tokens or len(logp) != len(tokens) or len(version) != len(tokens):
-        raise EngineError(
-            f"engine {engine} answered request {request.request_id!r} with {len(tokens)} tokens, {len(logp)} log-probabilities and "
-            f"{len(version)} versions; expected as many of each, from 1 to {request.max_new_tokens}"
-        )
-    for position, value in enumerate(logp):
-        if not math.isfinite(value):
-            raise EngineError(
-                f"engine {engine} reported log-probability {value} for token {position} of request {request.request_id!r}; the policy's "
-                "logits are not finite: check the weights of the last update"
-            )
-
-
-async def _all(work: Iterable[Coroutine[object, object, Result]]) -> list[Result]:
-    """The results in order; the first failure cancels the rest, waits for them to end, and is raised as it is (not in a group)."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
