@@ -19,6 +19,7 @@ CODES = {
     "hone.learner.errors.CheckpointError": 4,
     "hone.learner.errors.ModelError": 5,
     "hone.rollout.errors.RewardError": 6,
+    "hone.rollout.errors.EnvironmentFailure": 6,
     "hone.rollout.errors.EngineError": 7,
     "hone.launch.remote.RankLost": ENVIRONMENT,
     "hone.learner.errors.NumericsError": 8,

@@ -68,6 +68,8 @@ RENAMED = {
     "use_kl_loss": "algo.kl.use_loss",
     "entropy_loss_coef": "actor.entropy_coef",
     "remote_rm_url": "reward.remote_url",
+    "agent_func_path": "rollout.agent_func_path",
+    "train.agent_func_path": "rollout.agent_func_path",
     "vllm_num_engines": "vllm.num_engines",
     "vllm_tensor_parallel_size": "vllm.tensor_parallel_size",
     "vllm_gpu_memory_utilization": "vllm.gpu_memory_utilization",

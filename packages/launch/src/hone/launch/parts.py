@@ -18,7 +18,7 @@ from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.config import PolicyGradientConfig
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import RoleSpec, StepResult
-from hone.rollout.executor import Group, SingleTurn
+from hone.rollout.executor import Executor, Group
 from hone.rollout.types import Engine, Prompt
 
 
@@ -70,7 +70,7 @@ class Plan:
     optimiser_steps: int
     vocabulary: int
     eos_token_ids: tuple[int, ...]
-    executor: Callable[[Engine, str, int], SingleTurn]
+    executor: Callable[[Engine, str, int], Executor]
     source: Callable[[], Iterator[list[Prompt]]]
     logs: Path
     scratch: Path
@@ -137,7 +137,7 @@ class Assembly:
     """
 
     host: Mapping[str, RoleGroup]
-    executor: SingleTurn
+    executor: Executor
     source: Callable[[], Iterator[list[Prompt]]]
     publisher: Callable[[int], dict[str, float]]
     runner: asyncio.Runner

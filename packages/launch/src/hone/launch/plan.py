@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -10,7 +11,9 @@ from hone.launch.config import PolicyGradientConfig
 from hone.launch.parts import Plan
 from hone.launch.prompts import PromptData
 from hone.learner.errors import ModelError
-from hone.rollout.executor import Judge, SingleTurn
+from hone.rollout.agents.loading import Agent
+from hone.rollout.executor import Executor, Judge, SingleTurn
+from hone.rollout.multi_turn import MultiTurn
 from hone.rollout.types import Engine
 
 
@@ -54,7 +57,7 @@ def make_plan(
     model: str,
     prompts: PromptData,
     steps: int,
-    judge: Judge,
+    judge: Judge | Agent,
     logs: Path,
     scratch: Path,
     on_start: Callable[[str, str], None],
@@ -70,19 +73,21 @@ def make_plan(
     if "ref_logp" in config.algo.needs:
         models["reference"] = in_full(config.ref.model_name_or_path or model)
 
-    def executor(engine: Engine, engine_version: str, prompts_per_call: int) -> SingleTurn:
-        return SingleTurn(
-            engine=engine,
-            judge=judge,
-            tokenizer=prompts.tokenizer,
-            config=config.rollout,
-            run_seed=config.train.seed,
-            max_len=config.data.max_len,
-            engine_version=engine_version,
-            tokenizer_hash=prompts.tokenizer_hash,
-            template_hash=prompts.template_hash,
-            prompts_per_call=prompts_per_call,
-        )
+    def executor(engine: Engine, engine_version: str, prompts_per_call: int) -> Executor:
+        common: dict[str, Any] = {
+            "engine": engine,
+            "tokenizer": prompts.tokenizer,
+            "config": config.rollout,
+            "run_seed": config.train.seed,
+            "max_len": config.data.max_len,
+            "engine_version": engine_version,
+            "tokenizer_hash": prompts.tokenizer_hash,
+            "template_hash": prompts.template_hash,
+        }
+        if isinstance(judge, Agent):
+            deadline, turns = config.reward.timeout_s, config.rollout.max_turns
+            return MultiTurn(environment=judge.make, where=judge.where, max_turns=turns, step_timeout_s=deadline, **common)
+        return SingleTurn(judge=judge, prompts_per_call=prompts_per_call, **common)
 
     samples = config.rollout.batch_size * config.rollout.n_samples_per_prompt
     return Plan(

@@ -32,6 +32,7 @@ def lacking(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         _installation(config, gpus),
         _models(config),
         _prompts(resolved),
+        _agent(config),
         _reward(config),
         _run_directory(config),
         _shared_memory(config, gpus),
@@ -107,6 +108,20 @@ def _prompts(resolved: Resolved) -> Iterator[Problem]:
             yield Problem(what=str(error), mend="", code=exit_code(error), settings=names)
         else:
             yield replace(stated(error, otherwise="--data.prompt-dataset FILE.jsonl, one JSON object per line"), settings=names[:1])
+
+
+def _agent(config: PolicyGradientConfig) -> Iterator[Problem]:
+    source = config.rollout.agent_func_path
+    if source is None:
+        return
+    from hone.rollout.agents.loading import check_agent_file
+    from hone.rollout.errors import EnvironmentFailure
+
+    try:
+        check_agent_file(source)
+    except EnvironmentFailure as error:
+        mend = "--rollout.agent-func-path FILE.py with `class AgentInstance`, or `def make_env() -> Env`"
+        yield replace(stated(error, otherwise=mend), settings=("rollout.agent_func_path",))
 
 
 def _reward(config: PolicyGradientConfig) -> Iterator[Problem]:

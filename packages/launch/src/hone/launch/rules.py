@@ -164,10 +164,17 @@ def _own_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
         what = "the built-in model reads only the digits and signs of the built-in task, not your prompts"
         mend = "name a model for your prompts: --actor.model-name-or-path DIR"
         yield Problem(what=what, mend=mend, settings=("actor.model_name_or_path", "data.prompt_dataset"))
-    if config.reward.remote_url is None:
+    if config.reward.remote_url is None and config.rollout.agent_func_path is None:
         what = "your own prompts need a reward: the built-in one judges only the built-in task"
-        mend = "add --reward.remote-url FILE.py with `def reward_func(queries, prompts, labels)`"
+        mend = "add --reward.remote-url FILE.py with `def reward_func(queries, prompts, labels)`, or --rollout.agent-func-path FILE.py"
         yield Problem(what=what, mend=mend, settings=("reward.remote_url", "data.prompt_dataset"))
+
+
+def _judges(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config = resolved.config
+    if config.rollout.agent_func_path is not None and config.reward.remote_url is not None:
+        what = "an environment gives the rewards of its episodes, and there is a reward function, too"
+        yield Problem(what=what, mend="drop one of them", settings=("rollout.agent_func_path", "reward.remote_url"))
 
 
 def _steps(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -267,6 +274,7 @@ RULES: tuple[Rule, ...] = (
     _correction,
     _prompts,
     _own_parts,
+    _judges,
     _steps,
     _placement,
     _backend,

@@ -19,7 +19,11 @@ class RolloutConfig:
     temperature: Annotated[float, Range(low=0.01, high=2)] = 1.0
     """Sampling temperature; the learner recomputes log-probabilities under the same."""
     timeout_s: Annotated[float, Range(low=0, open_low=True)] = 1800.0
-    """Deadline for all samples of one prompt [s]; an engine that misses it ends the run."""
+    """Deadline for all samples of one prompt, or for one turn of an episode [s]; an engine that misses it ends the run."""
+    agent_func_path: str | None = None
+    """A Python file with the environment of multi-turn episodes (`AgentInstance` or `make_env`); it gives the rewards, too."""
+    max_turns: Annotated[int, Range(low=1)] = 16
+    """Most turns of an episode; one that does not end within them is truncated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,6 @@ class RewardConfig:
     remote_url: str | None = None
     """A Python file with `reward_func(queries, prompts, labels) -> {"rewards", "scores", "extra_logs"}`; without one, the task's own."""
     timeout_s: Annotated[float, Range(low=0, open_low=True)] = 60.0
-    """Deadline for judging one response [s]; a reward that misses it ends the run."""
+    """Deadline for judging one response, or for one answer of an environment [s]; whoever misses it ends the run."""
     num_workers: Annotated[int, Range(low=1)] = 2
     """Processes that run the reward function."""

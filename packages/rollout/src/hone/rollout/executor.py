@@ -62,6 +62,15 @@ class Group:
     samples: tuple[Sample, ...]
 
 
+@runtime_checkable
+class Executor(Protocol):
+    """What turns prompts into judged samples: `SingleTurn`, or `multi_turn.MultiTurn`."""
+
+    async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
+        """The groups in the order of `prompts`; `on_group` sees each as it is finished."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class SingleTurn:
     """One response per sample: the prompt goes to the engine, the response to the judge.

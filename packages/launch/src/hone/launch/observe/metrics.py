@@ -207,7 +207,9 @@ METRICS: dict[str, Metric] = {
 }
 
 PREFIXES: dict[str, Metric] = {
-    EXTRA_PREFIX: Metric(unit="the reward function's", reduction=_SAMPLES, meaning="A key of the reward function's `extra_logs`.")
+    EXTRA_PREFIX: Metric(
+        unit="its own", reduction=_SAMPLES, meaning="A key of the reward function's or environment's `extra_logs`; `turns` of an episode."
+    ),
 }
 
 

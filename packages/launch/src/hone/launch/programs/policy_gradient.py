@@ -44,6 +44,7 @@ from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, R
 from hone.launch.toml import to_toml
 from hone.launch.train import Start, Step, train
 from hone.learner.errors import CheckpointError, ModelError
+from hone.rollout.agents.loading import Agent, load
 from hone.rollout.rewards.pool import RewardPool
 from hone.rollout.types import Prompt
 
@@ -146,23 +147,13 @@ class Session:
 
     def carry_out(self, interrupt: Interrupt) -> Literal["finished", "stopped"]:
         """Build the parts, run the loop, export; "finished", or "stopped" where Ctrl-C asked for it."""
-        config = self._config
         for uid, reason in () if self._resumed else self._prompts.dropped:
             self._directory.append_event("row_dropped", uid=uid, reason=reason)
         if dropped := self._prompts.dropped:
             total = self._prompts.rows + len(dropped)
             self._display.note(f"{len(dropped)} of {total} rows are left out, the first: {dropped[0][1]} (all in events.jsonl)")
         with ExitStack() as stack:
-            self._display.startup("reward", "loading the function")
-            pool = RewardPool(
-                config.reward.remote_url or BUILTIN_REWARD,
-                workers=config.reward.num_workers,
-                timeout_s=config.reward.timeout_s,
-                log=self._directory.logs / "reward.log",
-            )
-            stack.callback(pool.close)
-            self._display.startup("reward", READY)
-            parts = self._build(pool)
+            parts = self._build(self._judge(stack))
             stack.push(partial(self._close, parts))
             if self._resumed is not None:
                 for group in parts.role_groups:
@@ -214,7 +205,26 @@ class Session:
         self._directory.append_event("rescued", model=str(kept))
         self._display.note(f"the policy as it stood is kept in {kept}")
 
-    def _build(self, pool: RewardPool) -> Assembly:
+    def _judge(self, stack: ExitStack) -> RewardPool | Agent:
+        """Who gives the rewards: the environment of an agent file, or processes with a reward function, ended by `stack`."""
+        config = self._config
+        if config.rollout.agent_func_path is not None:
+            self._display.startup("agent", "loading the file")
+            agent = load(config.rollout.agent_func_path)
+            self._display.startup("agent", READY)
+            return agent
+        self._display.startup("reward", "loading the function")
+        pool = RewardPool(
+            config.reward.remote_url or BUILTIN_REWARD,
+            workers=config.reward.num_workers,
+            timeout_s=config.reward.timeout_s,
+            log=self._directory.logs / "reward.log",
+        )
+        stack.callback(pool.close)
+        self._display.startup("reward", READY)
+        return pool
+
+    def _build(self, judge: RewardPool | Agent) -> Assembly:
         config = self._config
         if config.run.backend == "ray":
             prepare_environment()
@@ -226,7 +236,7 @@ class Session:
             model=self._model,
             prompts=self._prompts,
             steps=self._steps,
-            judge=pool,
+            judge=judge,
             logs=self._directory.logs,
             scratch=self._scratch,
             on_start=self._display.startup,
