@@ -99,8 +99,6 @@ def test_help_for_a_word_shows_the_options_that_have_it(capsys: pytest.CaptureFi
         # names that others have for an algorithm
         (["group_norm"], "did you mean `launch grpo`?"),
         (["reinforce++"], "did you mean `launch reinforce`?"),
-        (["remax"], "`remax` is available in hone.algos only: its baseline is the score of a greedy response"),
-        (["remax", "--help"], "`remax` is available in hone.algos only"),
         (["--rollout.batch-size", "3"], "a command comes first"),
         (["ppo", "--actor.learing-rate", "1e-6"], "did you mean --actor.adam.lr?"),
     ],

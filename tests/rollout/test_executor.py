@@ -240,3 +240,13 @@ def test_with_a_reward_file(tmp_path: Path) -> None:
             collect(executor, [prompt("a", label="aa"), prompt("z", label="zz")])
     finally:
         pool.close()
+
+
+@pytest.mark.parametrize("prompts_per_call", [1, 2])
+def test_a_greedy_response_is_drawn_and_judged_beside_the_samples(prompts_per_call: int) -> None:
+    engine = ScriptedEngine(script=lambda request: ids("yes$" if request.greedy else "no$"))
+    executor = dataclasses.replace(single_turn(engine, Judge(), n=2, prompts_per_call=prompts_per_call), greedy=True)
+    for group in collect(executor, [prompt("a"), prompt("b"), prompt("c")]):
+        assert [sample.response_text for sample in group.samples] == ["no$", "no$"]
+        assert group.greedy is not None and group.greedy.response_text == "yes$" and group.greedy.reward == 4.0
+    assert sum(request.greedy for call in engine.calls for request in call) == 3

@@ -265,3 +265,12 @@ def test_a_failing_engine_is_named_and_environments_are_closed() -> None:
 def test_a_prompt_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt 'id-QQQ' has 3 tokens, which leaves no room for a turn in 3"):
         collect(multi_turn(counting(), lambda: Scripted([]), max_len=3), [prompt("QQQ")])
+
+
+def test_a_greedy_episode_is_greedy_in_every_turn() -> None:
+    engine = counting()
+    turns = [Turn(terminated=False, feedback="."), Turn(terminated=True, reward=1.0)]
+    (group,) = collect(multi_turn(engine, lambda: Scripted(turns), n=2, greedy=True), [prompt("Q")])
+    assert len(group.samples) == 2 and group.greedy is not None
+    asked = {call[0].request_id: call[0].greedy for call in engine.calls}
+    assert {name for name, greedy in asked.items() if greedy} == {"3:id-Q:2#0", "3:id-Q:2#1"} and len(asked) == 6

@@ -1,6 +1,7 @@
 """The engine in this process: what it draws, what it reports, and that company in a batch changes neither."""
 
 import asyncio
+import dataclasses
 
 import pytest
 import torch
@@ -57,14 +58,14 @@ def test_inversion_draws_every_id_as_often_as_its_probability_says() -> None:
     logits = torch.tensor([[0.1, 0.0, 0.2, 0.7]]).log().expand(1080, 4)
     uniform = (torch.arange(1080, dtype=torch.float64) + 0.5) / 1080
     for temperature, counts in ((1.0, [108, 0, 216, 756]), (0.5, [20, 0, 80, 980])):
-        ids, logp = _draw(logits, torch.full((1080,), temperature), uniform)
+        ids, logp = _draw(logits, torch.full((1080,), temperature), uniform, torch.zeros(1080, dtype=torch.bool))
         assert ids.bincount(minlength=4).tolist() == counts
         assert_close(logp, (torch.tensor(counts) / 1080).log()[ids], rtol=0, atol=1e-6)
 
 
 def test_inversion_never_draws_an_impossible_id() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(2, 3)
-    ids, logp = _draw(logits, torch.ones(2), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    ids, logp = _draw(logits, torch.ones(2), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), torch.zeros(2, dtype=torch.bool))
     assert ids.tolist() == [1, 1]
     assert logp.tolist() == [0.0, 0.0]
 
@@ -96,6 +97,18 @@ def test_seeds_decide() -> None:
     same, again, other = generate(engine, [request((5, 6), seed=seed) for seed in (1, 1, 2)])
     assert same.tokens == again.tokens
     assert same.tokens != other.tokens
+
+
+def test_a_greedy_request_takes_the_likeliest_token_whatever_its_seed_and_company() -> None:
+    policy = model()
+    engine = TransformersEngine(policy, eos_ids=[])
+    greedy = [dataclasses.replace(request((5, 6, 7), seed=seed, temperature=0.5), greedy=True) for seed in (1, 2)]
+    first, other, sampled = generate(engine, [*greedy, request((5, 6, 7), seed=3)])
+    assert first.tokens == other.tokens != sampled.tokens
+    tokens = list((5, 6, 7))
+    for _ in range(12):
+        tokens.append(int(policy(torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert list(first.tokens) == tokens[3:]
 
 
 def test_it_stops_at_any_end_token_and_keeps_it() -> None:

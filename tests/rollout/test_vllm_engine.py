@@ -1,6 +1,7 @@
 """vLLM as it really runs: what it draws, what it reports about it, how it ends."""
 
 import copy
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -46,6 +47,16 @@ def test_a_seed_reproduces_its_sample_and_another_does_not(untied: Served) -> No
     again = untied.generate([request(PROMPT, seed=seed) for seed in (13, 12, 11)])
     assert [drawn.tokens for drawn in again] == [drawn.tokens for drawn in reversed(first)]
     assert len({drawn.tokens for drawn in first}) == 3
+
+
+def test_a_greedy_request_takes_the_likeliest_token(untied: Served) -> None:
+    asked = dataclasses.replace(request((5, 6, 7), seed=1, length=6, temperature=0.5), greedy=True)
+    (drawn,) = untied.generate([asked])
+    tokens = [5, 6, 7]
+    with torch.no_grad():
+        for _ in drawn.tokens:
+            tokens.append(int(untied.model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert list(drawn.tokens) == tokens[3:]
 
 
 def test_a_group_prefills_its_prompt_once(untied: Served) -> None:

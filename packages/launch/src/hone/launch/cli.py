@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from hone.launch.errors import Problem, UsageError, exit_code, present
-from hone.launch.verbs import ONLY_IN_ALGOS, VERBS
+from hone.launch.verbs import VERBS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,12 +97,7 @@ def _unknown_verb(verb: str) -> Problem:
     from hone.launch.foreign import VERB_OF
     from hone.launch.names import closest, plain
 
-    if (name := plain(verb)) in ONLY_IN_ALGOS:
-        return Problem(
-            what=f"`{name}` is available in hone.algos only: {ONLY_IN_ALGOS[name]}",
-            mend=f"commands: {', '.join(VERBS)}",
-            where="command line",
-        )
+    name = plain(verb)
     near = [VERB_OF[name]] if name in VERB_OF else closest(name, VERBS)
     if verb.startswith("-"):
         return Problem(

@@ -6,7 +6,7 @@ verl, TRL. What is called the same whatever its value stands in `names.py`.
 
 from collections.abc import Mapping, Sequence
 
-from hone.launch.verbs import ONLY_IN_ALGOS, VERBS
+from hone.launch.verbs import VERBS
 
 VERB_OF = {
     "gae": "ppo",
@@ -27,7 +27,6 @@ _COMMAND = "the algorithm is the command"
 _ALGORITHM = {
     **{name: f"{_COMMAND}: `launch {name}`" for name in VERBS},
     **{name: f"{_COMMAND}: `launch {verb}`" for name, verb in VERB_OF.items()},
-    **{name: f"drop it: {name} is available in hone.algos only" for name in ONLY_IN_ALGOS},
     "": f"{_COMMAND}: `launch COMMAND`, one of {', '.join(VERBS)}",
 }
 _LOSS = _ALGORITHM | {"ppo": "drop it: `launch ppo`, `launch grpo` and most other commands minimise the clipped surrogate anyway"}

@@ -26,6 +26,9 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rollout/group_reward_std": sum(spreads) / len(spreads),
         "rollout/num_samples": float(len(samples)),
     }
+    greedy = [group.greedy.reward for group in groups if group.greedy is not None]
+    if greedy:
+        metrics["rollout/greedy_reward_mean"] = sum(greedy) / len(greedy)
     for key in sorted({key for sample in samples for key in sample.extra_logs}):
         values = [sample.extra_logs[key] for sample in samples if key in sample.extra_logs]
         metrics[f"rollout/extra/{key}"] = sum(values) / len(values)

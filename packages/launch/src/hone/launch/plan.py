@@ -83,6 +83,7 @@ def make_plan(
             "engine_version": engine_version,
             "tokenizer_hash": prompts.tokenizer_hash,
             "template_hash": prompts.template_hash,
+            "greedy": "greedy_scores" in config.algo.needs,
         }
         if isinstance(judge, Agent):
             deadline, turns = config.reward.timeout_s, config.rollout.max_turns

@@ -5,12 +5,14 @@ Ray actors by `cluster.py`, in this process by `local.py`); what an advantage or
 yields what happened at every step, so display, logs and stopping early belong to the caller (`programs/`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
+from hone.algos.algorithms.remax import with_greedy
 from hone.algos.batch import pack
 from hone.algos.judging import judge, optimiser_steps
 from hone.algos.protocol import Algorithm
@@ -69,6 +71,9 @@ def train(
         with parts.phase("make_experience"):
             batch = pack([sample.trajectory for group in groups for sample in group.samples])
             batch = parts.recompute(batch, algo.needs)
+            if "greedy_scores" in algo.needs:
+                rewards = [math.nan if group.greedy is None else group.greedy.reward for group in groups]
+                batch = with_greedy(batch, torch.tensor(rewards), torch.arange(len(groups)))
             scored = judge(algo, batch)
 
         with parts.phase("ppo_train"):

@@ -102,6 +102,13 @@ VERBS = {
         "The baseline is the mean of a prompt's rewards weighted by length. Exactly on policy in the paper: "
         "let train.batch_size be the samples of a whole rollout.",
     ),
+    "remax": _learnt(
+        "remax",
+        "each sample against its prompt's greedy response (ReMax)",
+        "The baseline of a sample is the reward of the response the policy finds likeliest, which is drawn and judged beside it "
+        "and not learnt from; one sample of a prompt is enough. The paper clips nothing: let train.batch_size be the samples of a "
+        "whole rollout, and nothing is.",
+    ),
     "on_policy_distill": Verb(
         section="distillation",
         summary="a teacher judges every token the policy samples",
@@ -116,6 +123,3 @@ VERBS = {
         ),
     ),
 }
-
-ONLY_IN_ALGOS = {"remax": "its baseline is the score of a greedy response, and no command samples one"}
-"""Algorithms without a command, and why."""

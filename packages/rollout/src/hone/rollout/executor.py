@@ -56,10 +56,11 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The samples of one prompt, in the order of their seeds."""
+    """The samples of one prompt, in the order of their seeds; `greedy`, where it was asked for, is no part of what is trained on."""
 
     prompt: Prompt
     samples: tuple[Sample, ...]
+    greedy: Sample | None = None
 
 
 @runtime_checkable
@@ -77,7 +78,7 @@ class SingleTurn:
 
     `engine_version`, `tokenizer_hash` and `template_hash` go into the sampler contract. `max_len` bounds prompt and
     response together [tokens]. `prompts_per_call` prompts share one call of the engine (one that batches by itself
-    wants 1); `samples_in_flight` bounds what the engine holds at a time.
+    wants 1); `samples_in_flight` bounds what the engine holds at a time. With `greedy` every group has a greedy response, too.
     """
 
     engine: Engine
@@ -91,11 +92,12 @@ class SingleTurn:
     template_hash: str
     prompts_per_call: int = 1
     samples_in_flight: int = 1024
+    greedy: bool = False
 
     async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
         """Sample and judge every prompt; `on_group` sees each group as it is finished, the result is in the order of `prompts`."""
         calls = [prompts[start : start + self.prompts_per_call] for start in range(0, len(prompts), self.prompts_per_call)]
-        samples_per_call = self.prompts_per_call * self.config.n_samples_per_prompt
+        samples_per_call = self.prompts_per_call * (self.config.n_samples_per_prompt + self.greedy)
         gate = asyncio.Semaphore(max(1, self.samples_in_flight // samples_per_call))
         groups = await all_of(self._call(call, step, gate, on_group) for call in calls)
         return [group for call in groups for group in call]
@@ -107,7 +109,7 @@ class SingleTurn:
         flat = [request for of_prompt in asked for request in of_prompt]
         async with gate:
             drawn = await draw(self.engine, flat, of=[prompt.prompt_id for prompt in prompts], timeout_s=self.config.timeout_s)
-        n = self.config.n_samples_per_prompt
+        n = self.config.n_samples_per_prompt + self.greedy
         # The engine is free for others while these are judged.
         return await all_of(
             self._group(prompt, of_prompt, drawn[index * n : (index + 1) * n], on_group)
@@ -131,7 +133,7 @@ class SingleTurn:
             template=self.template_hash,
         )
         n = self.config.n_samples_per_prompt
-        return requests(prompt, n=n, step=step, run_seed=self.run_seed, max_new_tokens=budget, contract=contract)
+        return requests(prompt, n=n, step=step, run_seed=self.run_seed, max_new_tokens=budget, contract=contract, greedy=self.greedy)
 
     async def _group(
         self, prompt: Prompt, asked: Sequence[Request], drawn: Sequence[Completion], on_group: Callable[[Group], None] | None
@@ -157,7 +159,8 @@ class SingleTurn:
             )
             for index, (completion, response, judgement) in enumerate(zip(drawn, responses, judgements, strict=True))
         )
-        group = Group(prompt=prompt, samples=samples)
+        n = self.config.n_samples_per_prompt
+        group = Group(prompt=prompt, samples=samples[:n], greedy=samples[n] if self.greedy else None)
         if on_group is not None:
             on_group(group)
         return group

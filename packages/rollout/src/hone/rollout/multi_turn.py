@@ -97,6 +97,7 @@ class MultiTurn:
     tokenizer_hash: str
     template_hash: str
     episodes_in_flight: int = 1024
+    greedy: bool = False
 
     async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
         """Play every prompt's episodes; `on_group` sees each group as it is finished, the result is in the order of `prompts`."""
@@ -108,8 +109,9 @@ class MultiTurn:
             async with gate:
                 return await self._episode(prompt, step, sample)
 
-        samples = await all_of(play(sample) for sample in range(self.config.n_samples_per_prompt))
-        group = Group(prompt=prompt, samples=tuple(samples))
+        n = self.config.n_samples_per_prompt
+        samples = await all_of(play(sample) for sample in range(n + self.greedy))
+        group = Group(prompt=prompt, samples=tuple(samples[:n]), greedy=samples[n] if self.greedy else None)
         if on_group is not None:
             on_group(group)
         return group
@@ -144,6 +146,7 @@ class MultiTurn:
             tokens=tuple(episode.tokens),
             max_new_tokens=room,
             contract=self._contract(prompt, step, sample, turn=episode.turns),
+            greedy=sample == self.config.n_samples_per_prompt,
         )
 
     def _contract(self, prompt: Prompt, step: int, sample: int, *, turn: int) -> SamplerContract:

@@ -18,14 +18,20 @@ def seed_of(run_seed: int, step: int, prompt_id: str, sample: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
-def requests(prompt: Prompt, *, n: int, step: int, run_seed: int, max_new_tokens: int, contract: SamplerContract) -> list[Request]:
-    """The `n` samples to draw of one prompt, each under `contract` with a seed of its own (the seed in `contract` is not used)."""
+def requests(
+    prompt: Prompt, *, n: int, step: int, run_seed: int, max_new_tokens: int, contract: SamplerContract, greedy: bool = False
+) -> list[Request]:
+    """The `n` samples to draw of one prompt, each under `contract` with a seed of its own (the seed in `contract` is not used).
+
+    With `greedy` one more, the last: the greedy response.
+    """
     return [
         Request(
             request_id=f"{step}:{prompt.prompt_id}:{sample}",
             tokens=prompt.tokens,
             max_new_tokens=max_new_tokens,
             contract=dataclasses.replace(contract, seed=seed_of(run_seed, step, prompt.prompt_id, sample)),
+            greedy=sample == n,
         )
-        for sample in range(n)
+        for sample in range(n + greedy)
     ]

@@ -26,12 +26,16 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One sample to draw: prompt ids, the longest response [tokens], and how to draw it."""
+    """One sample to draw: prompt ids, the longest response [tokens], and how to draw it.
+
+    A `greedy` one takes the likeliest token each time: a yardstick, which is judged and never trained on.
+    """
 
     request_id: str
     tokens: tuple[int, ...]
     max_new_tokens: int
     contract: SamplerContract
+    greedy: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

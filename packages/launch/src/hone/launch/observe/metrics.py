@@ -40,6 +40,9 @@ def _seconds(meaning: str) -> Metric:
 METRICS: dict[str, Metric] = {
     "step": Metric(unit="steps", reduction="count", healthy=Range(low=1), meaning="Training steps done, from 1."),
     "rollout/reward_mean": Metric(unit="reward", reduction=_SAMPLES, meaning="The reward function's `rewards`; what the run is to raise."),
+    "rollout/greedy_reward_mean": Metric(
+        unit="reward", reduction="mean over the step's prompts", meaning="ReMax alone: the reward of the prompt's greedy response."
+    ),
     "rollout/reward_std": Metric(
         unit="reward", reduction="standard deviation over the step's samples", healthy=_NOT_NEGATIVE, meaning="Spread of the rewards."
     ),

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -116,6 +116,7 @@ class TransformersEngine:
         eos_ids = self._eos_ids.to(device)
         limits = torch.tensor([request.max_new_tokens for request in requests], device=device)
         temperature = torch.tensor([request.contract.temperature for request in requests], device=device)
+        greedy = torch.tensor([request.greedy for request in requests], device=device)
         uniforms = _uniforms(requests).to(device)
         longest = uniforms.shape[1]
         tokens = torch.zeros((len(requests), longest), dtype=torch.long, device=device)
@@ -138,7 +139,7 @@ class TransformersEngine:
         for step in range(longest):
             if stop.is_set():
                 raise EngineError(f"engine {self.name} was stopped after {step} of {longest} tokens")
-            sampled, sampled_logp = _draw(logits, temperature[held], uniforms[held, step])
+            sampled, sampled_logp = _draw(logits, temperature[held], uniforms[held, step], greedy[held])
             at_eos = torch.isin(sampled, eos_ids)
             ended = live & (at_eos | (limits[held] == step + 1))
             tokens[held, step], logp[held, step] = sampled, sampled_logp
@@ -201,14 +202,16 @@ def _left_padded(prompts: Sequence[tuple[int, ...]]) -> tuple[Int[Tensor, "U W"]
 
 
 def _draw(
-    logits: Float[Tensor, "R V"], temperature: Float[Tensor, " R"], uniform: Float[Tensor, " R"]
+    logits: Float[Tensor, "R V"], temperature: Float[Tensor, " R"], uniform: Float[Tensor, " R"], greedy: Bool[Tensor, " R"]
 ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
     """One id for each row by inversion of its distribution, and the id's log-probability [nats] in fp32.
 
     id = min{v: cdf(v) > u cdf(V)}, cdf the running sum of softmax(logits / temperature) in fp64, so that rounding of the
-    logits by other rows of the batch moves an id only where u falls into a gap as small as that rounding.
+    logits by other rows of the batch moves an id only where u falls into a gap as small as that rounding. A greedy row takes the
+    likeliest id instead.
     """
     logp = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
     cdf = logp.double().exp().cumsum(dim=-1)
     ids = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).clamp(max=cdf.shape[1] - 1)
+    ids = torch.where(greedy[:, None], logp.argmax(dim=-1, keepdim=True), ids)
     return ids.squeeze(1), logp.gather(1, ids).squeeze(1)

@@ -82,7 +82,7 @@ class VLLMEngine:
             request.tokens,
             # One request per sample: vLLM seeds the n samples of one request with neighbouring numbers, which share streams.
             SamplingParams(
-                temperature=contract.temperature,
+                temperature=0.0 if request.greedy else contract.temperature,
                 top_p=contract.top_p,
                 top_k=contract.top_k,
                 seed=contract.seed,
