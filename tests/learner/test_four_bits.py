@@ -9,20 +9,21 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from hone.learner.config import LoraConfig
 from hone.learner.errors import CheckpointError, ModelError
-from hone.learner.quantised import in_four_bits
+from hone.learner.quantised import in_four_bits, settle
 from tests.learner.test_adapters import ROLES, learner_of, logp, plain_logp, randomise, save, update, weights
-from tests.learner.tiny import make_learner, save_model
+from tests.learner.tiny import SHAPE, make_learner, save_config, save_model
 
+WIDE = {**SHAPE, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 FOUR_BITS = {"lora": LoraConfig(rank=3, alpha=6), "load_in_4bit": True}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp("model"), "qwen3-tied")
+    return save_config(tmp_path_factory.mktemp("model"), Qwen3Config(**WIDE, tie_word_embeddings=True))
 
 
 def test_linear_layers_are_held_in_four_bits_and_handed_out_in_full(model: str, tmp_path: Path) -> None:
@@ -42,11 +43,11 @@ def test_linear_layers_are_held_in_four_bits_and_handed_out_in_full(model: str, 
 
     randomise(learner, "policy")
     update(learner)
-    assert all(torch.equal(parameter, before) for name, parameter in held.items() for before in [parameter] if name in quantised)
     learner.export("policy", str(tmp_path / "export"))
     assert load_file(tmp_path / "export" / "model.safetensors").keys() == load_file(Path(model) / "model.safetensors").keys()
     assert_close(plain_logp(AutoModelForCausalLM.from_pretrained(tmp_path / "export")), logp(learner), rtol=1e-4, atol=1e-4)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **in_four_bits(torch.float32, torch.device("cpu")))
+    settle(base, model)  # else the CPU's other layout rounds scales to bf16: 0.06 nats
     assert_close(plain_logp(PeftModel.from_pretrained(base, tmp_path / "export" / "adapter")), logp(learner), rtol=1e-4, atol=1e-4)
 
 
@@ -75,7 +76,9 @@ def test_a_checkpoint_of_adapters_over_four_bits_fits_no_other_base(model: str, 
         learner_of(model).restore(path)
 
 
-def test_combinations_that_cannot_be_right_are_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_combinations_that_cannot_be_right_are_refused(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"rows are multiples of 64, and those of model\.layers\.0\.self_attn\.q_proj have 32"):
+        make_learner({"policy": save_model(tmp_path, "qwen3-tied")}, ds=FOUR_BITS)
     with pytest.raises(ValueError, match=r"nothing would train; add adapters, --ds\.lora\.rank"):
         make_learner({"policy": model}, ds={"load_in_4bit": True})
     with pytest.raises(ValueError, match=r"--ds\.zero-stage 3 cuts parameters anywhere"):

@@ -27,7 +27,7 @@ from hone.learner.heads import TokenHead, ValueHead
 from hone.learner.logprobs import Slopes, state_values
 from hone.learner.model_files import resolve
 from hone.learner.published import Layer, Named, adapted, layers, parameters_of
-from hone.learner.quantised import in_four_bits
+from hone.learner.quantised import in_four_bits, settle
 
 CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
 """Logits that exist at once [numbers]: in fp32 128 MiB on a CPU, in bf16 256 MiB on a GPU, where larger products pay."""
@@ -223,7 +223,10 @@ def _load(auto_class: Any, directory: Path, dtype: torch.dtype, device: torch.de
     missing = sorted(missing["missing_keys"])
     if missing:
         raise ModelError(f"{directory} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...); copy all *.safetensors files there")
-    return model if four_bit else model.to(device)
+    if not four_bit:
+        return model.to(device)
+    settle(model, str(directory))
+    return model
 
 
 @contextlib.contextmanager

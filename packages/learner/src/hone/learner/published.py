@@ -33,7 +33,6 @@ class Layer:
     model: PreTrainedModel | None = None
     """The model whose checkpoint has other weights than its parameters; None where they are the same."""
 
-    @torch.no_grad()
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight in full; the parameters must be."""
         if self.model is None:
@@ -53,6 +52,7 @@ class Layer:
         as_stored = revert_weight_conversion(self.model, shapes)
         return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in as_stored.items()]
 
+    @torch.no_grad()
     def _value(self, name: str, parameter: nn.Parameter) -> Tensor:
         base = _whole(parameter)
         layer = self.adapters.get(name)

@@ -3,6 +3,12 @@
 from typing import Any
 
 import torch
+from torch import nn
+
+from hone.learner.errors import ModelError
+
+BLOCK = 64
+"""Weights that share a scale."""
 
 
 def in_four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -16,3 +22,22 @@ def in_four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def settle(model: nn.Module, name: str) -> None:
+    """Weights stay as they were quantised, and are read right: two traps of bitsandbytes 0.50 on the CPU.
+
+    Without gradients, Linear4bit.forward (nn/modules.py) would repack weights on CPUs with bf16 instructions; that rounds their
+    scales to bf16, so that log-probabilities would differ between evaluation and training. And rows that do not fill blocks of 64
+    are dequantised with other rows' scales: ModelError for a model that has them.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+            if layer.weight.device.type == "cpu" and layer.in_features % BLOCK:
+                raise ModelError(
+                    f"{name}: bitsandbytes misreads 4-bit weights on the CPU unless their rows are multiples of {BLOCK}, and those of "
+                    f"{layer_name} have {layer.in_features}; use a GPU, or drop --ds.load-in-4bit"
+                )
