@@ -1,10 +1,12 @@
 """Tiny models and batches the learner's tests share: two architectures, tied and untied, made from a seed."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 from transformers.utils import logging
 
 from hone.algos.batch import Batch, Scored
@@ -28,6 +30,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3-tied": Qwen3Config(**SHAPE, tie_word_embeddings=True),
     "llama-untied": LlamaConfig(**SHAPE, tie_word_embeddings=False),
 }
+MIXTURE = Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, tie_word_embeddings=False)
 
 
 def save_model(directory: Path, kind: str, *, seed: int = 0) -> str:
@@ -90,17 +93,19 @@ def make_learner(
     lr: float = 1e-2,
     ring: int = 1,
     head_stride: int | None = None,
+    ds: Mapping[str, Any] | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> Learner:
-    """A learner that hosts the given roles, each from its model directory."""
+    """A learner that hosts the given roles, each from its model directory; more settings of `ds`, and of all that trains."""
     adam = AdamConfig(lr=lr, weight_decay=0.01)
     configs = {
-        "policy": ActorConfig(adam=adam, max_norm=0.5, gradient_checkpointing_enable=gradient_checkpointing),
-        "critic": CriticConfig(adam=adam, max_norm=0.5, gradient_checkpointing_enable=gradient_checkpointing),
+        "policy": ActorConfig(adam=adam, max_norm=0.5, gradient_checkpointing_enable=gradient_checkpointing, **trained or {}),
+        "critic": CriticConfig(adam=adam, max_norm=0.5, gradient_checkpointing_enable=gradient_checkpointing, **trained or {}),
         "reference": RefConfig(),
     }
     return Learner(
         roles={role: RoleSpec(kind=role, model=model, config=configs[role], total_steps=10) for role, model in roles.items()},
-        ds=DeepSpeedConfig(zero_stage=stage, param_dtype=dtype, ring_attn_size=ring, ring_attn_head_stride=head_stride),
+        ds=DeepSpeedConfig(zero_stage=stage, param_dtype=dtype, ring_attn_size=ring, ring_attn_head_stride=head_stride, **ds or {}),
         backend=backend,
         rank=rank,
         world_size=world_size,

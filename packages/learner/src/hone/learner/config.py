@@ -47,6 +47,8 @@ class ActorConfig:
     """Gradient norm above which gradients are scaled down."""
     gradient_checkpointing_enable: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    freeze: str | None = None
+    """Parameters that stay as they were loaded: patterns of their names with commas between, * for any text ("*.mlp.gate.*")."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,8 @@ class CriticConfig:
     """Gradient norm above which gradients are scaled down."""
     gradient_checkpointing_enable: bool = False
     """Recompute activations in the backward pass."""
+    freeze: str | None = None
+    """Parameters that stay as they were loaded: patterns of their names with commas between, * for any text ("*.mlp.gate.*")."""
     freezing_steps: Annotated[int, Range(low=0)] = 0
     """Steps at the start during which only the critic learns."""
 
@@ -88,6 +92,20 @@ class RefConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters in place of training the weights themselves."""
+
+    rank: Annotated[int, Range(low=0)] = 0
+    """Rank of the matrices A and B beside each weight; 0 trains the weights themselves, without adapters."""
+    alpha: Annotated[int, Range(low=1)] = 16
+    """The adapter adds alpha / rank times B A to a weight."""
+    dropout: Annotated[float, Range(low=0, high=1, open_high=True)] = 0.0
+    """Share of an adapter's inputs dropped while it trains; log-probabilities of the sampled tokens are taken without."""
+    target_modules: str = "all-linear"
+    """Linear layers that get an adapter: the ends of their names with commas between, "q_proj,v_proj"; all-linear for all but the head."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeepSpeedConfig:
     """How models are held and sharded."""
 
@@ -101,3 +119,7 @@ class DeepSpeedConfig:
     """Key heads for which a ring gathers all keys at a time; without it, keys go round the ring, one rank's at a time."""
     value_head_prefix: str = "score"
     """Name of the critic's head in its checkpoint."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters of every model that trains."""
+    load_in_4bit: bool = False
+    """Hold the weights of linear layers in 4 bits (nf4 of bitsandbytes), frozen below adapters; for frozen models, too."""

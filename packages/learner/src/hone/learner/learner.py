@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hone.algos.batch import Batch, Scored, select
 from hone.algos.protocol import Loss, Outputs
+from hone.learner.adapters import adaptation, adapter_of, check_settings, dropout_awake, save_adapter
 from hone.learner.attention.wire import add_over_ring, ring_of
 from hone.learner.checkpoint import role_files
 from hone.learner.checkpoint.files import Files
@@ -88,6 +89,7 @@ class Learner:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.rank, self.world_size, self.backend, self.max_tokens = rank, world_size, backend, max_tokens
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
+        check_settings(ds)
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
         self.head_stride = ds.ring_attn_head_stride
         for source in self.sources.values():
@@ -140,8 +142,18 @@ class Learner:
             Path(directory).mkdir(parents=True, exist_ok=True)
             engine.module.save(Path(directory), weights)
             copy_tokenizer(self.sources[role], Path(directory))
+        self._export_adapter(role, Path(directory) / "adapter")
         if self.backend == "deepspeed":
             torch.distributed.barrier()
+
+    def _export_adapter(self, role: str, directory: Path) -> None:
+        """Beside the merged weights, the adapter alone, as PEFT writes and loads it."""
+        engine = self.engines[role]
+        if engine.module.adapted.config is None:
+            return
+        tensors = {name: tensor.cpu().clone() for name, tensor in engine.weights(adapter_of(engine.module)) if self.rank == 0}
+        if self.rank == 0:
+            save_adapter(directory, engine.module.adapted, tensors, base=str(self.sources[role]))
 
     def save(self, directory: str) -> None:
         """Copies this rank's share of every role and returns; a thread writes it into `directory`, which is there already.
@@ -195,11 +207,13 @@ class Learner:
             training = Training(config=spec.config, total_steps=spec.total_steps)
             recompute = spec.config.gradient_checkpointing_enable
         name = str(self.sources[role])
+        freeze = None if isinstance(spec.config, RefConfig) else spec.config.freeze
+        adapted = adaptation(ds, freeze=freeze, trained=training is not None)
+        loading = {"dtype": dtype, "device": self.device, "gradient_checkpointing": recompute, "adaptation": adapted}
         if spec.kind == "critic":
-            prefix = ds.value_head_prefix
-            module = load_critic(name, dtype=dtype, device=self.device, value_head_prefix=prefix, gradient_checkpointing=recompute)
+            module = load_critic(name, value_head_prefix=ds.value_head_prefix, **loading)
         else:
-            module = load_policy(name, dtype=dtype, device=self.device, gradient_checkpointing=recompute)
+            module = load_policy(name, **loading)
         if self.wire is not None:
             check_cut(module, name, wire=self.wire, head_stride=self.head_stride)
         if self.backend == "single":
@@ -243,13 +257,14 @@ class Learner:
             raise ValueError(f"{role} can only be updated on a Scored batch; judge the {type(shard.batch).__name__} first")
         engine = self.engines[role]
         totals: dict[str, Tensor] = {}
-        for index in range(len(shard.micro_batches)):
-            part = self._micro_batch(shard, index)
-            assert isinstance(part, Scored)
-            loss = loss_of(part)
-            engine.backward(loss.total, last=index == len(shard.micro_batches) - 1)
-            for name, value in {} if index in shard.fillers else loss.metrics.items():
-                totals[name] = totals.get(name, 0) + value
+        with dropout_awake(engine.module):
+            for index in range(len(shard.micro_batches)):
+                part = self._micro_batch(shard, index)
+                assert isinstance(part, Scored)
+                loss = loss_of(part)
+                engine.backward(loss.total, last=index == len(shard.micro_batches) - 1)
+                for name, value in {} if index in shard.fillers else loss.metrics.items():
+                    totals[name] = totals.get(name, 0) + value
         info = engine.step()
         if self.wire is not None and self.wire.rank:
             totals = {}  # every rank of a ring has the same figures, of the whole rows: the first one tells

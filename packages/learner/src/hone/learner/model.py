@@ -8,22 +8,26 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from hone.learner.adapters import PLAIN, Adaptation, Adapted, adapt
 from hone.learner.attention.varlen import PACKED, row_arguments
 from hone.learner.context import Piece
 from hone.learner.errors import ModelError
 from hone.learner.heads import TokenHead, ValueHead
 from hone.learner.logprobs import Slopes, state_values
 from hone.learner.model_files import resolve
+from hone.learner.published import Layer, Named, adapted, layers, parameters_of
+from hone.learner.quantised import in_four_bits, settle
 
 CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
 """Logits that exist at once [numbers]: in fp32 128 MiB on a CPU, in bf16 256 MiB on a GPU, where larger products pay."""
@@ -37,6 +41,7 @@ class PolicyModel(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel, *, device_type: str) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.adapted = Adapted()
         softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
         output = causal_lm.get_output_embeddings()
         if not isinstance(output, nn.Linear):
@@ -61,14 +66,25 @@ class PolicyModel(nn.Module):
         hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece)
         return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, piece and piece.places, slopes)
 
-    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """Every parameter once, under its name in the checkpoint; a tied output embedding is its input embedding."""
-        return list(self.causal_lm.named_parameters())
+    def named_weights(self) -> list[Named]:
+        """Every parameter once, an adapter's too, by the model's own name; a tied output embedding is its input embedding."""
+        return parameters_of(self.causal_lm)
+
+    def published(self) -> list[Layer]:
+        """The weights to hand out, as the checkpoint has them, adapters merged."""
+        return layers(self.named_weights(), adapted(self.causal_lm), self.causal_lm)
+
+    def adaptable(self) -> tuple[PreTrainedModel, None, Literal["CAUSAL_LM"]]:
+        """See `Adaptable`."""
+        return self.causal_lm, None, "CAUSAL_LM"
 
     def save(self, directory: Path, weights: dict[str, Tensor]) -> None:
-        """Writes `weights` (named as `named_weights`) and the configuration in Hugging Face format."""
+        """Writes `weights` (named as `published`) and the configuration in Hugging Face format."""
         with _quiet():
-            self.causal_lm.save_pretrained(directory, state_dict=dict(weights))
+            _stored_config(self.causal_lm).save_pretrained(directory)
+            if self.causal_lm.generation_config is not None and self.causal_lm.can_generate():
+                self.causal_lm.generation_config.save_pretrained(directory)
+        save_torch_state_dict(weights, directory)
 
 
 class CriticModel(nn.Module):
@@ -79,6 +95,7 @@ class CriticModel(nn.Module):
         self.backbone = backbone
         self.value_head = head
         self.prefixes = {"backbone": backbone.base_model_prefix, "value_head": value_head_prefix}
+        self.adapted = Adapted()
 
     def forward(
         self,
@@ -92,19 +109,25 @@ class CriticModel(nn.Module):
         hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens, piece)
         return state_values(hidden, self.value_head, cu_seqlens, action_mask, piece and piece.places)
 
-    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """Every parameter once, under its name in the checkpoint."""
-        named = []
-        for name, parameter in self.named_parameters():
-            part, _, rest = name.partition(".")
-            named.append((f"{self.prefixes[part]}.{rest}", parameter))
-        return named
+    def named_weights(self) -> list[Named]:
+        """Every parameter once, an adapter's too, by its name in a sequence classifier."""
+        return [(self._prefixed(name), parameter) for name, parameter in parameters_of(self)]
+
+    def published(self) -> list[Layer]:
+        """The weights to hand out, as the checkpoint has them, adapters merged."""
+        return layers(self.named_weights(), {self._prefixed(name): layer for name, layer in adapted(self).items()}, self.backbone)
+
+    def adaptable(self) -> tuple[PreTrainedModel, str, Literal["SEQ_CLS"]]:
+        """See `Adaptable`."""
+        return self.backbone, self.prefixes["value_head"], "SEQ_CLS"
+
+    def _prefixed(self, name: str) -> str:
+        part, _, rest = name.partition(".")
+        return f"{self.prefixes[part]}.{rest}"
 
     def save(self, directory: Path, weights: dict[str, Tensor]) -> None:
-        """Writes `weights` (named as `named_weights`) as a sequence classifier of one label."""
-        from huggingface_hub import save_torch_state_dict
-
-        config = copy.deepcopy(self.backbone.config)
+        """Writes `weights` (named as `published`) as a sequence classifier of one label."""
+        config = _stored_config(self.backbone)
         config.num_labels = 1
         config.architectures = [type(self.backbone).__name__.removesuffix("Model") + "ForSequenceClassification"]
         config.save_pretrained(directory)
@@ -129,27 +152,42 @@ def packed_hidden(
     return output.last_hidden_state[0]
 
 
-def load_policy(name: str, *, dtype: torch.dtype, device: torch.device, gradient_checkpointing: bool = False) -> PolicyModel:
+def load_policy(
+    name: str, *, dtype: torch.dtype, device: torch.device, gradient_checkpointing: bool = False, adaptation: Adaptation = PLAIN
+) -> PolicyModel:
     """A causal language model from a directory or hub id, safetensors only, on `device`, in evaluation mode.
 
-    Raises ModelError for a name that leads nowhere, pickled weights, models that bring their own code, missing weights, and
-    architectures whose log-probabilities over packed rows do not come out as transformers' own forward has them.
+    Raises ModelError for a name that leads nowhere, pickled weights, models that bring their own code, missing weights, an
+    `adaptation` that does not fit, and architectures whose log-probabilities over packed rows do not come out as transformers' own
+    forward has them.
     """
-    model = PolicyModel(_load(AutoModelForCausalLM, resolve(name), dtype, device), device_type=device.type)
+    directory = resolve(name)
+    if adaptation.needs_names:
+        adapt(PolicyModel(_skeleton(AutoModelForCausalLM, directory, dtype), device_type=device.type), adaptation, name)
+    causal_lm = _load(AutoModelForCausalLM, directory, dtype, device, four_bit=adaptation.four_bit)
+    model = PolicyModel(causal_lm, device_type=device.type)
     _check_packed(model, name, dtype)
-    return _prepare(model, gradient_checkpointing)
+    return _prepare(adapt(model, adaptation, name), gradient_checkpointing)
 
 
 def load_critic(
-    name: str, *, dtype: torch.dtype, device: torch.device, value_head_prefix: str, gradient_checkpointing: bool = False
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    value_head_prefix: str,
+    gradient_checkpointing: bool = False,
+    adaptation: Adaptation = PLAIN,
 ) -> CriticModel:
     """A critic from a causal language model (fresh value head, see `ValueHead`) or from a saved critic (its own head).
 
     Raises ModelError as `load_policy`, and for a stored head that does not give one value.
     """
     directory = resolve(name)
-    backbone = _load(AutoModel, directory, dtype, device)
-    head = ValueHead(backbone.config.hidden_size, dtype=dtype).to(device)
+    skeleton = _skeleton(AutoModel, directory, dtype)
+    head = ValueHead(skeleton.config.hidden_size, dtype=dtype).to(device)
+    if adaptation.needs_names:
+        adapt(CriticModel(skeleton, head, value_head_prefix=value_head_prefix), adaptation, name)
     stored = _stored_tensor(directory, f"{value_head_prefix}.weight")
     if stored is not None:
         if stored.shape != head.weight.shape:
@@ -158,31 +196,50 @@ def load_critic(
                 "name a critic, a reward model with one label, or set --ds.value-head-prefix to the head's name"
             )
         head.load_state_dict({"weight": stored.to(dtype)})
-    return _prepare(CriticModel(backbone, head, value_head_prefix=value_head_prefix), gradient_checkpointing)
+    backbone = _load(AutoModel, directory, dtype, device, four_bit=adaptation.four_bit)
+    model = CriticModel(backbone, head, value_head_prefix=value_head_prefix)
+    return _prepare(adapt(model, adaptation, name), gradient_checkpointing)
 
 
-def _load(auto_class: Any, directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    with _quiet():
-        try:
-            model, loading = auto_class.from_pretrained(
-                directory,
-                dtype=dtype,
-                attn_implementation=PACKED,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            advice = "the model brings its own code, which is not run here; use one of an architecture that transformers has"
-            if "trust_remote_code" not in str(error):
-                advice = "name a causal language model of an architecture that transformers has, with all its files"
-            raise ModelError(f"{directory} cannot be loaded ({reason}); {advice}") from error
-    missing = sorted(loading["missing_keys"])
+def _skeleton(auto_class: Any, directory: Path, dtype: torch.dtype) -> Any:
+    """The model without its weights: the names of its parts, and their shapes."""
+    with _quiet(), _refused(directory), torch.device("meta"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        return auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def _load(auto_class: Any, directory: Path, dtype: torch.dtype, device: torch.device, *, four_bit: bool) -> Any:
+    with _quiet(), _refused(directory):
+        model, missing = auto_class.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=PACKED,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **(in_four_bits(dtype, device) if four_bit else {}),
+        )
+    missing = sorted(missing["missing_keys"])
     if missing:
         raise ModelError(f"{directory} lacks {len(missing)} weights ({', '.join(missing[:3])}, ...); copy all *.safetensors files there")
-    return model.to(device)
+    if not four_bit:
+        return model.to(device)
+    settle(model, str(directory))
+    return model
+
+
+@contextlib.contextmanager
+def _refused(directory: Path) -> Iterator[None]:
+    """What transformers says of a model it cannot read, as a ModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        advice = "the model brings its own code, which is not run here; use one of an architecture that transformers has"
+        if "trust_remote_code" not in str(error):
+            advice = "name a causal language model of an architecture that transformers has, with all its files"
+        raise ModelError(f"{directory} cannot be loaded ({reason}); {advice}") from error
 
 
 def _prepare(model: Model, gradient_checkpointing: bool) -> Model:
@@ -227,10 +284,19 @@ def _check_packed(model: PolicyModel, name: str, dtype: torch.dtype) -> None:
 
 def _stored_tensor(directory: Path, name: str) -> Tensor | None:
     for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+        with _refused(directory), safe_open(file, framework="pt") as tensors:
             if name in tensors.keys():  # noqa: SIM118 - not a dict; it has no __contains__
                 return tensors.get_tensor(name)
     return None
+
+
+def _stored_config(model: PreTrainedModel) -> Any:
+    """The configuration of the weights in full, as they are handed out."""
+    config: Any = copy.deepcopy(model.config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    return config
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 from hone.learner.checkpoint.shard_file import Layout, RoleReader, file_name, lay_out
 from hone.learner.engines.protocol import Engine
 from hone.learner.errors import CheckpointError
+from hone.learner.published import full_shape
 
 
 def path(directory: Path, role: str, *, rank: int, world_size: int) -> Path:
@@ -21,6 +22,7 @@ def layout(role: str, engine: Engine, *, rank: int, world_size: int, random_stat
         "world_size": world_size,
         "counters": {"steps": engine.steps},
         "layout": _shapes(engine),
+        "identity": dict(engine.module.adapted.identity),
         "random_state": random_state,
     }
     return lay_out(engine.pieces(), about)
@@ -37,10 +39,24 @@ def matching(directory: Path, role: str, engine: Engine) -> RoleReader:
             f"{directory} is of another model: of {len(own)} weights of the {role}, {len(different)} differ, the first {name}, "
             f"{saved.get(name, 'absent')} there and {own.get(name, 'absent')} here; name the model that run began with, or start a new run"
         )
-    if saved and not reader.sections(next(iter(saved))) and engine.pieces():
+    trains = [name for name, parameter in engine.module.named_weights() if parameter.requires_grad]
+    trained = [name for name in saved if reader.sections(name)]
+    if trains and not trained:
         raise CheckpointError(f"{directory} was saved with a frozen {role}, which now trains; name a checkpoint of a run that trained it")
+    if trains and (odd := [name for name in saved if (name in set(trains)) != (name in set(trained))]):
+        raise CheckpointError(
+            f"{directory} is of a {role} of which other parameters trained: {len(odd)} differ, the first {odd[0]}; "
+            "repeat that run's settings of adapters and frozen parts, or start a new run"
+        )
+    was, now = reader.identity, dict(engine.module.adapted.identity)
+    if trains and was != now:
+        what = next(name for name in {**was, **now} if was.get(name) != now.get(name))
+        raise CheckpointError(
+            f"{directory} is of a {role} with another {what} ({was.get(what, 'none')} there, {now.get(what, 'none')} here); "
+            "repeat that run's settings and its model, or start a new run"
+        )
     return reader
 
 
 def _shapes(engine: Engine) -> list[tuple[str, list[int]]]:
-    return [(name, list(shape)) for name, _, shape in engine.layout()]
+    return [(name, list(full_shape(parameter))) for name, parameter in engine.module.named_weights()]

@@ -80,6 +80,7 @@ class RoleReader:
         first = next(iter(self.abouts.values()))
         self.counters: dict[str, int] = first["counters"]
         self.layout: list[tuple[str, list[int]]] = [(name, shape) for name, shape in first["layout"]]
+        self.identity: dict[str, Any] = first.get("identity", {})
         self._parts: dict[str, list[tuple[int, Path]]] = {}
         for path, about in self.abouts.items():
             for key, (start, _) in about["ranges"].items():

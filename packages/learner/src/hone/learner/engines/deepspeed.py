@@ -7,8 +7,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils import get_total_norm
 
+from hone.learner.adapters import mark_trained
 from hone.learner.checkpoint.pieces import Piece, Source, share
 from hone.learner.config import DeepSpeedConfig
 from hone.learner.engines import state, zero_state
@@ -23,6 +23,7 @@ from hone.learner.engines.protocol import StepInfo
 from hone.learner.errors import NumericsError
 from hone.learner.model import CriticModel, PolicyModel
 from hone.learner.optim import Training, adamw
+from hone.learner.published import Layer
 
 NOISE: tuple[tuple[str, type[Warning]], ...] = (
     # Torch's renaming of collectives; DeepSpeed still calls them by the old names.
@@ -72,7 +73,7 @@ class DeepSpeedEngine:
         self.steps = 0
         self.engine: Any = module
         self.bad_losses = torch.zeros((), device=next(module.parameters()).device)
-        module.requires_grad_(training is not None)
+        mark_trained(module, training is not None)
         if training is None and self.stage < 3:
             return
         optimiser = None if training is None else adamw(module.named_weights(), training.config.adam)
@@ -112,18 +113,15 @@ class DeepSpeedEngine:
         self.steps += 1
         return StepInfo(grad_norm=norm, lr=lr)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter in full under its checkpoint name; see `Engine`."""
-        for _, layer in groupby(self.module.named_weights(), key=lambda named: _layer(named[0])):
-            named = list(layer)
-            with self._gathered([parameter for _, parameter in named]):
-                for name, parameter in named:
-                    yield name, parameter.detach()
+    def weights(self, layers: Sequence[Layer] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every weight in full under its checkpoint name; see `Engine`."""
+        for layer in self.module.published() if layers is None else layers:
+            with self._gathered(layer.parameters):
+                yield from layer.values()
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, number format and full shape of every parameter; gathers nothing."""
-        full = "ds_shape" if self.stage == 3 else "shape"
-        return [(name, parameter.dtype, tuple(getattr(parameter, full))) for name, parameter in self.module.named_weights()]
+        """Name, number format and full shape of every weight; gathers nothing."""
+        return [entry for layer in self.module.published() for entry in layer.layout()]
 
     def pieces(self) -> list[Piece]:
         """A rank's own share; see `Engine`."""
@@ -150,8 +148,8 @@ class DeepSpeedEngine:
         if self.engine is not self.module:
             self.engine.destroy()
 
-    def _gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
-        return _import().zero.GatheredParameters(parameters) if self.stage == 3 else contextlib.nullcontext()
+    def _gathered(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
+        return _import().zero.GatheredParameters(list(parameters)) if self.stage == 3 else contextlib.nullcontext()
 
     def _whole_norm(self) -> float:
         return float(get_total_norm([parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]))
@@ -179,13 +177,6 @@ def _settings(ds: DeepSpeedConfig, training: Training | None) -> dict[str, objec
     if ds.param_dtype == "bf16":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
-
-
-def _layer(name: str) -> str:
-    """What is gathered together: a numbered layer ("model.layers.3"), or everything between two of them."""
-    parts = name.split(".")
-    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else ""
 
 
 def _import() -> ModuleType:

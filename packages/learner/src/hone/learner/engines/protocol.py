@@ -4,7 +4,7 @@ Losses are sums over the whole optimiser step, of all ranks: an engine adds grad
 collective: all ranks call it the same number of times, in the same order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hone.learner.checkpoint.pieces import Piece, Source
 from hone.learner.model import CriticModel, PolicyModel
+from hone.learner.published import Layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +49,15 @@ class Engine(Protocol):
         """
         ...
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter in full under its checkpoint name, gathered layer by layer; a tensor lives until the next is asked for.
+    def weights(self, layers: Sequence[Layer] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every weight in full under its checkpoint name, gathered layer by layer; a tensor lives until the next is asked for.
 
-        All ranks must run it to its end.
+        Adapters are merged into the weights. With `layers`, what those hand out instead. All ranks must run it to its end.
         """
         ...
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, number format and full shape of every parameter, in the order of `weights`; gathers nothing."""
+        """Name, number format and full shape of every weight, in the order of `weights`; gathers nothing."""
         ...
 
     def pieces(self) -> list[Piece]:

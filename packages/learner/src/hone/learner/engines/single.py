@@ -1,18 +1,20 @@
 """The engine of one process: plain torch. In half precision it keeps fp32 masters and sums gradients in fp32."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from hone.learner.adapters import mark_trained
 from hone.learner.checkpoint.pieces import Fragment, Piece, Source
 from hone.learner.engines import state
 from hone.learner.engines.protocol import StepInfo
 from hone.learner.errors import NumericsError
 from hone.learner.model import CriticModel, PolicyModel
 from hone.learner.optim import Training, adamw
+from hone.learner.published import Layer
 
 
 class SingleEngine:
@@ -21,9 +23,9 @@ class SingleEngine:
     def __init__(self, module: PolicyModel | CriticModel, *, role: str, training: Training | None) -> None:
         self.module, self.role, self.training = module, role, training
         self.steps, self.finite = 0, True
-        module.requires_grad_(training is not None)
+        mark_trained(module, training is not None)
         if training is not None:
-            named = module.named_weights()
+            named = [(name, one) for name, one in module.named_weights() if one.requires_grad]
             self.masters = [(parameter, _master(parameter)) for _, parameter in named]
             self.optimiser = adamw(
                 ((name, master) for (name, _), (_, master) in zip(named, self.masters, strict=True)), training.config.adam
@@ -65,14 +67,14 @@ class SingleEngine:
         self.steps += 1
         return StepInfo(grad_norm=float(norm), lr=lr)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter under its checkpoint name."""
-        for name, parameter in self.module.named_weights():
-            yield name, parameter.detach()
+    def weights(self, layers: Sequence[Layer] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every weight under its checkpoint name; see `Engine`."""
+        for layer in self.module.published() if layers is None else layers:
+            yield from layer.values()
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, number format and shape of every parameter."""
-        return [(name, parameter.dtype, tuple(parameter.shape)) for name, parameter in self.module.named_weights()]
+        """Name, number format and shape of every weight."""
+        return [entry for layer in self.module.published() for entry in layer.layout()]
 
     def pieces(self) -> list[Piece]:
         """All of it; see `Engine`."""
@@ -89,7 +91,7 @@ class SingleEngine:
         self.steps = source.counters["steps"]
 
     def _held(self) -> state.Held:
-        named = self.module.named_weights()
+        named = [(name, one) for name, one in self.module.named_weights() if one.requires_grad]
         fragments = [
             Fragment(name=name, shape=tuple(one.shape), start=0, flat=index, offset=0, numel=one.numel())
             for index, (name, one) in enumerate(named)
