@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
@@ -90,17 +91,25 @@ def make_learner(
     lr: float = 1e-2,
     ring: int = 1,
     head_stride: int | None = None,
+    max_skipped_steps: int = 0,
+    ema_beta: float | None = None,
+    **ds: Any,
 ) -> Learner:
-    """A learner that hosts the given roles, each from its model directory."""
+    """A learner that hosts the given roles, each from its model directory; `ds` has further settings of DeepSpeedConfig."""
     adam = AdamConfig(lr=lr, weight_decay=0.01)
+    common = {"adam": adam, "max_norm": 0.5, "gradient_checkpointing_enable": gradient_checkpointing}
+    common["max_skipped_steps"] = max_skipped_steps
     configs = {
-        "policy": ActorConfig(adam=adam, max_norm=0.5, gradient_checkpointing_enable=gradient_checkpointing),
-        "critic": CriticConfig(adam=adam, max_norm=0.5, gradient_checkpointing_enable=gradient_checkpointing),
+        "policy": ActorConfig(**common),
+        "critic": CriticConfig(**common),
         "reference": RefConfig(),
     }
     return Learner(
-        roles={role: RoleSpec(kind=role, model=model, config=configs[role], total_steps=10) for role, model in roles.items()},
-        ds=DeepSpeedConfig(zero_stage=stage, param_dtype=dtype, ring_attn_size=ring, ring_attn_head_stride=head_stride),
+        roles={
+            role: RoleSpec(kind=role, model=model, config=configs[role], total_steps=10, ema_beta=None if role == "reference" else ema_beta)
+            for role, model in roles.items()
+        },
+        ds=DeepSpeedConfig(zero_stage=stage, param_dtype=dtype, ring_attn_size=ring, ring_attn_head_stride=head_stride, **ds),
         backend=backend,
         rank=rank,
         world_size=world_size,

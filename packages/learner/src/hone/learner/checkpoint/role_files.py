@@ -19,7 +19,7 @@ def layout(role: str, engine: Engine, *, rank: int, world_size: int, random_stat
         "role": role,
         "rank": rank,
         "world_size": world_size,
-        "counters": {"steps": engine.steps},
+        "counters": engine.counters,
         "layout": _shapes(engine),
         "random_state": random_state,
     }
@@ -39,6 +39,11 @@ def matching(directory: Path, role: str, engine: Engine) -> RoleReader:
         )
     if saved and not reader.sections(next(iter(saved))) and engine.pieces():
         raise CheckpointError(f"{directory} was saved with a frozen {role}, which now trains; name a checkpoint of a run that trained it")
+    kept = {piece.section for piece in engine.pieces() if not piece.section.startswith("optimiser.")}
+    if absent := sorted(kept - reader.sections(next(iter(saved)))) if kept else []:
+        raise CheckpointError(
+            f"{directory} has no {', '.join(absent)} of the {role}; set what that run set (--train.enable-ema for ema), or start a new run"
+        )
     return reader
 
 
