@@ -56,6 +56,27 @@ def test_the_builtin_model_learns_and_the_run_directory_tells_everything(verb: s
     assert tokenizer.batch_decode(answered) == ["3+4=7", "7+1=8", "2+6=8"]
 
 
+def test_sleeping_between_phases_changes_no_number_and_the_average_is_exported_beside_the_model(hone_cache: Path, tmp_path: Path) -> None:
+    def run(name: str, *more: str) -> list[dict[str, float]]:
+        arguments = ["--run.backend", "local", "--train.max-steps", "3", "--train.seed", "0", "--rollout.batch-size", "8"]
+        samples = ["--rollout.n-samples-per-prompt", "2", "--train.batch-size", "8"]
+        assert main(["ppo", *arguments, *samples, "--run.dir", str(tmp_path / name), *more]) == 0
+        steps, _ = read_metrics(tmp_path / name)
+        for step in steps:
+            check_names(step)
+        return [{key: value for key, value in step.items() if not key.startswith(("timing/", "perf/", "sync/"))} for step in steps]
+
+    awake, asleep = run("awake"), run("asleep", "--ds.enable-sleep", "--train.enable-ema", "--train.ema-beta", "0.5")
+    assert awake == asleep and all(step["train/actor_skipped"] == step["train/critic_skipped"] == 0 for step in asleep)
+    models = {
+        name: dict(AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters())
+        for name in ("awake/model", "asleep/model", "asleep/model_ema")
+    }
+    assert all(torch.equal(weight, models["asleep/model"][name]) for name, weight in models["awake/model"].items())
+    assert any(not torch.equal(weight, models["asleep/model"][name]) for name, weight in models["asleep/model_ema"].items())
+    assert not (tmp_path / "awake" / "model_ema").exists()
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(hone_cache: Path, tmp_path: Path) -> None:
     def rewards(name: str, seed: str) -> list[float]:
         arguments = ["--run.backend", "local", "--train.max-steps", "2", "--train.seed", seed, "--run.dir", str(tmp_path / name)]

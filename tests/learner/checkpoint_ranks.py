@@ -146,6 +146,7 @@ def main(spec_file: str, rank: int) -> None:
                 "max_tokens": MAX_TOKENS,
                 "dtype": case["dtype"],
                 "lr": 1e-3,
+                "ema_beta": 0.9,
             }
             if case["stage"] is None:
                 return make_learner(roles, **common)

@@ -93,7 +93,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(runs: dict[str, Any], 
 @pytest.mark.parametrize(("name", "saved_by", "ranks", "stage"), CROSS)
 def test_other_ranks_and_stages_go_on_from_the_same_numbers(runs: dict[str, Any], name: str, saved_by: int, ranks: int, stage: int) -> None:
     model, path = runs["model"], folder(runs["root"], name, saved_by) / "step_2"
-    single = cross_case(lambda: make_learner(dict.fromkeys(ROLES, model), lr=1e-3, max_tokens=MAX_TOKENS), path)
+    single = cross_case(lambda: make_learner(dict.fromkeys(ROLES, model), lr=1e-3, max_tokens=MAX_TOKENS, ema_beta=0.9), path)
     for result in [*(runs["results"][rank][f"{name}-{saved_by}-{ranks}-{stage}"] for rank in range(ranks)), single]:
         assert result["wrong"] == []
         for weight_name, weight in result["weights"].items():
@@ -110,5 +110,13 @@ def test_a_checkpoint_of_another_model_or_other_roles_is_refused_before_anything
     with pytest.raises(CheckpointError, match=r"another model: of \d+ weights of the policy, \d+ differ, the first model\.layers"):
         other.restore(str(path))
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.weights("policy"))
+    averaging = make_learner({"policy": save_model(tmp_path / "same", "qwen3-tied")}, ema_beta=0.9)
+    without = tmp_path / "step_1"
+    without.mkdir()
+    plain = make_learner({"policy": str(tmp_path / "same")})
+    plain.save(str(without))
+    assert plain.saved(True) is not None
+    with pytest.raises(CheckpointError, match=r"has no ema of the policy; .*--train\.enable-ema"):
+        averaging.restore(str(without))
     with pytest.raises(CheckpointError, match="0 files of role 'reference'"):
         make_learner(dict.fromkeys(("policy", "reference"), runs["model"])).restore(str(path))

@@ -173,6 +173,46 @@ def test_bf16_keeps_masters_that_small_updates_add_up_in(tmp_path: Path) -> None
     assert unmoved > 0.9 and (masters[name].detach() != before[name]).float().mean() > 0.9
 
 
+def test_fp16_scales_the_loss_and_leaves_out_the_steps_that_overflow(tmp_path: Path) -> None:
+    model = save_model(tmp_path, "llama-untied")
+    learner = make_learner({"policy": model}, dtype="fp16", lr=1e-3)
+    exact = make_learner({"policy": model}, dtype="fp32", lr=1e-3)
+    (shard,) = shards(score(make_batch(LENGTHS)), ranks=1, max_tokens=30)
+    engine = learner.engines["policy"]
+    engine.loss_scale.scale = 2**26  # far too high: the gradients of fp16 end at 65504
+    before, scales = weights(learner, "policy"), []
+    while not (result := learner.update_policy("policy", shard, NextToken())).applied:
+        assert result.grad_norm in (float("inf"),) or result.grad_norm != result.grad_norm
+        assert all(torch.equal(weight, before[name]) for name, weight in weights(learner, "policy").items())
+        scales.append(engine.loss_scale.scale)
+    assert scales and scales == [2**25 // 2**index for index in range(len(scales))] and engine.steps == 1
+    # The bound on steps that are not finite is 0 here: an overflow that a lower scale mends is not one of them.
+    assert engine.counters == {"steps": 1, "skipped_in_a_row": 0, "loss_scale": scales[-1], "loss_scale_clean": 1}
+    expected = exact.update_policy("policy", shard, NextToken())
+    assert abs(result.grad_norm - expected.grad_norm) < 0.02 * expected.grad_norm
+    assert engine.masters[0][1].dtype == torch.float32 and engine.masters[0][0].dtype == torch.float16
+    engine.loss_scale.scale = 1
+    parameter = engine.module.named_weights()[3][1]
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NumericsError, match="the gradient norm is nan"):
+        learner.update_policy("policy", shard, NextToken())
+
+
+def test_gradients_are_summed_in_the_format_that_was_asked_for(tmp_path: Path) -> None:
+    norms = {}
+    for accumulate in ("fp32", "bf16"):
+        learner = make_learner({"policy": save_model(tmp_path, "llama-untied")}, dtype="bf16", grad_accum_dtype=accumulate)
+        (shard,) = shards(score(make_batch(LENGTHS)), ranks=1, max_tokens=20)
+        assert len(shard.micro_batches) > 2
+        for index, _ in enumerate(shard.micro_batches):
+            engine = learner.engines["policy"]
+            part = learner._micro_batch(shard, index)
+            engine.backward(NextToken().loss(learner._policy("policy", part, with_entropy=True), part).total, last=False)
+        assert {one.dtype for one in engine.sums} == {torch.float32 if accumulate == "fp32" else torch.bfloat16}
+        norms[accumulate] = engine.step().grad_norm
+    assert norms["fp32"] != norms["bf16"] and abs(norms["fp32"] - norms["bf16"]) < 0.02 * norms["fp32"]
+
+
 def test_supervised_learning_raises_the_likelihood(tmp_path: Path) -> None:
     learner = make_learner({"policy": save_model(tmp_path, "qwen3-tied")})
     (shard,) = shards(score(make_batch(LENGTHS)), ranks=1, max_tokens=30)

@@ -93,19 +93,28 @@ def make_learner(
     lr: float = 1e-2,
     ring: int = 1,
     head_stride: int | None = None,
+    max_skipped_steps: int = 0,
+    ema_beta: float | None = None,
     ds: Mapping[str, Any] | None = None,
     trained: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> Learner:
     """A learner that hosts the given roles, each from its model directory; more settings of `ds`, and of all that trains."""
+    more = {**(ds or {}), **more}
     adam = AdamConfig(lr=lr, weight_decay=0.01)
+    common = {"adam": adam, "max_norm": 0.5, "gradient_checkpointing_enable": gradient_checkpointing}
+    common |= {"max_skipped_steps": max_skipped_steps, **(trained or {})}
     configs = {
-        "policy": ActorConfig(adam=adam, max_norm=0.5, gradient_checkpointing_enable=gradient_checkpointing, **trained or {}),
-        "critic": CriticConfig(adam=adam, max_norm=0.5, gradient_checkpointing_enable=gradient_checkpointing, **trained or {}),
+        "policy": ActorConfig(**common),
+        "critic": CriticConfig(**common),
         "reference": RefConfig(),
     }
     return Learner(
-        roles={role: RoleSpec(kind=role, model=model, config=configs[role], total_steps=10) for role, model in roles.items()},
-        ds=DeepSpeedConfig(zero_stage=stage, param_dtype=dtype, ring_attn_size=ring, ring_attn_head_stride=head_stride, **ds or {}),
+        roles={
+            role: RoleSpec(kind=role, model=model, config=configs[role], total_steps=10, ema_beta=None if role == "reference" else ema_beta)
+            for role, model in roles.items()
+        },
+        ds=DeepSpeedConfig(zero_stage=stage, param_dtype=dtype, ring_attn_size=ring, ring_attn_head_stride=head_stride, **more),
         backend=backend,
         rank=rank,
         world_size=world_size,

@@ -27,7 +27,7 @@ from hone.rollout.weight_sync.verify import tolerance
 
 OBJECT_STORE_BYTES = 1 << 30
 """Memory for batches in flight on a machine without GPUs, taken from shared memory as it is used; with GPUs Ray decides."""
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Our names of number formats -> vLLM's."""
 SHARED_DEVICE = 0.5
 """Share of a GPU a learner rank and an engine each ask for when they live on the same one."""
@@ -90,6 +90,7 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         publisher=publisher,
         runner=runner,
         on_phase=plan.on_phase,
+        sleeps=config.ds.enable_sleep,
         closers=[*(engine.close for engine in engines), *(group.close for group in built), lambda: stop(plan.logs, plan.scratch)],
     )
 

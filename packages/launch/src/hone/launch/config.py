@@ -21,6 +21,10 @@ class TrainConfig:
     """Samples of one optimiser step; `rollout.batch_size * rollout.n_samples_per_prompt` samples are cut into such steps."""
     max_tokens_per_gpu: Annotated[int, Range(low=1)] = 16192
     """Hard cap of a packed micro-batch on one rank [tokens]; changes memory and speed, never the result."""
+    enable_ema: bool = False
+    """Keep an exponential moving average of the policy's weights, checkpointed with it and exported beside it as `model_ema/`."""
+    ema_beta: Annotated[float, Range(low=0, high=1, open_high=True)] = 0.992
+    """Decay of that average, once an optimiser step: average <- beta average + (1 - beta) weights."""
     max_epochs: Annotated[int, Range(low=1)] = 1
     """Times each rollout is trained on."""
     num_episodes: Annotated[int, Range(low=1)] = 1

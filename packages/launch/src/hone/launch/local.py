@@ -16,7 +16,7 @@ from hone.launch.observe.progress import READY
 from hone.launch.parts import Assembly, Plan
 from hone.launch.publish import Publisher
 from hone.learner.checkpoint.snapshot import Outcome
-from hone.learner.learner import Learner, StepResult
+from hone.learner.learner import DTYPES, Learner, StepResult
 from hone.learner.model_files import resolve
 from hone.learner.packing import Shard, shards, unshard
 from hone.rollout.engines.transformers import TransformersEngine
@@ -54,9 +54,13 @@ class LocalGroup:
         """One optimiser step of a critic."""
         return self.learner.update_critic(role, self._shard(scored), algo)
 
-    def export(self, role: str, directory: str) -> None:
-        """Write a role's model in the Hugging Face layout."""
-        self.learner.export(role, directory)
+    def export(self, role: str, directory: str, *, average: bool = False) -> None:
+        """Write a role's model in the Hugging Face layout, or the moving average of its weights."""
+        self.learner.export(role, directory, average=average)
+
+    def sleep(self) -> int:
+        """Give up the memory of every role until a call needs it."""
+        return self.learner.sleep()
 
     def save(self, directory: str) -> None:
         """Copy the state and go on."""
@@ -130,7 +134,7 @@ class _Weights:
 def build(plan: Plan) -> Assembly:
     """Load the models and connect them, all in this process."""
     config = plan.config
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.ds.param_dtype]
+    dtype = DTYPES[config.ds.param_dtype]
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     plan.on_start("learner", "loading models")
@@ -170,4 +174,5 @@ def build(plan: Plan) -> Assembly:
         runner=runner,
         on_phase=plan.on_phase,
         closers=[group.close],
+        sleeps=config.ds.enable_sleep,
     )

@@ -80,9 +80,9 @@ class Plan:
     def roles(self) -> dict[str, RoleSpec]:
         """What the learner needs to know of each role."""
         configs = {"policy": self.config.actor, "critic": self.config.critic, "reference": self.config.ref}
-        steps = self.optimiser_steps
+        steps, averages = self.optimiser_steps, {"policy": self.config.train.ema_beta} if self.config.train.enable_ema else {}
         return {
-            role: RoleSpec(kind=role, model=model, config=configs[role], total_steps=steps)  # pyright: ignore[reportArgumentType] - the keys are the kinds
+            role: RoleSpec(kind=role, model=model, config=configs[role], total_steps=steps, ema_beta=averages.get(role))  # pyright: ignore[reportArgumentType] - the keys are the kinds
             for role, model in self.models.items()
         }
 
@@ -107,8 +107,12 @@ class RoleGroup(Protocol):
         """One optimiser step of a critic."""
         ...
 
-    def export(self, role: str, directory: str) -> None:
-        """Write a role's model in the Hugging Face layout."""
+    def export(self, role: str, directory: str, *, average: bool = False) -> None:
+        """Write a role's model in the Hugging Face layout, or the moving average of its weights."""
+        ...
+
+    def sleep(self) -> int:
+        """Give up the device's memory of every role until a call needs it; the bytes that were moved."""
         ...
 
     def save(self, directory: str) -> None:
@@ -133,7 +137,8 @@ class Assembly:
     """`Parts` made of role groups, an executor and a publisher.
 
     `host` maps a role (policy, critic, reference) to the group it lives in; `publisher(version)` returns the sync's
-    figures; `on_phase(name, seconds)` hears of every phase as it begins (None) and ends (seconds).
+    figures; `on_phase(name, seconds)` hears of every phase as it begins (None) and ends (seconds). With `sleeps`, roles give
+    up their memory while the engines act.
     """
 
     host: Mapping[str, RoleGroup]
@@ -143,6 +148,7 @@ class Assembly:
     runner: asyncio.Runner
     on_phase: Callable[[str, float | None], None]
     closers: Sequence[Callable[[], None]]
+    sleeps: bool = False
     _seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def prompts(self) -> Iterator[list[Prompt]]:
@@ -151,6 +157,9 @@ class Assembly:
 
     def act(self, prompts: Sequence[Prompt], *, step: int) -> list[Group]:
         """Sample and judge."""
+        if self.sleeps:
+            for group in self.role_groups:
+                group.sleep()
         return self.runner.run(self.executor.collect(prompts, step=step))
 
     def recompute(self, batch: Batch, needs: frozenset[str]) -> Batch:
@@ -168,9 +177,11 @@ class Assembly:
         if "values" in algo.needs:
             critic = self.host["critic"].update_critic("critic", scored, cast(ActorCritic, algo))
             metrics |= {**critic.metrics, "critic_grad_norm": critic.grad_norm, "critic_lr": critic.lr}
+            metrics["critic_skipped"] = float(not critic.applied)
         if policy_too:
             policy = self.host["policy"].update_policy("policy", scored, algo)
             metrics |= {**policy.metrics, "actor_grad_norm": policy.grad_norm, "actor_lr": policy.lr}
+            metrics["actor_skipped"] = float(not policy.applied)
         return metrics
 
     def publish(self, *, version: int) -> dict[str, float]:
@@ -182,9 +193,9 @@ class Assembly:
         """Every group once."""
         return list({id(group): group for group in self.host.values()}.values())
 
-    def export(self, role: str, directory: str) -> None:
-        """Write a role's model in the Hugging Face layout."""
-        self.host[role].export(role, directory)
+    def export(self, role: str, directory: str, *, average: bool = False) -> None:
+        """Write a role's model in the Hugging Face layout, or the moving average of its weights."""
+        self.host[role].export(role, directory, average=average)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -88,9 +88,9 @@ class LearnerRank:
         """Send the weights; collective over the group. Returns the fingerprint of every tensor."""
         return self._trainer.send_weights()
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, method: str, *args: Any, **options: Any) -> Any:
         """A method of the learner."""
-        return getattr(self._learner, method)(*args)
+        return getattr(self._learner, method)(*args, **options)
 
 
 class EngineClient:
@@ -238,11 +238,15 @@ class RemoteGroup:
         # A rank that had only fillers reports none, nor does any but the first of a ring.
         names = dict.fromkeys(name for result in results for name in result.metrics)
         metrics = {name: sum(result.metrics.get(name, 0.0) for result in results) for name in names}
-        return StepResult(metrics=metrics, grad_norm=results[0].grad_norm, lr=results[0].lr)
+        return StepResult(metrics=metrics, grad_norm=results[0].grad_norm, lr=results[0].lr, applied=results[0].applied)
 
-    def export(self, role: str, directory: str) -> None:
-        """Write a role's model in the Hugging Face layout; rank 0 writes."""
-        get([rank.call.remote("export", role, directory) for rank in self.ranks], who=self._who)
+    def export(self, role: str, directory: str, *, average: bool = False) -> None:
+        """Write a role's model in the Hugging Face layout, or the moving average of its weights; rank 0 writes."""
+        get([rank.call.remote("export", role, directory, average=average) for rank in self.ranks], who=self._who)
+
+    def sleep(self) -> int:
+        """Give up the device's memory of every role until a call needs it."""
+        return sum(get([rank.call.remote("sleep") for rank in self.ranks], who=self._who))
 
     def save(self, directory: str) -> None:
         """Every rank copies its share and goes on."""

@@ -33,6 +33,8 @@ def notes(resolved: Resolved, gpus: int) -> Iterator[str]:
     config, sources = resolved.config, resolved.sources
     if not gpus and config.ds.param_dtype == "bf16":
         yield "ds.param_dtype bf16 is several times slower than fp32 without a GPU; --ds.param-dtype fp32"
+    if not gpus and config.ds.enable_sleep:
+        yield "ds.enable_sleep without a GPU moves memory to where it is already: it takes time and frees nothing"
     if "ref_logp" not in config.algo.needs and config.ref.model_name_or_path is not None:
         yield "ref.model_name_or_path is not read: algo.kl.init_coef is 0, so there is no KL penalty"
     length, longest = config.algo.reduction.length, config.rollout.max_new_tokens
@@ -224,6 +226,18 @@ def _backend(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         yield Problem(what=what, mend="--vllm.sync-backend auto", settings=("vllm.sync_backend",))
 
 
+def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
+    config = resolved.config
+    params, sums = config.ds.param_dtype, config.ds.grad_accum_dtype
+    if sums not in ("fp32", params):
+        what = f"gradients of {params} parameters cannot be summed in {sums}"
+        names = ("ds.grad_accum_dtype", "ds.param_dtype")
+        yield Problem(what=what, mend="--ds.grad-accum-dtype fp32, or that of the parameters", settings=names)
+    if params == "fp16" and not gpus and not _cluster(config) and config.run.backend == "ray":
+        what = "ds.param_dtype fp16 needs a GPU here: vLLM has no fp16 on a CPU, DeepSpeed only on few"
+        yield Problem(what=what, mend="--ds.param-dtype fp32", settings=("ds.param_dtype",))
+
+
 def _models(config: PolicyGradientConfig) -> list[str]:
     """Groups whose model the algorithm runs."""
     needed = {"policy": True, "critic": "values" in config.algo.needs, "reference": "ref_logp" in config.algo.needs}
@@ -278,5 +292,6 @@ RULES: tuple[Rule, ...] = (
     _steps,
     _placement,
     _backend,
+    _formats,
     _devices,
 )

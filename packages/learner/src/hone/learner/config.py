@@ -45,6 +45,8 @@ class ActorConfig:
     """Lowest learning rate, as a share of the peak."""
     max_norm: Annotated[float, Range(low=0, open_low=True)] = 1.0
     """Gradient norm above which gradients are scaled down."""
+    max_skipped_steps: Annotated[int, Range(low=0)] = 3
+    """Optimiser steps in a row that are left out because a loss or the gradient norm is not finite; one more ends the run."""
     gradient_checkpointing_enable: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     freeze: str | None = None
@@ -71,6 +73,8 @@ class CriticConfig:
     """Lowest learning rate, as a share of the peak."""
     max_norm: Annotated[float, Range(low=0, open_low=True)] = 1.0
     """Gradient norm above which gradients are scaled down."""
+    max_skipped_steps: Annotated[int, Range(low=0)] = 3
+    """Optimiser steps in a row that are left out because a loss or the gradient norm is not finite; one more ends the run."""
     gradient_checkpointing_enable: bool = False
     """Recompute activations in the backward pass."""
     freeze: str | None = None
@@ -111,8 +115,12 @@ class DeepSpeedConfig:
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed shards over the ranks: 0 nothing (in bf16 as 1), 1 optimiser states, 2 and gradients, 3 and parameters."""
-    param_dtype: Literal["fp32", "bf16"] = "bf16"
-    """Number format of the parameters in forward and backward; optimiser states are fp32 always."""
+    param_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Number format of the parameters in forward and backward, fp16 with a loss scale; masters and optimiser states are fp32 always."""
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format in which gradients of micro-batches are summed: fp32, or that of the parameters."""
+    enable_sleep: bool = False
+    """Keep on the device only the role that computes: between phases parameters, gradients and optimiser states go to the host."""
     ring_attn_size: Annotated[int, Range(low=1)] = 1
     """Consecutive ranks that share every micro-batch, long rows cut among them; it may hold this many times the tokens of one rank."""
     ring_attn_head_stride: Annotated[int, Range(low=1)] | None = None

@@ -6,9 +6,10 @@ Flow of one optimiser step: Batch --logp, values--> filled fields --(judging, el
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from hone.algos.batch import Batch, Scored, select
 from hone.algos.protocol import Loss, Outputs
+from hone.algos.ranges import Range
 from hone.learner.adapters import adaptation, adapter_of, check_settings, dropout_awake, save_adapter
 from hone.learner.attention.wire import add_over_ring, ring_of
 from hone.learner.checkpoint import role_files
@@ -33,6 +35,9 @@ from hone.learner.optim import Training
 from hone.learner.packing import Shard
 from hone.learner.per_token import PerToken, PolicyLoss
 from hone.learner.ring_probe import check_cut
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Our names of number formats."""
 
 
 @runtime_checkable
@@ -52,6 +57,8 @@ class RoleSpec:
     model: str
     config: ActorConfig | CriticConfig | RefConfig
     total_steps: int
+    ema_beta: Annotated[float, Range(low=0, high=1, open_high=True)] | None = None
+    """Decay of an exponential moving average of the weights; None keeps none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,8 @@ class StepResult:
     metrics: dict[str, float]
     grad_norm: float
     lr: float
+    applied: bool = True
+    """False for a step that was left out because a loss or the norm was not finite; see `Engine.step`."""
 
 
 class Learner:
@@ -91,12 +100,13 @@ class Learner:
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         check_settings(ds)
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
-        self.head_stride = ds.ring_attn_head_stride
+        self.head_stride, self.sleeps = ds.ring_attn_head_stride, ds.enable_sleep
         for source in self.sources.values():
             check_ring(str(source), world_size=world_size, size=ds.ring_attn_size, head_stride=self.head_stride)
         if backend == "deepspeed":
-            from hone.learner.engines import deepspeed
+            from hone.learner.engines import deepspeed, zero_settings
 
+            zero_settings.check(ds, device=self.device)
             deepspeed.join(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port, device=self.device)
         self.wire = ring_of(rank=rank, world_size=world_size, size=ds.ring_attn_size)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -105,10 +115,12 @@ class Learner:
 
     def logp(self, role: str, shard: Shard) -> Float[Tensor, " T"]:
         """Log-probabilities [nats] of the shard's action tokens under the batch's temperature; no gradient, zero off the mask."""
+        self._awake(role)
         return self._evaluate(shard, lambda part: self._policy(role, part, with_entropy=False).logp)
 
     def values(self, role: str, shard: Shard) -> Float[Tensor, " T"]:
         """Values of the states before the shard's action tokens; no gradient, zero off the mask."""
+        self._awake(role)
         return self._evaluate(shard, lambda part: self._values(role, part))
 
     def update_policy(self, role: str, shard: Shard, algo: PolicyLoss) -> StepResult:
@@ -128,16 +140,20 @@ class Learner:
 
     def weights(self, role: str) -> Iterator[tuple[str, Tensor]]:
         """Every weight in full under its checkpoint name, layer by layer; a tensor lives until the next is asked for."""
-        yield from self.engines[role].weights()
+        yield from self._awake(role).weights()
 
     def weight_names(self, role: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, number format and full shape of every weight, in the order of `weights`; gathers nothing."""
         return self.engines[role].layout()
 
-    def export(self, role: str, directory: str) -> None:
-        """Writes the model in Hugging Face format with its tokenizer: rank 0 writes, all ranks return when it is done."""
-        engine = self.engines[role]
-        weights = {name: tensor.cpu().clone() for name, tensor in engine.weights() if self.rank == 0}
+    def export(self, role: str, directory: str, *, average: bool = False) -> None:
+        """Writes the model in Hugging Face format with its tokenizer: rank 0 writes, all ranks return when it is done.
+
+        With `average`, the moving average of its weights; raises ValueError if none is kept.
+        """
+        engine = self._awake(role, training=average)
+        with engine.averaged() if average else nullcontext():
+            weights = {name: tensor.cpu().clone() for name, tensor in engine.weights() if self.rank == 0}
         if self.rank == 0:
             Path(directory).mkdir(parents=True, exist_ok=True)
             engine.module.save(Path(directory), weights)
@@ -154,6 +170,10 @@ class Learner:
         tensors = {name: tensor.cpu().clone() for name, tensor in engine.weights(adapter_of(engine.module)) if self.rank == 0}
         if self.rank == 0:
             save_adapter(directory, engine.module.adapted, tensors, base=str(self.sources[role]))
+
+    def sleep(self) -> int:
+        """Gives up the device's memory of every role; returns the bytes that were moved. Whatever a later call needs is woken by it."""
+        return sum(engine.sleep() for engine in self.engines.values())
 
     def save(self, directory: str) -> None:
         """Copies this rank's share of every role and returns; a thread writes it into `directory`, which is there already.
@@ -180,8 +200,8 @@ class Learner:
         Raises CheckpointError, before anything is changed, for one of other roles or another model.
         """
         readers = {role: role_files.matching(Path(directory), role, engine) for role, engine in self.engines.items()}
-        for role, engine in self.engines.items():
-            engine.restore(readers[role])
+        for role in self.engines:
+            self._awake(role, training=True).restore(readers[role])
             if (state := readers[role].of_rank(self.rank)) is not None:
                 set_random_state(state["random_state"], self.device)
 
@@ -201,10 +221,10 @@ class Learner:
             deepspeed.leave()
 
     def _engine(self, role: str, spec: RoleSpec, ds: DeepSpeedConfig) -> Engine:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[ds.param_dtype]
+        dtype = DTYPES[ds.param_dtype]
         training, recompute = None, False
         if not isinstance(spec.config, RefConfig):
-            training = Training(config=spec.config, total_steps=spec.total_steps)
+            training = Training(config=spec.config, total_steps=spec.total_steps, ema_beta=spec.ema_beta)
             recompute = spec.config.gradient_checkpointing_enable
         name = str(self.sources[role])
         freeze = None if isinstance(spec.config, RefConfig) else spec.config.freeze
@@ -217,10 +237,18 @@ class Learner:
         if self.wire is not None:
             check_cut(module, name, wire=self.wire, head_stride=self.head_stride)
         if self.backend == "single":
-            return SingleEngine(module, role=role, training=training)
+            return SingleEngine(module, role=role, training=training, grad_accum_dtype=DTYPES[ds.grad_accum_dtype])
         from hone.learner.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(module, role=role, training=training, ds=ds)
+
+    def _awake(self, role: str, *, training: bool = False) -> Engine:
+        """A role's engine, fit to evaluate or to train; with `ds.enable_sleep`, no other one is awake."""
+        for other, engine in self.engines.items():
+            if self.sleeps and other != role:
+                engine.sleep()
+        self.engines[role].wake(training=training)
+        return self.engines[role]
 
     def _policy(self, role: str, part: Batch, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy)
@@ -255,7 +283,7 @@ class Learner:
     def _update(self, role: str, shard: Shard, loss_of: Callable[[Scored], Loss]) -> StepResult:
         if not isinstance(shard.batch, Scored):
             raise ValueError(f"{role} can only be updated on a Scored batch; judge the {type(shard.batch).__name__} first")
-        engine = self.engines[role]
+        engine = self._awake(role, training=True)
         totals: dict[str, Tensor] = {}
         with dropout_awake(engine.module):
             for index in range(len(shard.micro_batches)):
@@ -269,7 +297,8 @@ class Learner:
         if self.wire is not None and self.wire.rank:
             totals = {}  # every rank of a ring has the same figures, of the whole rows: the first one tells
         read = torch.stack(list(totals.values())).tolist() if totals else []  # waits for the device once, not once per metric
-        return StepResult(metrics=dict(zip(totals, read, strict=True)), grad_norm=info.grad_norm, lr=info.lr)
+        metrics = dict(zip(totals, read, strict=True))
+        return StepResult(metrics=metrics, grad_norm=info.grad_norm, lr=info.lr, applied=info.applied)
 
     def _micro_batch(self, shard: Shard, index: int) -> Batch:
         """Micro-batch `index` on this rank's device. A filler has an empty mask and weights of zero: it adds nothing to any sum."""

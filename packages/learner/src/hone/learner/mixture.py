@@ -54,7 +54,7 @@ class Balance:
         self.heard = router_logits
 
     def loss(self, *, filler: bool) -> Float[Tensor, ""]:
-        """This micro-batch's part of the loss before its coefficient, with gradient; a filler's is 0."""
+        """The micro-batch's part of the loss before its coefficient, with gradient; a filler's is 0."""
         frequencies, tokens = self.chosen[:-1] / self.chosen[-1], self.chosen[-1]
         assert self.heard, "a forward pass without a router"
         probabilities = torch.stack([logits.float().softmax(-1).sum(0) for logits in self.heard]).sum(0) / tokens

@@ -46,10 +46,11 @@ def adamw(named: Iterable[tuple[str, nn.Parameter]], adam: AdamConfig) -> torch.
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a role's model is trained: its settings, over `total_steps` optimiser steps."""
+    """How a role's model is trained: its settings, over `total_steps` optimiser steps; `ema_beta` asks for a moving average of it."""
 
     config: ActorConfig | CriticConfig
     total_steps: int
+    ema_beta: float | None = None
 
     def lr(self, step: int) -> float:
         """Learning rate of optimiser step `step`."""

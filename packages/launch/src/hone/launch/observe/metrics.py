@@ -118,6 +118,12 @@ METRICS: dict[str, Metric] = {
     "train/critic_grad_norm": Metric(
         unit="L2 norm", reduction=_UPDATES, healthy=_NOT_NEGATIVE, meaning="Norm of the critic's gradient before it is clipped."
     ),
+    "train/actor_skipped": Metric(
+        unit="fraction", reduction=_UPDATES, healthy=Range(high=0), meaning="Optimiser steps of the policy that were left out: not finite."
+    ),
+    "train/critic_skipped": Metric(
+        unit="fraction", reduction=_UPDATES, healthy=Range(high=0), meaning="Optimiser steps of the critic that were left out: not finite."
+    ),
     "train/actor_lr": Metric(unit="1", reduction=_UPDATES, healthy=_NOT_NEGATIVE, meaning="The policy's learning rate."),
     "train/critic_lr": Metric(unit="1", reduction=_UPDATES, healthy=_NOT_NEGATIVE, meaning="The critic's learning rate."),
     "train/optimizer_steps": Metric(

@@ -168,6 +168,8 @@ class Session:
                 self._rescue(parts)
                 raise
             self._export(parts, self._directory.model)
+            if self._config.train.enable_ema:
+                self._export(parts, self._directory.path / "model_ema", average=True)
         totals = self._ledger.verify()
         if totals.open:
             raise LedgerError(
@@ -175,9 +177,9 @@ class Session:
             )
         return outcome
 
-    def _export(self, parts: Assembly, directory: Path) -> None:
-        """Have the policy written, and see for ourselves that it is there: a rank may live elsewhere."""
-        parts.export("policy", str(directory.resolve()))
+    def _export(self, parts: Assembly, directory: Path, *, average: bool = False) -> None:
+        """Have the policy (or its moving average) written, and see for ourselves that it is there: a rank may live elsewhere."""
+        parts.export("policy", str(directory.resolve()), average=average)
         if not (directory / "config.json").is_file():
             raise ModelError(
                 f"the model was exported but is not in {directory}; ranks on other machines need the run directory on a shared disk"

@@ -20,7 +20,7 @@ def layout(role: str, engine: Engine, *, rank: int, world_size: int, random_stat
         "role": role,
         "rank": rank,
         "world_size": world_size,
-        "counters": {"steps": engine.steps},
+        "counters": engine.counters,
         "layout": _shapes(engine),
         "identity": dict(engine.module.adapted.identity),
         "random_state": random_state,
@@ -54,6 +54,11 @@ def matching(directory: Path, role: str, engine: Engine) -> RoleReader:
         raise CheckpointError(
             f"{directory} is of a {role} with another {what} ({was.get(what, 'none')} there, {now.get(what, 'none')} here); "
             "repeat that run's settings and its model, or start a new run"
+        )
+    kept = {piece.section for piece in engine.pieces() if not piece.section.startswith("optimiser.")}
+    if absent := sorted(kept - reader.sections(next(iter(trained)))) if kept else []:
+        raise CheckpointError(
+            f"{directory} has no {', '.join(absent)} of the {role}; set what that run set (--train.enable-ema for ema), or start a new run"
         )
     return reader
 

@@ -1,6 +1,7 @@
 """The engine of many ranks: DeepSpeed, ZeRO stage 0 to 3, gloo on the CPU and nccl on CUDA; the only file that imports it."""
 
 import contextlib
+import dataclasses
 import io
 import logging
 import math
@@ -18,9 +19,11 @@ from torch.nn.utils import get_total_norm
 from hone.learner.adapters import mark_trained
 from hone.learner.checkpoint.pieces import Piece, Source, share
 from hone.learner.config import DeepSpeedConfig
-from hone.learner.engines import state, zero_state
+from hone.learner.engines import state, zero_settings, zero_state
+from hone.learner.engines.ema import SECTION, Average
+from hone.learner.engines.loss_scale import Skips
 from hone.learner.engines.protocol import StepInfo
-from hone.learner.errors import NumericsError
+from hone.learner.engines.sleep import Sleeper, own_memory, tensors_in
 from hone.learner.model import CriticModel, PolicyModel
 from hone.learner.optim import Training, adamw
 from hone.learner.published import Layer
@@ -33,8 +36,7 @@ NOISE: tuple[tuple[str, type[Warning]], ...] = (
 )
 """Warnings about DeepSpeed's own calls, which no user of this project can mend."""
 
-WHOLE_BELOW = 100_000
-"""Parameters with fewer elements stay whole on every rank under stage 3: gathering them costs more than holding them."""
+WHOLE_BELOW = zero_settings.WHOLE_BELOW
 
 
 def join(*, rank: int, world_size: int, master_addr: str, master_port: int, device: torch.device) -> None:
@@ -69,48 +71,82 @@ class DeepSpeedEngine:
     """See `Engine`. A frozen model (no `training`) is sharded by stage 3 alone, since nothing else of it could be."""
 
     def __init__(self, module: PolicyModel | CriticModel, *, role: str, training: Training | None, ds: DeepSpeedConfig) -> None:
-        self.module, self.role, self.training, self.stage = module, role, training, _stage(ds)
+        self.module, self.role, self.training, self.stage = module, role, training, zero_settings.stage_of(ds)
         self.steps = 0
         self.engine: Any = module
-        self.bad_losses = torch.zeros((), device=next(module.parameters()).device)
         mark_trained(module, training is not None)
+        self.optimiser: torch.optim.Optimizer | None = None
+        self.device = next(module.parameters()).device
+        self.bad_losses = torch.zeros((), device=self.device)
+        self.sleeper, self.average = Sleeper(self.device), None
         if training is None and self.stage < 3:
             return
         optimiser = None if training is None else adamw(module.named_weights(), training.config.adam)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimisers prints the memory in use, whatever the log level
-            self.engine, *_ = _import().initialize(model=module, optimizer=optimiser, config=_settings(ds, training))
+            settings = zero_settings.settings(ds, training, whole_below=WHOLE_BELOW)
+            self.engine, *_ = _import().initialize(model=module, optimizer=optimiser, config=settings)
         self.optimiser = optimiser
+        if training is not None:
+            self.skips = Skips(role=role, bound=training.config.max_skipped_steps)
+            self.scaler = self.engine.optimizer.loss_scaler if ds.param_dtype == "fp16" else None
+            if self.scaler is not None:
+                self.scaler.raise_error_at_min_scale = False  # our own bound ends the run, with our own error
+            if training.ema_beta is not None:
+                self.average = Average(self._held().masters, beta=training.ema_beta)
 
     def __call__(self, *inputs: object) -> Any:
         """The module's forward."""
         return self.engine(*inputs)
 
+    @property
+    def counters(self) -> dict[str, int]:
+        """See `Engine`."""
+        if self.training is None:
+            return {"steps": self.steps}
+        scale = {}
+        if self.scaler is not None:
+            clean = self.scaler.cur_iter - self.scaler.last_overflow_iter - 1
+            scale = {"loss_scale": int(self.scaler.cur_scale), "loss_scale_clean": clean}
+        return {"steps": self.steps, "skipped_in_a_row": self.skips.in_a_row, **scale}
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the loss's gradient; see `Engine`."""
         self.bad_losses += (~loss.detach().isfinite()).float()
-        self.engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over ranks; our losses are parts of one sum.
-        self.engine.backward(loss * distributed.get_world_size())
+        factor = float(distributed.get_world_size())
+        if last:
+            distributed.all_reduce(self.bad_losses)
+            # An infinite loss may have finite gradients: made NaN on every rank, so that every stage leaves the step out by itself.
+            factor = math.nan if int(self.bad_losses) else factor
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * factor)
 
     def step(self) -> StepInfo:
         """Clips and updates; see `Engine`."""
         assert self.training is not None and self.optimiser is not None, f"{self.role} is frozen"
-        distributed.all_reduce(self.bad_losses)
-        if int(self.bad_losses):
-            raise NumericsError(role=self.role, step=self.steps, what=f"{int(self.bad_losses)} micro-batch losses are not finite")
-        lr = self.training.lr(self.steps)
+        lr, bad_losses = self.training.lr(self.steps), int(self.bad_losses)
+        self.bad_losses.zero_()
         for group in self.optimiser.param_groups:
             group["lr"] = lr
-        # Stage 0 leaves the whole gradient on every rank and updates whatever it is; the others, so all of bf16, look at the norm.
+        # Stage 0 leaves the whole gradient on every rank and updates whatever it is; the others look at the norm.
         norm = self._whole_norm() if self.stage == 0 else None
+        mendable = self.scaler is not None and self.scaler.cur_scale > self.scaler.min_scale and not bad_losses
         if norm is None or math.isfinite(norm):
             self.engine.step()
             reported = self.engine.get_global_grad_norm() if norm is None else norm
             norm = float(reported) if self.engine.was_step_applied() else math.inf
+        else:
+            self.engine.zero_grad()
         # DeepSpeed reports -1.0 for a norm that is not finite.
         if not math.isfinite(norm) or norm < 0:
-            raise NumericsError(role=self.role, step=self.steps, what="the gradient norm is not finite")
+            if mendable:
+                return StepInfo(grad_norm=math.inf, lr=lr, applied=False)
+            what = f"{bad_losses} micro-batch losses are not finite" if bad_losses else "the gradient norm is not finite"
+            return self.skips.leave_out(what, step=self.steps, norm=math.inf, lr=lr)
+        if self.average is not None:
+            self.average.update(self._held().masters)
         self.steps += 1
+        self.skips.in_a_row = 0
         return StepInfo(grad_norm=norm, lr=lr)
 
     def weights(self, layers: Sequence[Layer] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -123,25 +159,57 @@ class DeepSpeedEngine:
         """Name, number format and full shape of every weight; gathers nothing."""
         return [entry for layer in self.module.published() for entry in layer.layout()]
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The moving average in place of the weights; see `Engine`. Collective."""
+        if self.average is None:
+            raise ValueError(f"the {self.role} keeps no moving average; set --train.enable-ema")
+        try:
+            with self.average.swapped(self._held().masters):
+                zero_state.renew_parameters(self.engine.optimizer, self.stage)
+                yield
+        finally:
+            zero_state.renew_parameters(self.engine.optimizer, self.stage)
+
     def pieces(self) -> list[Piece]:
         """A rank's own share; see `Engine`."""
         if self.training is None:
             return []
         held = self._held()
-        if self.stage > 0:
-            return state.pieces(held, held.fragments)
-        return state.pieces(held, share(held.fragments, rank=distributed.get_rank(), world_size=distributed.get_world_size()))
+        written = held.fragments
+        if self.stage == 0:
+            written = share(written, rank=distributed.get_rank(), world_size=distributed.get_world_size())
+        return state.pieces(held, written, copy_of=self.sleeper.copy_of)
 
     def restore(self, source: Source) -> None:
         """Takes up a saved state; see `Engine`."""
-        if self.training is not None:
-            state.restore(self._held(), source)
-            zero_state.renew_parameters(self.engine.optimizer, self.stage)
         self.steps = source.counters["steps"]
+        if self.training is None:
+            return
+        state.restore(self._held(), source)
+        zero_state.renew_parameters(self.engine.optimizer, self.stage)
+        self.skips.in_a_row = source.counters.get("skipped_in_a_row", 0)
+        if self.scaler is not None and "loss_scale" in source.counters:
+            self.scaler.cur_scale, self.scaler.last_overflow_iter = float(source.counters["loss_scale"]), -1
+            self.scaler.cur_iter = source.counters["loss_scale_clean"]
+
+    def sleep(self) -> int:
+        """See `Engine`. DeepSpeed's own `offload_states` knows neither frozen models nor stage 0; see docs/decisions/0016."""
+        own_memory(self.module)
+        parameters, gradients = zero_state.parameter_memory(self.module)
+        kept: list[object] = [gradients, self.average and self.average.flats]
+        if self.optimiser is not None:
+            kept += [vars(self.engine.optimizer), dict(self.optimiser.state)]
+        return self.sleeper.sleep(parameters, tensors_in(kept))
+
+    def wake(self, *, training: bool) -> int:
+        """See `Engine`."""
+        return self.sleeper.wake(training=training)
 
     def _held(self) -> state.Held:
         trained = [(name, parameter) for name, parameter in self.module.named_weights() if parameter.requires_grad]
-        return zero_state.held(self.engine.optimizer, trained, self.stage)
+        held = zero_state.held(self.engine.optimizer, trained, self.stage)
+        return held if self.average is None else dataclasses.replace(held, extra={SECTION: self.average.flats})
 
     def close(self) -> None:
         """Gives up DeepSpeed's buffers and hooks."""
@@ -153,30 +221,6 @@ class DeepSpeedEngine:
 
     def _whole_norm(self) -> float:
         return float(get_total_norm([parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]))
-
-
-def _stage(ds: DeepSpeedConfig) -> int:
-    """The stage that DeepSpeed runs: `zero_stage`, but 1 for 0 in bf16."""
-    # In bf16 DeepSpeed's stage 0 is an optimiser of its own: it sums gradients and rounds their norm in bf16, and its first update
-    # is scaled as Adam's second. Stage 1 is the same mathematics as the others and shards nothing but optimiser states.
-    return max(ds.zero_stage, 1) if ds.param_dtype == "bf16" else ds.zero_stage
-
-
-def _settings(ds: DeepSpeedConfig, training: Training | None) -> dict[str, object]:
-    settings: dict[str, object] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": _stage(ds), "stage3_param_persistence_threshold": WHOLE_BELOW},
-        "bf16": {"enabled": ds.param_dtype == "bf16"},
-        # AdamW as torch has it; "untested" means that DeepSpeed's own list does not name it.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if training is not None:
-        settings["gradient_clipping"] = training.config.max_norm
-    if ds.param_dtype == "bf16":
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return settings
 
 
 def _import() -> ModuleType:

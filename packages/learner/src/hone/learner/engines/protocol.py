@@ -5,6 +5,7 @@ collective: all ranks call it the same number of times, in the same order.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,10 +20,14 @@ from hone.learner.published import Layer
 
 @dataclass(frozen=True, kw_only=True)
 class StepInfo:
-    """Of one optimiser step: the gradient's global L2 norm before clipping, and the learning rate it was taken with."""
+    """Of one optimiser step: the gradient's global L2 norm before clipping, and the learning rate it was taken with.
+
+    `applied` is False for a step that was left out, because a loss or the norm was not finite (in fp16, at this loss scale).
+    """
 
     grad_norm: float
     lr: float
+    applied: bool = True
 
 
 @runtime_checkable
@@ -32,6 +37,11 @@ class Engine(Protocol):
     module: PolicyModel | CriticModel
     steps: int
     """Optimiser steps taken."""
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Numbers a run goes on from beside its tensors: `steps`, and what decides on the next step that is not finite."""
+        ...
 
     def __call__(self, *inputs: object) -> Any:
         """The module's forward."""
@@ -44,8 +54,9 @@ class Engine(Protocol):
     def step(self) -> StepInfo:
         """Clips by the global norm and updates.
 
-        Raises NumericsError, on every rank alike, if a loss or the norm is not finite; the parameters are then untouched, and
-        the engine takes no further step.
+        If a loss or the norm is not finite, on any rank, no rank changes anything: the step is left out. Raises NumericsError,
+        on every rank alike, when that happens more than `max_skipped_steps` times in a row. In fp16 an overflow lowers the loss
+        scale, and counts only once that cannot be lowered any more.
         """
         ...
 
@@ -54,6 +65,21 @@ class Engine(Protocol):
 
         Adapters are merged into the weights. With `layers`, what those hand out instead. All ranks must run it to its end.
         """
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, `weights` and the forward pass are of the moving average (`Training.ema_beta`). Raises ValueError without one."""
+        ...
+
+    def sleep(self) -> int:
+        """Gives up the device's memory of parameters, gradients, optimiser states and averages; returns the bytes that were moved.
+
+        Asleep, an engine can be saved and woken, nothing else.
+        """
+        ...
+
+    def wake(self, *, training: bool) -> int:
+        """The parameters, and with `training` all else, as they were, bit for bit; returns the bytes that were moved."""
         ...
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:

@@ -4,7 +4,7 @@ A rank holds flat fp32 tensors, the masters, which an optimiser steps; fragments
 them. Per-element optimiser state (and any extra section, such as an average of the weights) lies as its master does.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -29,8 +29,8 @@ class Held:
     extra: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
-def pieces(held: Held, written: Iterable[Fragment]) -> list[Piece]:
-    """Masters, optimiser state and extra sections of the fragments `written`, as views."""
+def pieces(held: Held, written: Iterable[Fragment], *, copy_of: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Piece]:
+    """Masters, optimiser state and extra sections of the fragments `written`, as views; of what sleeps, `copy_of` it."""
     result = []
     for fragment in written:
         master = held.masters[fragment.flat]
@@ -38,7 +38,7 @@ def pieces(held: Held, written: Iterable[Fragment]) -> list[Piece]:
         extra = {name: flats[fragment.flat] for name, flats in held.extra.items()}
         for section, value in {MASTER: master, **extra, **state}.items():
             if isinstance(value, Tensor) and value.shape == master.shape:
-                values = value.detach().view(-1)[fragment.offset : fragment.offset + fragment.numel]
+                values = copy_of(value.detach()).view(-1)[fragment.offset : fragment.offset + fragment.numel]
                 result.append(Piece(section=section, name=fragment.name, shape=fragment.shape, start=fragment.start, values=values))
             elif section == OPTIMISER + STEP:
                 if fragment.start == 0:  # one for the parameter, so only its first range carries it

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hone.learner.checkpoint.pieces import Fragment
 from hone.learner.engines.state import Held
@@ -54,6 +54,20 @@ def renew_parameters(optimiser: Any, stage: int) -> None:
         optimiser.checkpoint_event_epilogue()
     elif stage > 0:
         optimiser.update_lp_params()
+
+
+def parameter_memory(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """What the forward pass reads, stage 3's shards included (persistent, and hpZ's second ones), and the gradients beside it."""
+    parameters, gradients = [], []
+    for parameter in module.parameters():
+        parameters.append(parameter.detach())
+        for name in ("ds_tensor", "ds_secondary_tensor"):
+            shard = vars(parameter).get(name)
+            if isinstance(shard, Tensor):
+                parameters.append(shard)
+        if parameter.grad is not None:
+            gradients.append(parameter.grad)
+    return parameters, gradients
 
 
 def _part(optimiser: Any, name: str, parameter: Any) -> Fragment:

@@ -1,0 +1,49 @@
+"""DeepSpeed's own configuration from ours, and what of ours it cannot do on this machine, said before a model is touched."""
+
+import torch
+
+from hone.learner.config import DeepSpeedConfig
+from hone.learner.engines.loss_scale import INITIAL_POWER, WINDOW
+from hone.learner.optim import Training
+
+WHOLE_BELOW = 100_000
+"""Parameters with fewer elements stay whole on every rank under stage 3: gathering them costs more than holding them."""
+
+
+def stage_of(ds: DeepSpeedConfig) -> int:
+    """The stage that DeepSpeed runs: `zero_stage`, but 1 for 0 in half precision."""
+    # In bf16 DeepSpeed's stage 0 is an optimiser of its own: it sums gradients and rounds their norm in bf16, and its first update
+    # is scaled as Adam's second; fp16 has another. Stage 1 is the same mathematics as the others and shards optimiser states alone.
+    return ds.zero_stage if ds.param_dtype == "fp32" else max(ds.zero_stage, 1)
+
+
+def check(ds: DeepSpeedConfig, *, device: torch.device) -> None:
+    """Raises ValueError for what DeepSpeed cannot do, or not on `device`."""
+    if ds.grad_accum_dtype not in ("fp32", ds.param_dtype):
+        raise ValueError(
+            f"gradients of {ds.param_dtype} parameters cannot be summed in {ds.grad_accum_dtype}; "
+            f"--ds.grad-accum-dtype fp32 or {ds.param_dtype}"
+        )
+    if ds.param_dtype == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ValueError("this processor has no fp16 arithmetic, and DeepSpeed asks for it; --ds.param-dtype fp32, or bf16")
+
+
+def settings(ds: DeepSpeedConfig, training: Training | None, *, whole_below: int) -> dict[str, object]:
+    """What `deepspeed.initialize` takes; without `training`, of a frozen model."""
+    chosen: dict[str, object] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": stage_of(ds), "stage3_param_persistence_threshold": whole_below},
+        "bf16": {"enabled": ds.param_dtype == "bf16"},
+        # AdamW as torch has it; "untested" means that DeepSpeed's own list does not name it.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if ds.param_dtype == "fp16":
+        scale = {"initial_scale_power": INITIAL_POWER, "loss_scale_window": WINDOW, "hysteresis": 1, "min_loss_scale": 1}
+        chosen["fp16"] = {"enabled": True, "loss_scale": 0, **scale}
+    if training is not None:
+        chosen["gradient_clipping"] = training.config.max_norm
+    if ds.param_dtype != "fp32":
+        chosen["data_types"] = {"grad_accum_dtype": ds.grad_accum_dtype}
+    return chosen

@@ -1,0 +1,146 @@
+"""What an engine does beside a plain step: the moving average, naps, and steps that are left out. Plain torch, and two gloo ranks of
+DeepSpeed under every ZeRO stage.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from hone.learner.engines.ema import Average
+from hone.learner.engines.loss_scale import LossScale
+from tests.learner.engine_ranks import BETA, MAX_TOKENS, ROLES, measure
+from tests.learner.test_ranks import free_port, wait
+from tests.learner.tiny import make_learner, save_model
+
+CASES: dict[str, dict[str, Any]] = {
+    **{f"stage{stage}": {"stage": stage, "dtype": "fp32", "ds": {}} for stage in range(4)},
+    "stage2-bf16": {"stage": 2, "dtype": "bf16", "ds": {}},
+    "stage3-bf16": {"stage": 3, "dtype": "bf16", "ds": {}},
+}
+SINGLE = ("single", "single-bf16")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Every case on two ranks, in one pair of processes; and in this process on the engine of one."""
+    root = tmp_path_factory.mktemp("engines")
+    model = save_model(root / "model", "qwen3-tied")
+    cases = [
+        {**case, "name": name, "ports": [free_port() for _ in range(2)], "out": str(root / f"{name}-average")}
+        for name, case in CASES.items()
+    ]
+    (root / "spec.json").write_text(json.dumps({"model": model, "results": str(root / "results"), "cases": cases}))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-W", "error", "-m", "tests.learner.engine_ranks", str(root / "spec.json")]
+    logs = [root / f"rank{rank}.log" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as output:
+            processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        codes = wait(processes, timeout_s=280)
+    finally:
+        for process in processes:
+            process.kill()
+    if codes != [0, 0]:
+        pytest.fail("\n".join(log.read_text()[-4000:] for log in logs))
+    ranks = [torch.load(root / f"results-{rank}.pt") for rank in range(2)]
+    results = {name: [rank[name] for rank in ranks] for name in CASES}
+    for name in SINGLE:
+        dtype = "bf16" if "bf16" in name else "fp32"
+
+        def build(dtype: str = dtype, **ds: Any) -> Any:
+            common = {"dtype": dtype, "max_tokens": MAX_TOKENS, "lr": 1e-3, "ema_beta": BETA, "max_skipped_steps": 2}
+            return make_learner(dict.fromkeys(ROLES, model), **common, **ds)
+
+        results[name] = [measure(build, str(root / f"{name}-average"))]
+    return {**results, "root": [{"path": root}]}
+
+
+EVERY = (*CASES, *SINGLE)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_average_is_the_formula_over_the_weights_of_every_step(runs: dict[str, Any], name: str) -> None:
+    for rank in runs[name]:
+        expected = rank["trajectory"][0]
+        for step in (1, 2):
+            expected = {key: BETA * value + (1 - BETA) * rank["trajectory"][step][key] for key, value in expected.items()}
+        for key, value in expected.items():
+            # In bf16 the average follows the fp32 masters, which the trajectory knows to 8 bits.
+            rtol, atol = (1e-5, 1e-6) if "bf16" not in name else (2**-6, 1e-4)
+            assert_close(rank["average of two"][key], value, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+        moved = [key for key, value in rank["average of two"].items() if not torch.equal(value, rank["trajectory"][2][key])]
+        assert moved and rank["as before the average"] == []
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_average_is_exported_as_a_model_of_its_own(runs: dict[str, Any], name: str) -> None:
+    path = runs["root"][0]["path"] / f"{name}-average"
+    exported = dict(AutoModelForCausalLM.from_pretrained(path).named_parameters())
+    average = runs[name][0]["average of two"]
+    assert exported.keys() == average.keys()
+    assert all(torch.equal(weight.float(), average[key]) for key, weight in exported.items())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_naps_and_refused_steps_change_nothing(runs: dict[str, Any], name: str) -> None:
+    for rank in runs[name]:
+        assert rank["end"] == rank["steps"] == rank["saved asleep"] == []
+        assert rank["reference"]
+        for where in ("loss", "gradient"):
+            assert rank[where] == (False, 1, []) and rank[f"{where} state"] == []
+        assert rank["counters"] == {"steps": 3, "skipped_in_a_row": 0}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_asleep_a_learner_holds_no_parameters_and_awake_only_one_roles(runs: dict[str, Any], name: str) -> None:
+    for rank in runs[name]:
+        assert rank["held asleep"] == 0 and rank["policy slept while the critic trained"]
+    parameters = sum(value.numel() for value in runs[name][0]["trajectory"][0].values())
+    # At the call the critic is awake: parameters and at least masters (or themselves), two moments and the average, over the ranks.
+    least = parameters * 4 * (4 if "bf16" not in name else 4.5)
+    assert sum(rank["moved"] for rank in runs[name]) >= 0.99 * least
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_too_many_refused_steps_in_a_row_end_the_run_on_every_rank(runs: dict[str, Any], name: str) -> None:
+    for rank in runs[name]:
+        attempt, message = rank["gave up"]
+        assert attempt == 2 and message.startswith("policy: ")
+        assert "at optimiser step 3, 3 times in a row; the parameters were left" in message and "--actor.max-skipped-steps" in message
+
+
+def test_the_average_golden() -> None:
+    # beta 0.9 over 1, 2, 4: 0.9 * 1 + 0.1 * 2 = 1.1; 0.9 * 1.1 + 0.1 * 4 = 1.39.
+    master = torch.tensor([1.0])
+    average = Average([master], beta=0.9)
+    for value, expected in ((2.0, 1.1), (4.0, 1.39)):
+        master.fill_(value)
+        average.update([master])
+        assert_close(average.flats[0], torch.tensor([expected]))
+    with average.swapped([master]):
+        assert_close(master, torch.tensor([1.39]))
+    assert float(master) == 4.0
+
+
+def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window() -> None:
+    scale = LossScale()
+    assert scale.scale == 65536 and scale.update(overflow=True) and scale.scale == 32768
+    for _ in range(1000):
+        scale.update(overflow=False)
+    assert scale.scale == 65536
+    assert all(scale.update(overflow=True) for _ in range(16)) and scale.scale == 1
+    assert not scale.update(overflow=True)  # nothing left to lower: this one counts
