@@ -5,14 +5,13 @@ not depend on when it was computed. Their `named_weights` are named as in the ch
 """
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,9 +20,11 @@ from transformers.utils import logging
 from hone.learner.attention.varlen import PACKED, row_arguments
 from hone.learner.context import Piece
 from hone.learner.errors import ModelError
-from hone.learner.heads import TokenHead, ValueHead
-from hone.learner.logprobs import Slopes, state_values
+from hone.learner.head_files import HeadKind, classifier_config, forget_statistics, head_name, load_head
+from hone.learner.heads import Head, TokenHead
+from hone.learner.logprobs import Slopes
 from hone.learner.model_files import resolve
+from hone.learner.over_logits import OverLogits
 
 CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
 """Logits that exist at once [numbers]: in fp32 128 MiB on a CPU, in bf16 256 MiB on a GPU, where larger products pay."""
@@ -53,13 +54,15 @@ class PolicyModel(nn.Module):
         with_entropy: bool,
         piece: Piece | None = None,
         slopes: Slopes | None = None,
-    ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
+        over: OverLogits | None = None,
+    ) -> tuple[Tensor, ...] | tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
         """Log-probability and, if asked for, entropy of each token in the mask [nats] at `temperature`; zero elsewhere.
 
-        With a `piece`, of the tokens whose predicting state it holds. `slopes` as in `token_logprobs`.
+        With a `piece`, of the tokens whose predicting state it holds. `slopes` as in `token_logprobs`; `over` as in `TokenHead`.
         """
         hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece)
-        return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, piece and piece.places, slopes)
+        places = piece and piece.places
+        return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, places, slopes, over)
 
     def named_weights(self) -> list[tuple[str, nn.Parameter]]:
         """Every parameter once, under its name in the checkpoint; a tied output embedding is its input embedding."""
@@ -72,9 +75,9 @@ class PolicyModel(nn.Module):
 
 
 class CriticModel(nn.Module):
-    """A transformer with a value head; its weights are named as in transformers' sequence classifier of one label."""
+    """A transformer with a value, reward or process head; its weights are named as in transformers' classifier with that head."""
 
-    def __init__(self, backbone: PreTrainedModel, head: ValueHead, *, value_head_prefix: str) -> None:
+    def __init__(self, backbone: PreTrainedModel, head: Head, *, value_head_prefix: str) -> None:
         super().__init__()
         self.backbone = backbone
         self.value_head = head
@@ -87,10 +90,10 @@ class CriticModel(nn.Module):
         cu_seqlens: Int[Tensor, " N_plus_1"],
         action_mask: Bool[Tensor, " T"],
         piece: Piece | None = None,
-    ) -> Float[Tensor, " T"]:
-        """Value of the state before each token in the mask; zero elsewhere, and where a `piece` does not hold the state."""
+    ) -> Tensor:
+        """What the head reads: values [T], scores [N] or label logits [T, C]; zero where a `piece` does not hold the state."""
         hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens, piece)
-        return state_values(hidden, self.value_head, cu_seqlens, action_mask, piece and piece.places)
+        return self.value_head.read(hidden, cu_seqlens, action_mask, piece and piece.places)
 
     def named_weights(self) -> list[tuple[str, nn.Parameter]]:
         """Every parameter once, under its name in the checkpoint."""
@@ -101,13 +104,10 @@ class CriticModel(nn.Module):
         return named
 
     def save(self, directory: Path, weights: dict[str, Tensor]) -> None:
-        """Writes `weights` (named as `named_weights`) as a sequence classifier of one label."""
+        """Writes `weights` (named as `named_weights`) as transformers' own classifier with this head."""
         from huggingface_hub import save_torch_state_dict
 
-        config = copy.deepcopy(self.backbone.config)
-        config.num_labels = 1
-        config.architectures = [type(self.backbone).__name__.removesuffix("Model") + "ForSequenceClassification"]
-        config.save_pretrained(directory)
+        classifier_config(self.backbone, self.value_head, self.prefixes["value_head"]).save_pretrained(directory)
         save_torch_state_dict(weights, directory)
 
 
@@ -141,24 +141,31 @@ def load_policy(name: str, *, dtype: torch.dtype, device: torch.device, gradient
 
 
 def load_critic(
-    name: str, *, dtype: torch.dtype, device: torch.device, value_head_prefix: str, gradient_checkpointing: bool = False
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    value_head_prefix: str,
+    gradient_checkpointing: bool = False,
+    kind: HeadKind = "critic",
+    labels: int = 1,
+    normalize: bool = False,
+    must_be_stored: bool = False,
 ) -> CriticModel:
-    """A critic from a causal language model (fresh value head, see `ValueHead`) or from a saved critic (its own head).
+    """A critic, reward or process model from a causal language model (fresh head) or from a saved one (its own); see `load_head`.
 
-    Raises ModelError as `load_policy`, and for a stored head that does not give one value.
+    Raises ModelError as `load_policy` and `load_head`.
     """
     directory = resolve(name)
     backbone = _load(AutoModel, directory, dtype, device)
-    head = ValueHead(backbone.config.hidden_size, dtype=dtype).to(device)
-    stored = _stored_tensor(directory, f"{value_head_prefix}.weight")
-    if stored is not None:
-        if stored.shape != head.weight.shape:
-            raise ModelError(
-                f"{name}: {value_head_prefix}.weight has shape {tuple(stored.shape)}, a value head has {tuple(head.weight.shape)}; "
-                "name a critic, a reward model with one label, or set --ds.value-head-prefix to the head's name"
-            )
-        head.load_state_dict({"weight": stored.to(dtype)})
-    return _prepare(CriticModel(backbone, head, value_head_prefix=value_head_prefix), gradient_checkpointing)
+    prefix, size = head_name(directory, value_head_prefix), backbone.config.get_text_config().hidden_size
+    settings = {"prefix": prefix, "dtype": dtype, "normalize": normalize, "must_be_stored": must_be_stored}
+    head = load_head(directory, kind, hidden_size=size, labels=labels, **settings).to(device)
+    if kind != "critic":
+        classifier_config(backbone, head, prefix)  # whether it can be stored, before it is trained
+    if kind == "reward" and not must_be_stored:
+        forget_statistics(backbone.config)
+    return _prepare(CriticModel(backbone, head, value_head_prefix=prefix), gradient_checkpointing)
 
 
 def _load(auto_class: Any, directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -223,14 +230,6 @@ def _check_packed(model: PolicyModel, name: str, dtype: torch.dtype) -> None:
             f"{PROBE_LIMIT[dtype]:g} is rounding); {type(model.causal_lm).__name__} does something that packing "
             "does not reproduce, use another model"
         )
-
-
-def _stored_tensor(directory: Path, name: str) -> Tensor | None:
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 - not a dict; it has no __contains__
-                return tensors.get_tensor(name)
-    return None
 
 
 @contextlib.contextmanager

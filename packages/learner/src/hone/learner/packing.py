@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hone.algos.batch import Batch, select
+from hone.algos.batch import Packed, select
 
 HIDDEN_SIZE = 4096
 """Hidden size that costs are reckoned with where the model's own is not given."""
@@ -29,10 +29,15 @@ class Shard:
     whole batch.
     """
 
-    batch: Batch
+    batch: Packed
     micro_batches: tuple[tuple[int, ...], ...]
     fillers: frozenset[int]
     rows: tuple[int, ...]
+
+    @property
+    def own_rows(self) -> list[int]:
+        """Rows of `batch` that are this rank's to answer for; a filler may bring one that is another's."""
+        return [row for index, rows in enumerate(self.micro_batches) if index not in self.fillers for row in rows]
 
 
 def plan(
@@ -56,7 +61,7 @@ def plan(
 
 
 def shards(
-    batch: Batch,
+    batch: Packed,
     *,
     ranks: int,
     max_tokens: int,
@@ -100,6 +105,20 @@ def unshard(parts: Sequence[Shard], arrays: Sequence[Tensor], *, cu_seqlens: Int
             for row in () if index in shard.fillers else micro_batch:
                 start = starts[shard.rows[row]]
                 result[start : start + bounds[row + 1] - bounds[row]] = array[bounds[row] : bounds[row + 1]]
+    return result
+
+
+def unshard_rows(parts: Sequence[Shard], arrays: Sequence[Tensor]) -> Tensor:
+    """Per-row results of each rank, in its shard's row order, back in the whole batch's order.
+
+    Raises ValueError where the number or the length of the arrays does not fit the shards.
+    """
+    if [len(shard.rows) for shard in parts] != [len(array) for array in arrays]:
+        raise ValueError(f"arrays of {[len(array) for array in arrays]} rows for shards of {[len(shard.rows) for shard in parts]}")
+    own = [(shard.rows[row], array[row]) for shard, array in zip(parts, arrays, strict=True) for row in shard.own_rows]
+    result = arrays[0].new_zeros(len(own), *arrays[0].shape[1:])
+    for row, value in own:
+        result[row] = value
     return result
 
 
