@@ -21,6 +21,8 @@ class TrainConfig:
     """Samples of one optimiser step; `rollout.batch_size * rollout.n_samples_per_prompt` samples are cut into such steps."""
     max_tokens_per_gpu: Annotated[int, Range(low=1)] = 16192
     """Hard cap of a packed micro-batch on one rank [tokens]; changes memory and speed, never the result."""
+    micro_batch_size: Annotated[int, Range(low=1)] | None = None
+    """Samples of a micro-batch at most, ranks then having equally many; without it, `train.max_tokens_per_gpu` alone decides."""
     max_epochs: Annotated[int, Range(low=1)] = 1
     """Times each rollout is trained on."""
     num_episodes: Annotated[int, Range(low=1)] = 1

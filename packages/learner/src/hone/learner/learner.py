@@ -28,7 +28,7 @@ from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
 from hone.learner.heads import statistics_of
 from hone.learner.logprobs import Slopes
-from hone.learner.model import CriticModel, load_critic, load_policy
+from hone.learner.model import CriticModel, hidden_size, load_critic, load_policy
 from hone.learner.model_files import check_ring, copy_tokenizer, resolve
 from hone.learner.offline import Questions, loss_of
 from hone.learner.optim import Training
@@ -99,6 +99,7 @@ class Learner:
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
         self.kinds = {role: spec.kind for role, spec in roles.items()}
+        self.hidden_sizes = {role: hidden_size(source) for role, source in self.sources.items()}
         self.head_stride = ds.ring_attn_head_stride
         for source in self.sources.values():
             check_ring(str(source), world_size=world_size, size=ds.ring_attn_size, head_stride=self.head_stride)
@@ -279,18 +280,18 @@ class Learner:
 
     def _policy(self, role: str, part: Packed, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy)
-        logp, entropy = self.engines[role](*inputs, self._piece(part), slopes)
+        logp, entropy = self.engines[role](*inputs, self._piece(role, part), slopes)
         return Outputs(logp=self._whole(logp), entropy=None if entropy is None else self._whole(entropy))
 
     def _read(self, role: str, part: Packed) -> Tensor:
         """What a critic's, reward or process model's head says."""
-        return self._whole(self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, self._piece(part)))
+        return self._whole(self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, self._piece(role, part)))
 
-    def _piece(self, part: Packed) -> Piece | None:
+    def _piece(self, role: str, part: Packed) -> Piece | None:
         """What this rank of a ring runs of a micro-batch."""
         if self.wire is None:
             return None
-        cut = cut_rows(part.lengths.tolist(), size=self.wire.size, max_tokens=self.max_tokens)
+        cut = cut_rows(part.lengths.tolist(), size=self.wire.size, max_tokens=self.max_tokens, hidden_size=self.hidden_sizes[role])
         return piece_of(cut, part.cu_seqlens, wire=self.wire, head_stride=self.head_stride)
 
     def _whole(self, per_token: Tensor) -> Tensor:
@@ -328,7 +329,7 @@ class Learner:
 
     def _over_logits(self, role: str, part: Packed, reader: OverLogits) -> tuple[Tensor, ...]:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, 1.0, False)
-        return self.engines[role](*inputs, self._piece(part), None, reader)
+        return self.engines[role](*inputs, self._piece(role, part), None, reader)
 
     def _update(self, role: str, shard: Shard, loss_of: Callable[[Any], Loss]) -> StepResult:
         if not isinstance(shard.batch, LABELLED):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -127,6 +127,11 @@ def packed_hidden(
     arguments = row_arguments(cu_seqlens) if piece is None else piece.row_arguments()
     output = backbone(input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, **arguments)
     return output.last_hidden_state[0]
+
+
+def hidden_size(directory: Path) -> int:
+    """Of the language model in `directory`, from its configuration alone."""
+    return int(AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config().hidden_size)
 
 
 def load_policy(name: str, *, dtype: torch.dtype, device: torch.device, gradient_checkpointing: bool = False) -> PolicyModel:
