@@ -251,5 +251,5 @@ def test_what_cannot_work_is_said_at_once(tmp_path: Path) -> None:
     (shard,) = shards(batch, ranks=1, max_tokens=30)
     with pytest.raises(ValueError, match="exceeds this rank's 16"):
         learner.logp("policy", shard)
-    with pytest.raises(ValueError, match="only be updated on a Scored batch; judge the Batch first"):
+    with pytest.raises(ValueError, match="only be updated on a Scored batch or labelled rows; judge the Batch first"):
         learner.update_policy("policy", Shard(batch=batch, micro_batches=((0,),), fillers=frozenset(), rows=(0,)), PLAIN_PPO)

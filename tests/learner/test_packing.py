@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hone.learner.packing import plan, shards, unshard
+from hone.learner.packing import plan, shards, unshard, unshard_rows
 from tests.learner.tiny import make_batch
 
 
@@ -54,6 +54,22 @@ def test_shards_hold_every_row_once_apart_from_fillers_and_unshard_brings_all_ba
                 values[bounds[row] : bounds[row + 1]] = part.batch.tokens[bounds[row] : bounds[row + 1]].float()
         arrays.append(values)
     assert torch.equal(unshard(parts, arrays, cu_seqlens=batch.cu_seqlens), batch.tokens.float())
+
+
+@given(plans)
+@settings(max_examples=50)
+def test_results_of_rows_come_back_in_order(case: tuple[list[int], int, int]) -> None:
+    lengths, ranks, max_tokens = case
+    batch = make_batch(lengths)
+    parts = shards(batch, ranks=ranks, max_tokens=max_tokens)
+    arrays = []
+    for part in parts:
+        values = torch.full((part.batch.rows,), float("nan"))  # nobody reads what a filler brings
+        values[part.own_rows] = part.batch.group[part.own_rows].float()
+        arrays.append(values)
+    assert torch.equal(unshard_rows(parts, arrays), batch.group.float())
+    with pytest.raises(ValueError, match="rows for shards of"):
+        unshard_rows(parts, [*arrays[:-1], arrays[-1][:-1]])
 
 
 @given(plans)

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hone.learner.attention.ring import Ring
-from hone.learner.context import BALANCE, LINEAR_TOKENS, Cut, cut_rows, piece_of
+from hone.learner.context import BALANCE, Cut, cut_rows, piece_of
 from hone.learner.errors import ModelError
 from hone.learner.learner import Learner
 from hone.learner.logprobs import predicting_states, scored_positions
 from hone.learner.model import PolicyModel, load_policy
+from hone.learner.packing import HIDDEN_SIZE
 from hone.learner.ring_probe import check_cut
 from tests.learner.tiny import make_learner, save_model
 from tests.learner.virtual_ring import QueueWire, Shared, on_ring
@@ -75,10 +76,10 @@ def test_work_is_even(size: int) -> None:
         cut = cut_rows(lengths, size=size, max_tokens=10**9)
         work = [0.0] * size
         for rank, rows in enumerate(cut.whole):
-            work[rank] += sum(lengths[row] * (1 + lengths[row] / LINEAR_TOKENS) for row in rows)
+            work[rank] += sum(lengths[row] * (1 + lengths[row] / (12 * HIDDEN_SIZE)) for row in rows)
         for row in cut.long:
             for rank in range(size):
-                work[rank] += lengths[row] * (1 + lengths[row] / LINEAR_TOKENS) / size
+                work[rank] += lengths[row] * (1 + lengths[row] / (12 * HIDDEN_SIZE)) / size
         assert max(work) <= 1.01 * BALANCE * sum(work) / size  # a token more or less per chunk
 
 

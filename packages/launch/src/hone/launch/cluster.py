@@ -192,7 +192,7 @@ def learner_ranks(
     return RemoteGroup(
         group.name,
         ranks,
-        max_tokens=plan.config.train.max_tokens_per_gpu,
+        cut=plan.cut(),
         ring=plan.config.ds.ring_attn_size,
         settings={
             "roles": {role: specs[role] for role in group.roles},

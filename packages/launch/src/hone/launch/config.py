@@ -25,6 +25,8 @@ class TrainConfig:
     """Keep an exponential moving average of the policy's weights, checkpointed with it and exported beside it as `model_ema/`."""
     ema_beta: Annotated[float, Range(low=0, high=1, open_high=True)] = 0.992
     """Decay of that average, once an optimiser step: average <- beta average + (1 - beta) weights."""
+    micro_batch_size: Annotated[int, Range(low=1)] | None = None
+    """Samples of a micro-batch at most, ranks then having equally many; without it, `train.max_tokens_per_gpu` alone decides."""
     max_epochs: Annotated[int, Range(low=1)] = 1
     """Times each rollout is trained on."""
     num_episodes: Annotated[int, Range(low=1)] = 1

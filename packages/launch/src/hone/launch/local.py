@@ -4,7 +4,8 @@ For a debugger, for tests, and for machines where vLLM does not run. The same lo
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -30,11 +31,11 @@ PROMPTS_PER_CALL = 64
 class LocalGroup:
     """A learner in this process behind the RoleGroup protocol."""
 
-    def __init__(self, learner: Learner, *, max_tokens: int) -> None:
-        self.learner, self._max_tokens = learner, max_tokens
+    def __init__(self, learner: Learner, *, cut: Mapping[str, Any]) -> None:
+        self.learner, self._cut = learner, cut
 
     def _shard(self, batch: Batch) -> Shard:
-        return shards(batch, ranks=1, max_tokens=self._max_tokens)[0]
+        return shards(batch, ranks=1, **self._cut)[0]
 
     def logp(self, role: str, batch: Batch) -> Tensor:
         """Log-probabilities [nats] of every action token, [T]."""
@@ -154,7 +155,7 @@ def build(plan: Plan) -> Assembly:
     model = transformers.AutoModelForCausalLM.from_pretrained(resolve(plan.models["policy"]), dtype=dtype)
     engine = TransformersEngine(model, eos_ids=plan.eos_token_ids)
     plan.on_start("engine", READY)
-    served, group = ServedHere(engine, model), LocalGroup(learner, max_tokens=config.train.max_tokens_per_gpu)
+    served, group = ServedHere(engine, model), LocalGroup(learner, cut=plan.cut())
     source = FingerprintedSource(_Weights(learner))
     runner = asyncio.Runner()
     publisher = Publisher(

@@ -61,7 +61,8 @@ class Plan:
 
     `models` maps role -> model directory or hub id, for the roles this run has; `scratch` is a short path for Ray's own files, there
     until every process has ended; `optimiser_steps` is the length of the
-    learning-rate schedule; `vocabulary` the number of token ids the tokenizer knows; `on_start(role, state)` hears of what is
+    learning-rate schedule; `vocabulary` the number of token ids the tokenizer knows, `hidden_size` the policy's;
+    `on_start(role, state)` hears of what is
     being brought up.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     models: Mapping[str, str]
     optimiser_steps: int
     vocabulary: int
+    hidden_size: int
     eos_token_ids: tuple[int, ...]
     executor: Callable[[Engine, str, int], Executor]
     source: Callable[[], Iterator[list[Prompt]]]
@@ -76,6 +78,11 @@ class Plan:
     scratch: Path
     on_start: Callable[[str, str], None]
     on_phase: Callable[[str, float | None], None]
+
+    def cut(self) -> dict[str, int | None]:
+        """How batches are cut into micro-batches: what `packing.shards` takes."""
+        train = self.config.train
+        return {"max_tokens": train.max_tokens_per_gpu, "max_rows": train.micro_batch_size, "hidden_size": self.hidden_size}
 
     def roles(self) -> dict[str, RoleSpec]:
         """What the learner needs to know of each role."""

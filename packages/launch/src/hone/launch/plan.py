@@ -96,6 +96,7 @@ def make_plan(
         models=models,
         optimiser_steps=steps * math.ceil(samples / config.train.batch_size) * config.train.max_epochs,
         vocabulary=vocabulary(models, prompts.tokenizer),
+        hidden_size=int(transformers.AutoConfig.from_pretrained(model).get_text_config().hidden_size),
         eos_token_ids=stop_ids(model, prompts.tokenizer),
         executor=executor,
         source=prompts.steps,

@@ -180,13 +180,14 @@ class RemoteEngine:
 
 
 class RemoteGroup:
-    """A group of learner ranks behind the RoleGroup protocol; `settings` are the Learner's. Call `wait` before anything else.
+    """A group of learner ranks behind the RoleGroup protocol; `cut` is what `shards` takes, `settings` what the Learner does.
 
-    Every `ring` consecutive ranks share a shard, and each of them returns the whole shard's results.
+    Call `wait` before anything else. Every `ring` consecutive ranks share a shard, and each of them returns the whole shard's results.
     """
 
-    def __init__(self, name: str, ranks: Sequence[ActorHandle], *, max_tokens: int, ring: int, settings: Mapping[str, Any]) -> None:
-        self.name, self.ranks, self._max_tokens, self._ring = name, list(ranks), max_tokens * ring, ring
+    def __init__(self, name: str, ranks: Sequence[ActorHandle], *, cut: Mapping[str, Any], ring: int, settings: Mapping[str, Any]) -> None:
+        self.name, self.ranks, self._ring = name, list(ranks), ring
+        self._cut = {**cut, "max_tokens": cut["max_tokens"] * ring}
         self._written: dict[int, Outcome] = {}
         self._who = f"a process of group {name!r}"
         address, port = get([self.ranks[0].rendezvous.remote()], who=self._who)[0]
@@ -206,7 +207,7 @@ class RemoteGroup:
         return get([rank.send.remote() for rank in self.ranks], who=self._who)[0]
 
     def _sharded(self, method: str, role: str, batch: Batch, *args: Any) -> tuple[list[Shard], list[Any]]:
-        cut = shards(batch, ranks=len(self.ranks) // self._ring, max_tokens=self._max_tokens)
+        cut = shards(batch, ranks=len(self.ranks) // self._ring, **self._cut)
         stored = [ray.put(shard) for shard in cut]
         references = [rank.call.remote(method, role, stored[index // self._ring], *args) for index, rank in enumerate(self.ranks)]
         return cut, references

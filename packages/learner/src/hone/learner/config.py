@@ -126,7 +126,9 @@ class DeepSpeedConfig:
     ring_attn_head_stride: Annotated[int, Range(low=1)] | None = None
     """Key heads for which a ring gathers all keys at a time; without it, keys go round the ring, one rank's at a time."""
     value_head_prefix: str = "score"
-    """Name of the critic's head in its checkpoint."""
+    """Name of the value, reward or process head in its checkpoint, unless the checkpoint says it itself."""
+    normalize_reward: bool = False
+    """Scores and values of a reward model, and of a critic that began as one, less the mean and over the deviation in its configuration."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters of every model that trains."""
     load_in_4bit: bool = False

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -18,10 +19,8 @@ from torch import Tensor
 from hone.learner.attention.ring import Ring
 from hone.learner.attention.varlen import row_arguments
 from hone.learner.attention.wire import Wire
-from hone.learner.packing import HIDDEN_SIZE
+from hone.learner.packing import HIDDEN_SIZE, cost
 
-LINEAR_TOKENS = 12 * HIDDEN_SIZE
-"""Row length [tokens] at which attention costs as much as all linear layers, as `packing.cost` has it."""
 BALANCE = 1.08
 """Work of the busiest rank over the mean, above which one more row is cut: cutting it costs communication in every layer, so a
 micro-batch may wait for its busiest rank for a twelfth of its time. At 1.05 up to twice as many rows are cut."""
@@ -59,19 +58,21 @@ class Piece:
         return {**row_arguments(self.rows), "ring": self.ring}
 
 
-def cut_rows(lengths: Sequence[int], *, size: int, max_tokens: int) -> Cut:
+def cut_rows(lengths: Sequence[int], *, size: int, max_tokens: int, hidden_size: int = HIDDEN_SIZE) -> Cut:
     """Rows over `size` ranks: as few as possible of them cut, the longest.
 
-    A row is cut when its work exceeds a rank's share, and more are until no rank has more than `BALANCE` times its share of
-    the work, nor more than `max_tokens` tokens; but none of fewer than 2k tokens, which have no token for every chunk.
+    Work is `packing.cost` at `hidden_size`. A row is cut when its work exceeds a rank's share, and more are until no rank has
+    more than `BALANCE` times its share of the work, nor more than `max_tokens` tokens; but none of fewer than 2k tokens, which
+    have no token for every chunk.
     """
     longest_first = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    share = sum(_work(length) for length in lengths) / size
+    costs = cost(np.asarray(lengths, dtype=np.int64), hidden_size=hidden_size).tolist()
+    share = sum(costs) / size
     can_be_cut = sum(length >= 2 * size for length in lengths)
-    cuts = sum(lengths[row] >= 2 * size and _work(lengths[row]) > share for row in longest_first)
+    cuts = sum(lengths[row] >= 2 * size and costs[row] > share for row in longest_first)
     while True:
-        cut = _place(lengths, longest_first[:cuts], longest_first[cuts:], size)
-        tokens, work = _loads(cut, lengths, size)
+        cut = _place(lengths, costs, longest_first[:cuts], longest_first[cuts:], size)
+        tokens, work = _loads(cut, lengths, costs, size)
         if cuts == can_be_cut or (max(tokens) <= max_tokens and max(work) <= BALANCE * share):
             return cut
         cuts += 1
@@ -101,12 +102,7 @@ def piece_of(cut: Cut, cu_seqlens: Int[Tensor, " N_plus_1"], *, wire: Wire, head
     return Piece(index=own.to(device), places=places.to(device), rows=torch.tensor(rows, dtype=torch.int32, device=device), ring=ring)
 
 
-def _work(length: int) -> float:
-    """Work of a row, in units of a token's linear layers; attention's share grows with the length."""
-    return length * (1 + length / LINEAR_TOKENS)
-
-
-def _place(lengths: Sequence[int], long: Sequence[int], short: Sequence[int], size: int) -> Cut:
+def _place(lengths: Sequence[int], costs: Sequence[float], long: Sequence[int], short: Sequence[int], size: int) -> Cut:
     """Long rows cut evenly; short ones, longest first, each to the rank that has least to do."""
     tokens = [0] * size
     chunks = []
@@ -124,18 +120,18 @@ def _place(lengths: Sequence[int], long: Sequence[int], short: Sequence[int], si
     for row in short:
         load, rank = heapq.heappop(loads)
         whole[rank].append(row)
-        heapq.heappush(loads, (load + _work(lengths[row]), rank))
+        heapq.heappush(loads, (load + costs[row], rank))
     return Cut(whole=tuple(tuple(sorted(rows)) for rows in whole), long=tuple(long), chunks=tuple(chunks))
 
 
-def _loads(cut: Cut, lengths: Sequence[int], size: int) -> tuple[list[int], list[float]]:
+def _loads(cut: Cut, lengths: Sequence[int], costs: Sequence[float], size: int) -> tuple[list[int], list[float]]:
     """Tokens and work of every rank; a cut row's work is spread as its tokens are, which zigzag makes true of attention, too."""
     tokens = [sum(lengths[row] for row in rows) for rows in cut.whole]
-    work = [sum((_work(lengths[row]) for row in rows), start=0.0) for rows in cut.whole]
+    work = [sum((costs[row] for row in rows), start=0.0) for rows in cut.whole]
     for row, sizes in zip(cut.long, cut.chunks, strict=True):
         for chunk, length in enumerate(sizes):
             tokens[_holder(chunk, size)] += length
-            work[_holder(chunk, size)] += _work(lengths[row]) * length / lengths[row]
+            work[_holder(chunk, size)] += costs[row] * length / lengths[row]
     return tokens, work
 
 

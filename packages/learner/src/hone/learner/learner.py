@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from hone.algos.batch import Batch, Scored, select
+from hone.algos.batch import Packed, Scored, select
+from hone.algos.offline import Demonstrations, Judgements, Offline, Pairs, Steps, Taught
 from hone.algos.protocol import Loss, Outputs
 from hone.algos.ranges import Range
 from hone.learner.adapters import adaptation, adapter_of, check_settings, dropout_awake, save_adapter
@@ -28,16 +29,21 @@ from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefC
 from hone.learner.context import Piece, cut_rows, piece_of
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
+from hone.learner.heads import statistics_of
 from hone.learner.logprobs import Slopes
-from hone.learner.model import load_critic, load_policy
+from hone.learner.model import CriticModel, hidden_size, load_critic, load_policy
 from hone.learner.model_files import check_ring, copy_tokenizer, resolve
+from hone.learner.offline import Questions, loss_of
 from hone.learner.optim import Training
+from hone.learner.over_logits import OverLogits, TopLogp
 from hone.learner.packing import Shard
 from hone.learner.per_token import PerToken, PolicyLoss
 from hone.learner.ring_probe import check_cut
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Our names of number formats."""
+LABELLED = (Scored, Demonstrations, Pairs, Judgements, Steps, Taught)
+"""What can be trained on: rows that carry weights."""
 
 
 @runtime_checkable
@@ -53,12 +59,14 @@ class ValueLoss(Protocol):
 class RoleSpec:
     """A model to host: what it is for, where it comes from, and how it is trained over `total_steps` optimiser steps."""
 
-    kind: Literal["policy", "critic", "reference"]
+    kind: Literal["policy", "critic", "reference", "reward", "process"]
     model: str
     config: ActorConfig | CriticConfig | RefConfig
     total_steps: int
     ema_beta: Annotated[float, Range(low=0, high=1, open_high=True)] | None = None
     """Decay of an exponential moving average of the weights; None keeps none."""
+    labels: int = 2
+    """Labels of a process model's head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +108,10 @@ class Learner:
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         check_settings(ds)
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
-        self.head_stride, self.sleeps = ds.ring_attn_head_stride, ds.enable_sleep
+        self.sleeps = ds.enable_sleep
+        self.kinds = {role: spec.kind for role, spec in roles.items()}
+        self.hidden_sizes = {role: hidden_size(source) for role, source in self.sources.items()}
+        self.head_stride = ds.ring_attn_head_stride
         for source in self.sources.values():
             check_ring(str(source), world_size=world_size, size=ds.ring_attn_size, head_stride=self.head_stride)
         if backend == "deepspeed":
@@ -121,7 +132,61 @@ class Learner:
     def values(self, role: str, shard: Shard) -> Float[Tensor, " T"]:
         """Values of the states before the shard's action tokens; no gradient, zero off the mask."""
         self._awake(role)
-        return self._evaluate(shard, lambda part: self._values(role, part))
+        return self._evaluate(shard, lambda part: self._read(role, part))
+
+    def scores(self, role: str, shard: Shard) -> Float[Tensor, " N"]:
+        """A reward model's score of each of the shard's rows [reward], normalised where `--ds.normalize-reward` has it; no gradient."""
+        self._awake(role)
+        found = self._evaluate(shard, lambda part: self._read(role, part), per_row=True)
+        model = self.engines[role].module
+        assert isinstance(model, CriticModel)
+        return found if model.value_head.statistics is None else model.value_head.statistics.normalised(found)
+
+    def label_logits(self, role: str, shard: Shard) -> Float[Tensor, "T C"]:
+        """A process model's logits at the tokens in the mask; no gradient, zero off the mask."""
+        self._awake(role)
+        return self._evaluate(shard, lambda part: self._read(role, part))
+
+    def top_logp(self, role: str, shard: Shard, *, k: int, temperature: float) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+        """A teacher's `k` likeliest tokens at each action token and their log-probabilities [nats]; no gradient, zero off the mask.
+
+        What `weighed_taught` takes; `temperature` is the distillation's.
+        """
+
+        def top(part: Packed) -> tuple[Tensor, ...]:
+            found = self._over_logits(role, part, TopLogp(part, k=k, temperature=temperature))
+            return self._whole(found[0].to(torch.float64)).long(), self._whole(found[1])
+
+        self._awake(role)
+        tokens, logp = self._evaluate_all(shard, top)
+        return tokens, logp
+
+    def keep_statistics(self, role: str, scores: Float[Tensor, " N"]) -> None:
+        """Mean and deviation of a reward model's scores over all ranks' rows go into its configuration, which `export` writes.
+
+        Raises ValueError for fewer than two scores, or where scores come normalised already.
+        """
+        model = self.engines[role].module
+        if not isinstance(model, CriticModel) or self.kinds[role] != "reward" or model.value_head.statistics is not None:
+            raise ValueError(f"{role} is no reward model with raw scores; host one without --ds.normalize-reward")
+        found = statistics_of(scores)
+        model.backbone.config.mean, model.backbone.config.std = found.mean, found.std
+
+    def update_offline(self, role: str, shard: Shard, algo: Offline) -> StepResult:
+        """One optimiser step of an offline algorithm over a shard of its labelled rows. Raises NumericsError; see `Engine.step`.
+
+        A `LogpLoss` takes a policy, a `ScoreLoss` a reward model, a `LogitsLoss` a process model or a policy; ValueError otherwise.
+        """
+        return self._update(role, shard, self._offline(role, algo))
+
+    @torch.no_grad()
+    def evaluate_offline(self, role: str, shard: Shard, algo: Offline) -> dict[str, float]:
+        """Figures (this rank's share of them) that `update_offline` would report, without a step."""
+        self._awake(role)
+        loss, totals = self._offline(role, algo), {}
+        for index in range(len(shard.micro_batches)):
+            _add_figures(totals, loss(self._micro_batch(shard, index)), filler=index in shard.fillers)
+        return self._told(totals)
 
     def update_policy(self, role: str, shard: Shard, algo: PolicyLoss) -> StepResult:
         """One optimiser step over all micro-batches of a Scored shard. Raises NumericsError; see `Engine.step`."""
@@ -136,7 +201,7 @@ class Learner:
 
     def update_critic(self, role: str, shard: Shard, algo: ValueLoss) -> StepResult:
         """One optimiser step of the critic over all micro-batches of a Scored shard. Raises NumericsError; see `Engine.step`."""
-        return self._update(role, shard, lambda part: algo.value_loss(self._values(role, part), part))
+        return self._update(role, shard, lambda part: algo.value_loss(self._read(role, part), part))
 
     def weights(self, role: str) -> Iterator[tuple[str, Tensor]]:
         """Every weight in full under its checkpoint name, layer by layer; a tensor lives until the next is asked for."""
@@ -230,7 +295,9 @@ class Learner:
         freeze = None if isinstance(spec.config, RefConfig) else spec.config.freeze
         adapted = adaptation(ds, freeze=freeze, trained=training is not None)
         loading = {"dtype": dtype, "device": self.device, "gradient_checkpointing": recompute, "adaptation": adapted}
-        if spec.kind == "critic":
+        if spec.kind in ("critic", "reward", "process"):
+            labels = spec.labels if spec.kind == "process" else 1
+            loading |= {"kind": spec.kind, "labels": labels, "normalize": ds.normalize_reward, "must_be_stored": training is None}
             module = load_critic(name, value_head_prefix=ds.value_head_prefix, **loading)
         else:
             module = load_policy(name, **loading)
@@ -250,57 +317,79 @@ class Learner:
         self.engines[role].wake(training=training)
         return self.engines[role]
 
-    def _policy(self, role: str, part: Batch, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
+    def _policy(self, role: str, part: Packed, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy)
-        logp, entropy = self.engines[role](*inputs, self._piece(part), slopes)
+        logp, entropy = self.engines[role](*inputs, self._piece(role, part), slopes)
         return Outputs(logp=self._whole(logp), entropy=None if entropy is None else self._whole(entropy))
 
-    def _values(self, role: str, part: Batch) -> Tensor:
-        return self._whole(self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, self._piece(part)))
+    def _read(self, role: str, part: Packed) -> Tensor:
+        """What a critic's, reward or process model's head says."""
+        return self._whole(self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, self._piece(role, part)))
 
-    def _piece(self, part: Batch) -> Piece | None:
+    def _piece(self, role: str, part: Packed) -> Piece | None:
         """What this rank of a ring runs of a micro-batch."""
         if self.wire is None:
             return None
-        cut = cut_rows(part.lengths.tolist(), size=self.wire.size, max_tokens=self.max_tokens)
+        cut = cut_rows(part.lengths.tolist(), size=self.wire.size, max_tokens=self.max_tokens, hidden_size=self.hidden_sizes[role])
         return piece_of(cut, part.cu_seqlens, wire=self.wire, head_stride=self.head_stride)
 
     def _whole(self, per_token: Tensor) -> Tensor:
         """What the ranks of a ring have each for some of the tokens, for all of them."""
         return per_token if self.wire is None else add_over_ring(per_token, self.wire)
 
-    @torch.no_grad()
-    def _evaluate(self, shard: Shard, forward: Callable[[Batch], Tensor]) -> Tensor:
-        result = torch.zeros(shard.batch.tokens.shape[0], dtype=torch.float32)
-        bounds = shard.batch.cu_seqlens.tolist()
-        for index, rows in enumerate(shard.micro_batches):
-            values = forward(self._micro_batch(shard, index)).cpu()
-            if index not in shard.fillers:
-                positions = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows])
-                result[positions] = values
-        return result
+    def _evaluate(self, shard: Shard, forward: Callable[[Packed], Tensor], *, per_row: bool = False) -> Tensor:
+        return self._evaluate_all(shard, lambda part: (forward(part),), per_row=per_row)[0]
 
-    def _update(self, role: str, shard: Shard, loss_of: Callable[[Scored], Loss]) -> StepResult:
-        if not isinstance(shard.batch, Scored):
-            raise ValueError(f"{role} can only be updated on a Scored batch; judge the {type(shard.batch).__name__} first")
+    @torch.no_grad()
+    def _evaluate_all(self, shard: Shard, forward: Callable[[Packed], tuple[Tensor, ...]], *, per_row: bool = False) -> list[Tensor]:
+        """Each of forward's results over the whole shard, one entry per token or per row; a filler's are dropped."""
+        bounds, size = shard.batch.cu_seqlens.tolist(), shard.batch.rows if per_row else shard.batch.tokens.shape[0]
+        results: list[Tensor] = []
+        for index, rows in enumerate(shard.micro_batches):
+            found = [one.cpu() for one in forward(self._micro_batch(shard, index))]
+            results = results or [one.new_zeros(size, *one.shape[1:]) for one in found]
+            if index not in shard.fillers:
+                places = torch.tensor(rows) if per_row else torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows])
+                for result, one in zip(results, found, strict=True):
+                    result[places] = one
+        return results
+
+    def _offline(self, role: str, algo: Offline) -> Callable[[Any], Loss]:
+        """The algorithm's loss over a micro-batch, for what the role's model says of it."""
+
+        def logp(part: Packed, slopes: Slopes | None) -> Outputs:
+            return self._policy(role, part, with_entropy=False, slopes=slopes)
+
+        def over_logits(part: Packed, reader: OverLogits) -> tuple[Tensor, ...]:
+            return tuple(self._whole(one) for one in self._over_logits(role, part, reader))
+
+        ask = Questions(logp=logp, read=lambda part: self._read(role, part), over_logits=over_logits, slopes=self.wire is None)
+        return loss_of(algo, role=role, kind=self.kinds[role], ask=ask)
+
+    def _over_logits(self, role: str, part: Packed, reader: OverLogits) -> tuple[Tensor, ...]:
+        inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, 1.0, False)
+        return self.engines[role](*inputs, self._piece(role, part), None, reader)
+
+    def _update(self, role: str, shard: Shard, loss_of: Callable[[Any], Loss]) -> StepResult:
+        if not isinstance(shard.batch, LABELLED):
+            raise ValueError(f"{role} can only be updated on a Scored batch or labelled rows; judge the {type(shard.batch).__name__} first")
         engine = self._awake(role, training=True)
         totals: dict[str, Tensor] = {}
         with dropout_awake(engine.module):
             for index in range(len(shard.micro_batches)):
-                part = self._micro_batch(shard, index)
-                assert isinstance(part, Scored)
-                loss = loss_of(part)
+                loss = loss_of(self._micro_batch(shard, index))
                 engine.backward(loss.total, last=index == len(shard.micro_batches) - 1)
-                for name, value in {} if index in shard.fillers else loss.metrics.items():
-                    totals[name] = totals.get(name, 0) + value
+                _add_figures(totals, loss, filler=index in shard.fillers)
         info = engine.step()
-        if self.wire is not None and self.wire.rank:
-            totals = {}  # every rank of a ring has the same figures, of the whole rows: the first one tells
-        read = torch.stack(list(totals.values())).tolist() if totals else []  # waits for the device once, not once per metric
-        metrics = dict(zip(totals, read, strict=True))
-        return StepResult(metrics=metrics, grad_norm=info.grad_norm, lr=info.lr, applied=info.applied)
+        return StepResult(metrics=self._told(totals), grad_norm=info.grad_norm, lr=info.lr, applied=info.applied)
 
-    def _micro_batch(self, shard: Shard, index: int) -> Batch:
+    def _told(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        """Figures as numbers; of a ring, whose ranks all have those of the whole rows, the first one tells."""
+        if not totals or (self.wire is not None and self.wire.rank):
+            return {}
+        return dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))  # waits for the device once
+
+    def _micro_batch(self, shard: Shard, index: int) -> Packed:
         """Micro-batch `index` on this rank's device. A filler has an empty mask and weights of zero: it adds nothing to any sum."""
         part = select(shard.batch, shard.micro_batches[index])
         cap = self.max_tokens * (1 if self.wire is None else self.wire.size)
@@ -312,7 +401,12 @@ class Learner:
             if isinstance(value := getattr(part, field.name), Tensor)
         }
         if index in shard.fillers:
-            moved["action_mask"] = torch.zeros_like(moved["action_mask"])
-            if "weights" in moved:
-                moved["weights"] = torch.zeros_like(moved["weights"])
+            for name in ("action_mask", "weights", "row_weights"):
+                if name in moved:
+                    moved[name] = torch.zeros_like(moved[name])
         return dataclasses.replace(part, **moved)
+
+
+def _add_figures(totals: dict[str, Tensor], loss: Loss, *, filler: bool) -> None:
+    for name, value in {} if filler else loss.metrics.items():
+        totals[name] = totals.get(name, 0) + value.detach()

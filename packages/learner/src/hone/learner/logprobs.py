@@ -48,6 +48,12 @@ def predicting_states(
     return positions[states >= 0], states[states >= 0]
 
 
+def states_at(positions: Int[Tensor, " M"], places: Int[Tensor, " T"] | None) -> tuple[Int[Tensor, " M_here"], Int[Tensor, " M_here"]]:
+    """As `predicting_states`, of the tokens' own states: what stands after them."""
+    states = positions if places is None else places[positions]
+    return positions[states >= 0], states[states >= 0]
+
+
 def token_logprobs(
     hidden: Float[Tensor, "S H"],
     head_weight: Float[Tensor, "V H"],
@@ -80,7 +86,7 @@ def token_logprobs(
 
 def state_values(
     hidden: Float[Tensor, "S H"],
-    head: torch.nn.Module,
+    head: Callable[[Float[Tensor, "M H"]], Float[Tensor, "M 1"]],
     cu_seqlens: Int[Tensor, " N_plus_1"],
     action_mask: Bool[Tensor, " T"],
     places: Int[Tensor, " T"] | None = None,

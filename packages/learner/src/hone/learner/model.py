@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from huggingface_hub import save_torch_state_dict
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,9 +23,11 @@ from hone.learner.adapters import PLAIN, Adaptation, Adapted, adapt
 from hone.learner.attention.varlen import PACKED, row_arguments
 from hone.learner.context import Piece
 from hone.learner.errors import ModelError
-from hone.learner.heads import TokenHead, ValueHead
-from hone.learner.logprobs import Slopes, state_values
+from hone.learner.head_files import HeadKind, classifier_config, forget_statistics, head_name, load_head
+from hone.learner.heads import Head, TokenHead
+from hone.learner.logprobs import Slopes
 from hone.learner.model_files import resolve
+from hone.learner.over_logits import OverLogits
 from hone.learner.published import Layer, Named, adapted, layers, parameters_of
 from hone.learner.quantised import in_four_bits, settle
 
@@ -58,13 +60,15 @@ class PolicyModel(nn.Module):
         with_entropy: bool,
         piece: Piece | None = None,
         slopes: Slopes | None = None,
-    ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
+        over: OverLogits | None = None,
+    ) -> tuple[Tensor, ...] | tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
         """Log-probability and, if asked for, entropy of each token in the mask [nats] at `temperature`; zero elsewhere.
 
-        With a `piece`, of the tokens whose predicting state it holds. `slopes` as in `token_logprobs`.
+        With a `piece`, of the tokens whose predicting state it holds. `slopes` as in `token_logprobs`; `over` as in `TokenHead`.
         """
         hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece)
-        return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, piece and piece.places, slopes)
+        places = piece and piece.places
+        return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, places, slopes, over)
 
     def named_weights(self) -> list[Named]:
         """Every parameter once, an adapter's too, by the model's own name; a tied output embedding is its input embedding."""
@@ -88,9 +92,9 @@ class PolicyModel(nn.Module):
 
 
 class CriticModel(nn.Module):
-    """A transformer with a value head; its weights are named as in transformers' sequence classifier of one label."""
+    """A transformer with a value, reward or process head; its weights are named as in transformers' classifier with that head."""
 
-    def __init__(self, backbone: PreTrainedModel, head: ValueHead, *, value_head_prefix: str) -> None:
+    def __init__(self, backbone: PreTrainedModel, head: Head, *, value_head_prefix: str) -> None:
         super().__init__()
         self.backbone = backbone
         self.value_head = head
@@ -104,10 +108,10 @@ class CriticModel(nn.Module):
         cu_seqlens: Int[Tensor, " N_plus_1"],
         action_mask: Bool[Tensor, " T"],
         piece: Piece | None = None,
-    ) -> Float[Tensor, " T"]:
-        """Value of the state before each token in the mask; zero elsewhere, and where a `piece` does not hold the state."""
+    ) -> Tensor:
+        """What the head reads: values [T], scores [N] or label logits [T, C]; zero where a `piece` does not hold the state."""
         hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens, piece)
-        return state_values(hidden, self.value_head, cu_seqlens, action_mask, piece and piece.places)
+        return self.value_head.read(hidden, cu_seqlens, action_mask, piece and piece.places)
 
     def named_weights(self) -> list[Named]:
         """Every parameter once, an adapter's too, by its name in a sequence classifier."""
@@ -126,11 +130,8 @@ class CriticModel(nn.Module):
         return f"{self.prefixes[part]}.{rest}"
 
     def save(self, directory: Path, weights: dict[str, Tensor]) -> None:
-        """Writes `weights` (named as `published`) as a sequence classifier of one label."""
-        config = _stored_config(self.backbone)
-        config.num_labels = 1
-        config.architectures = [type(self.backbone).__name__.removesuffix("Model") + "ForSequenceClassification"]
-        config.save_pretrained(directory)
+        """Writes `weights` (named as `published`) as transformers' own classifier with this head."""
+        _in_full(classifier_config(self.backbone, self.value_head, self.prefixes["value_head"])).save_pretrained(directory)
         save_torch_state_dict(weights, directory)
 
 
@@ -150,6 +151,11 @@ def packed_hidden(
     arguments = row_arguments(cu_seqlens) if piece is None else piece.row_arguments()
     output = backbone(input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, **arguments)
     return output.last_hidden_state[0]
+
+
+def hidden_size(directory: Path) -> int:
+    """Of the language model in `directory`, from its configuration alone."""
+    return int(AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config().hidden_size)
 
 
 def load_policy(
@@ -178,27 +184,28 @@ def load_critic(
     value_head_prefix: str,
     gradient_checkpointing: bool = False,
     adaptation: Adaptation = PLAIN,
+    kind: HeadKind = "critic",
+    labels: int = 1,
+    normalize: bool = False,
+    must_be_stored: bool = False,
 ) -> CriticModel:
-    """A critic from a causal language model (fresh value head, see `ValueHead`) or from a saved critic (its own head).
+    """A critic, reward or process model from a causal language model (fresh head) or from a saved one (its own); see `load_head`.
 
-    Raises ModelError as `load_policy`, and for a stored head that does not give one value.
+    Raises ModelError as `load_policy` and `load_head`.
     """
     directory = resolve(name)
     skeleton = _skeleton(AutoModel, directory, dtype)
-    head = ValueHead(skeleton.config.hidden_size, dtype=dtype).to(device)
+    prefix, size = head_name(directory, value_head_prefix), skeleton.config.get_text_config().hidden_size
+    settings = {"prefix": prefix, "dtype": dtype, "normalize": normalize, "must_be_stored": must_be_stored}
+    head = load_head(directory, kind, hidden_size=size, labels=labels, **settings).to(device)
+    if kind != "critic":
+        classifier_config(skeleton, head, prefix)  # whether it can be stored, before it is trained
     if adaptation.needs_names:
-        adapt(CriticModel(skeleton, head, value_head_prefix=value_head_prefix), adaptation, name)
-    stored = _stored_tensor(directory, f"{value_head_prefix}.weight")
-    if stored is not None:
-        if stored.shape != head.weight.shape:
-            raise ModelError(
-                f"{name}: {value_head_prefix}.weight has shape {tuple(stored.shape)}, a value head has {tuple(head.weight.shape)}; "
-                "name a critic, a reward model with one label, or set --ds.value-head-prefix to the head's name"
-            )
-        head.load_state_dict({"weight": stored.to(dtype)})
+        adapt(CriticModel(skeleton, head, value_head_prefix=prefix), adaptation, name)
     backbone = _load(AutoModel, directory, dtype, device, four_bit=adaptation.four_bit)
-    model = CriticModel(backbone, head, value_head_prefix=value_head_prefix)
-    return _prepare(adapt(model, adaptation, name), gradient_checkpointing)
+    if kind == "reward" and not must_be_stored:
+        forget_statistics(backbone.config)
+    return _prepare(adapt(CriticModel(backbone, head, value_head_prefix=prefix), adaptation, name), gradient_checkpointing)
 
 
 def _skeleton(auto_class: Any, directory: Path, dtype: torch.dtype) -> Any:
@@ -282,20 +289,17 @@ def _check_packed(model: PolicyModel, name: str, dtype: torch.dtype) -> None:
         )
 
 
-def _stored_tensor(directory: Path, name: str) -> Tensor | None:
-    for file in sorted(directory.glob("*.safetensors")):
-        with _refused(directory), safe_open(file, framework="pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 - not a dict; it has no __contains__
-                return tensors.get_tensor(name)
-    return None
-
-
 def _stored_config(model: PreTrainedModel) -> Any:
-    """The configuration of the weights in full, as they are handed out."""
+    """The configuration of the weights as they are handed out."""
     config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return _in_full(config)
+
+
+def _in_full(config: Any) -> Any:
+    """The configuration without what it says of weights in 4 bits: they are handed out in full."""
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    config.architectures = [type(model).__name__]
     return config
 
 

@@ -1,0 +1,118 @@
+"""Heads from and to model directories, as transformers' own classifiers store them; the only file that reads or writes a head."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from hone.learner.errors import ModelError
+from hone.learner.heads import HEADS, Head, Statistics, ValueHead
+
+PREFIX = "value_head_prefix"
+"""Under this name the configuration keeps the head's, where it is not transformers' own "score"; OpenRLHF's, too."""
+HeadKind = Literal["critic", "reward", "process"]
+CLASSIFIERS = {
+    "ForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "ForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+}
+
+
+def head_name(directory: Path, prefix: str) -> str:
+    """What the head is called in `directory`: as its configuration says, else `prefix`."""
+    stored = _settings(directory).get(PREFIX)
+    return stored if isinstance(stored, str) else prefix
+
+
+def load_head(
+    directory: Path,
+    kind: HeadKind,
+    *,
+    hidden_size: int,
+    labels: int,
+    prefix: str,
+    dtype: torch.dtype,
+    normalize: bool = False,
+    must_be_stored: bool = False,
+) -> Head:
+    """The stored head called `prefix`, else a fresh one of `labels` outputs, which says 0 everywhere.
+
+    With `normalize`, a stored head takes the directory's statistics. Raises ModelError for a head of another shape, one without
+    statistics to normalise by, and none where it `must_be_stored`.
+    """
+    head = HEADS[kind](hidden_size, labels, dtype=dtype)
+    stored = {name: _stored_tensor(directory, f"{prefix}.{name}") for name, _ in head.named_parameters()}
+    if stored["weight"] is None:
+        if must_be_stored:
+            raise ModelError(
+                f"{directory} has no {prefix}.weight, and a {kind} model that is not trained has nothing to say without its head; name a "
+                "trained one, or set --ds.value-head-prefix to what its head is called"
+            )
+        return head
+    for name, parameter in head.named_parameters():
+        tensor = stored[name]
+        if tensor is None or tensor.shape != parameter.shape:
+            has = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise ModelError(
+                f"{directory}: {prefix}.{name} {has}, a {kind} head of {labels} {'label' if labels == 1 else 'labels'} has "
+                f"{tuple(parameter.shape)}; name a {kind} model, or set --ds.value-head-prefix to the head's name"
+            )
+    head.load_state_dict({name: tensor.to(dtype) for name, tensor in stored.items() if tensor is not None})
+    if normalize and kind != "process":
+        head.statistics = _statistics(directory)
+    return head
+
+
+def classifier_config(backbone: PreTrainedModel, head: Head, prefix: str) -> PretrainedConfig:
+    """The configuration to store beside backbone and head.
+
+    Raises ModelError for a reward or process model of an architecture that transformers has no such classifier of; a critic is
+    for this project to load again.
+    """
+    config = copy.deepcopy(backbone.config)
+    name = type(backbone).__name__.removesuffix("Model") + head.architecture
+    if not isinstance(head, ValueHead) and type(config) not in CLASSIFIERS[head.architecture]:
+        raise ModelError(f"transformers has no {name}, so nothing else could load this model; use another architecture")
+    config.architectures = [name]
+    config.num_labels = head.out_features
+    if prefix != "score":
+        setattr(config, PREFIX, prefix)
+    return config
+
+
+def forget_statistics(config: PretrainedConfig) -> None:
+    """Those of a reward model that goes on training are no longer its own."""
+    for name in ("mean", "std"):
+        config.__dict__.pop(name, None)
+
+
+def _statistics(directory: Path) -> Statistics:
+    settings = _settings(directory)
+    mean, std = settings.get("mean"), settings.get("std")
+    if not isinstance(mean, int | float) or not isinstance(std, int | float) or not std > 0:
+        raise ModelError(
+            f"{directory}/config.json has no mean and std of the model's rewards (mean {mean}, std {std}), so they cannot be normalised; "
+            "turn --ds.normalize-reward off, or write the two numbers there (training a reward model with this project does)"
+        )
+    return Statistics(mean=float(mean), std=float(std))
+
+
+def _settings(directory: Path) -> dict[str, object]:
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+
+
+def _stored_tensor(directory: Path, name: str) -> Tensor | None:
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 - not a dict; it has no __contains__
+                return tensors.get_tensor(name)
+    return None
