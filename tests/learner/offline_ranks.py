@@ -84,8 +84,7 @@ def train(learner: Learner, *, rank: int, rings: int, ring: int, max_tokens: int
     """Two steps of each algorithm: figures before and of the steps, norms, weights after; and what models say in the end."""
 
     def part(name: str) -> Shard:
-        pairs = 2 if name in ("dpo", "rm") else 1
-        return shards(rows_of(name), ranks=rings, max_tokens=max_tokens * ring, rows_per_unit=pairs)[rank // ring]
+        return shards(rows_of(name), ranks=rings, max_tokens=max_tokens * ring)[rank // ring]
 
     result: dict[str, Any] = {"steps": {}}
     for name, (role, algo) in ALGORITHMS.items():

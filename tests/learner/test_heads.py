@@ -17,6 +17,7 @@ from hone.algos.algorithms.distillation import Distillation
 from hone.algos.algorithms.process_reward_model import ProcessRewardModel
 from hone.algos.algorithms.reward_model import RewardModel
 from hone.algos.algorithms.sft import SFT
+from hone.algos.batch import Packed
 from hone.algos.offline import weighed_pairs
 from hone.learner.config import ActorConfig, AdamConfig, DeepSpeedConfig, RefConfig
 from hone.learner.errors import ModelError
@@ -44,7 +45,7 @@ def learner(kind: str, model: str, *, lr: float | None = 0.1, max_tokens: int = 
 def trained(tmp_path: Path, kind: str = "llama-untied") -> tuple[Learner, str]:
     """A reward model after some steps, and its export."""
     model = learner("reward", save_model(tmp_path / "model", kind))
-    (shard,) = shards(rows_of("rm"), ranks=1, max_tokens=200, rows_per_unit=2)
+    (shard,) = shards(rows_of("rm"), ranks=1, max_tokens=200)
     for _ in range(3):
         model.update_offline("it", shard, RewardModel())
     model.export("it", str(tmp_path / "export"))
@@ -63,7 +64,7 @@ def test_an_exported_reward_model_scores_as_transformers_own(tmp_path: Path, kin
     model, export = trained(tmp_path, kind)
     rows = rows_of("rm")
     rows = dataclasses.replace(rows, tokens=rows.tokens.clamp(min=1))  # 0 pads below
-    (shard,) = shards(rows, ranks=1, max_tokens=200, rows_per_unit=2)
+    (shard,) = shards(rows, ranks=1, max_tokens=200)
     plain = AutoModelForSequenceClassification.from_pretrained(export, attn_implementation="eager")
     plain.config.pad_token_id = 0
     ids, attended = padded(rows)
@@ -72,7 +73,8 @@ def test_an_exported_reward_model_scores_as_transformers_own(tmp_path: Path, kin
     assert_close(model.scores("it", shard), expected, rtol=1e-4, atol=1e-5)
     assert expected.std() > 0.01
     again = learner("reward", export, lr=None, max_tokens=30)  # packed otherwise
-    (cut,) = shards(rows, ranks=1, max_tokens=30)
+    alone = Packed(**{field.name: getattr(rows, field.name) for field in dataclasses.fields(Packed)})  # each by itself, not in pairs
+    (cut,) = shards(alone, ranks=1, max_tokens=30)
     assert len(cut.micro_batches) > 3
     assert_close(again.scores("it", cut), expected, rtol=1e-4, atol=1e-5)
 
@@ -80,7 +82,7 @@ def test_an_exported_reward_model_scores_as_transformers_own(tmp_path: Path, kin
 def test_a_reward_models_step_is_adamw_on_the_pairs_margins(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", "qwen3-tied")
     model = learner("reward", directory, max_tokens=34)
-    (shard,) = shards(rows_of("rm"), ranks=1, max_tokens=34, rows_per_unit=2)
+    (shard,) = shards(rows_of("rm"), ranks=1, max_tokens=34)
     # The zero head first learns alone; the second step reaches the transformer.
     losses = [model.update_offline("it", shard, RewardModel()).metrics["rm_loss"] for _ in range(2)]
 
@@ -133,7 +135,7 @@ def test_statistics_travel_in_the_configuration_and_normalise(tmp_path: Path) ->
 def test_a_head_by_another_name_is_found_again(tmp_path: Path) -> None:
     directory = save_model(tmp_path / "model", "llama-untied")
     model = learner("reward", directory, value_head_prefix="value_head")
-    (shard,) = shards(rows_of("rm"), ranks=1, max_tokens=200, rows_per_unit=2)
+    (shard,) = shards(rows_of("rm"), ranks=1, max_tokens=200)
     model.update_offline("it", shard, RewardModel())
     model.export("it", str(tmp_path / "export"))
     assert "value_head.weight" in load_file(tmp_path / "export" / "model.safetensors")

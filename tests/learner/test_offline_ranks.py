@@ -76,11 +76,11 @@ def test_what_models_say_comes_back_in_order(runs: dict[str, Any], case: str) ->
     settings, single = CASES[case], runs["single"]
     ring, rings = settings["ring"], 2 // settings["ring"]
 
-    def cut(name: str, pairs: int = 1) -> Any:
-        return shards(rows_of(name), ranks=rings, max_tokens=settings["max_tokens"] * ring, rows_per_unit=pairs)
+    def cut(name: str) -> Any:
+        return shards(rows_of(name), ranks=rings, max_tokens=settings["max_tokens"] * ring)
 
     ranks = runs[case][::ring]
-    close(unshard_rows(cut("rm", 2), [rank["scores"] for rank in ranks]), single["scores"], what="scores")
+    close(unshard_rows(cut("rm"), [rank["scores"] for rank in ranks]), single["scores"], what="scores")
     steps = rows_of("prm")
     columns = [unshard(cut("prm"), [rank["label_logits"][:, label] for rank in ranks], cu_seqlens=steps.cu_seqlens) for label in range(2)]
     close(torch.stack(columns, -1), single["label_logits"], what="label logits")

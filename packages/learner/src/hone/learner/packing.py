@@ -67,11 +67,10 @@ def shards(
     ranks: int,
     max_tokens: int,
     max_rows: int | None = None,
-    rows_per_unit: int = 1,
     hidden_size: int = HIDDEN_SIZE,
 ) -> list[Shard]:
-    """The batch cut for `ranks` ranks, as `plan` has it; raises as `plan`."""
-    settings = {"max_rows": max_rows, "rows_per_unit": rows_per_unit, "hidden_size": hidden_size}
+    """The batch cut for `ranks` ranks, as `plan` has it, its pairs whole; raises as `plan`."""
+    settings = {"max_rows": max_rows, "rows_per_unit": batch.ROWS_TOGETHER, "hidden_size": hidden_size}
     result = []
     for own, fillers in _planned(batch.lengths.tolist(), ranks=ranks, max_tokens=max_tokens, **settings):
         micro_batches = own + fillers
