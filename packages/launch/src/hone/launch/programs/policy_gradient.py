@@ -3,6 +3,7 @@
 Order: prompts -> run directory -> model -> parts -> loop -> export -> report -> the end of every process.
 """
 
+import asyncio
 import math
 import os
 import shutil
@@ -44,7 +45,7 @@ from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, R
 from hone.launch.toml import to_toml
 from hone.launch.train import Start, Step, train
 from hone.learner.errors import CheckpointError, ModelError
-from hone.rollout.rewards.pool import RewardPool
+from hone.rollout.rewards import judges
 from hone.rollout.types import Prompt
 
 BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
@@ -154,15 +155,11 @@ class Session:
             self._display.note(f"{len(dropped)} of {total} rows are left out, the first: {dropped[0][1]} (all in events.jsonl)")
         with ExitStack() as stack:
             self._display.startup("reward", "loading the function")
-            pool = RewardPool(
-                config.reward.remote_url or BUILTIN_REWARD,
-                workers=config.reward.num_workers,
-                timeout_s=config.reward.timeout_s,
-                log=self._directory.logs / "reward.log",
-            )
-            stack.callback(pool.close)
+            judge = judges.build(config.reward, default=BUILTIN_REWARD, log=self._directory.logs / "reward.log")
+            stack.callback(judge.close)
+            asyncio.run(judges.smoke(judge, self._prompts.first))
             self._display.startup("reward", READY)
-            parts = self._build(pool)
+            parts = self._build(judge)
             stack.push(partial(self._close, parts))
             if self._resumed is not None:
                 for group in parts.role_groups:
@@ -214,7 +211,7 @@ class Session:
         self._directory.append_event("rescued", model=str(kept))
         self._display.note(f"the policy as it stood is kept in {kept}")
 
-    def _build(self, pool: RewardPool) -> Assembly:
+    def _build(self, judge: judges.Weighted) -> Assembly:
         config = self._config
         if config.run.backend == "ray":
             prepare_environment()
@@ -226,7 +223,7 @@ class Session:
             model=self._model,
             prompts=self._prompts,
             steps=self._steps,
-            judge=pool,
+            judge=judge,
             logs=self._directory.logs,
             scratch=self._scratch,
             on_start=self._display.startup,
