@@ -94,7 +94,8 @@ def test_a_killed_engine_ends_the_run_with_its_name_and_leaves_no_process(tmp_pa
 def test_ctrl_c_twice_ends_at_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", tokenizer, kind="llama", tied=True)
     marker = tmp_path / "judging"
-    slow = f"import pathlib, time\npathlib.Path({str(marker)!r}).touch()\ntime.sleep(50)\nreturn {{'rewards': [1.0]}}"
+    slow = "if queries[0] == prompts[0] + '0': return {'rewards': [1.0]}  # the smoke rows\n"
+    slow += f"import pathlib, time\npathlib.Path({str(marker)!r}).touch()\ntime.sleep(50)\nreturn {{'rewards': [1.0]}}"
     arguments = [
         *("grpo", "--run.backend", "local", "--actor.model-name-or-path", str(model), *SIZES, "--data.max-len", "512"),
         *("--data.prompt-dataset", str(write_rows(tmp_path / "rows.jsonl", MADE_UP)), "--data.input-key", "question"),

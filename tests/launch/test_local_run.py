@@ -145,11 +145,28 @@ def test_a_reward_that_is_none_stops_the_run_with_its_name_and_prompt(
 ) -> None:
     model = save_model(tmp_path / "model", tokenizer, kind="llama", tied=True)
     prompts = write_rows(tmp_path / "rows.jsonl", MADE_UP)
-    reward = write_reward(tmp_path / "reward.py", body)
+    # It judges the smoke rows, and fails when the policy answers.
+    late = f"if queries[0] != prompts[0] + '0': {body}\nreturn {{'rewards': [1.0]}}"
+    reward = write_reward(tmp_path / "reward.py", late)
     assert main(["grpo", *own(model, prompts, reward, tmp_path / "run", "--reward.timeout-s", "1")]) == 6
     error = capsys.readouterr().err
-    assert "reward_func" in error and "reward.py" in error and said in error
+    assert "reward_func" in error and "reward.py" in error and said in error and "smoke" not in error
     issued = next(event for event in read_events(tmp_path / "run")[0] if event["kind"] == "issued")["prompts"]
     assert any(prompt_id in error for prompt_id in issued)
     assert "failed" in (tmp_path / "run" / "report.md").read_text().splitlines()[0]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_reward_of_the_wrong_shape_ends_the_run_before_any_engine_starts(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(plan: object) -> None:
+        raise AssertionError("the parts were built")
+
+    monkeypatch.setattr("hone.launch.local.build", built)
+    model = save_model(tmp_path / "model", tokenizer, kind="llama", tied=True)
+    prompts = write_rows(tmp_path / "rows.jsonl", MADE_UP)
+    reward = write_reward(tmp_path / "reward.py", "return {'rewards': [[1.0, 2.0]]}")
+    assert main(["grpo", *own(model, prompts, reward, tmp_path / "run")]) == 6
+    assert "the reward failed on the smoke rows at the start: reward function reward_func" in capsys.readouterr().err
+    assert [event for event in read_events(tmp_path / "run")[0] if event["kind"] == "issued"] == []

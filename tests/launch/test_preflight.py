@@ -220,7 +220,8 @@ def test_what_is_not_there_is_told_apart_from_how_to_mend_it() -> None:
         ("def reward_func(:\n", "reward.py:1 has a syntax error"),
         ("def judge(queries, prompts, labels): ...\n", "reward_func"),
         ("def reward_func(queries): ...\n", "reward.py:1"),
-        ("async def reward_func(queries, prompts, labels): ...\n", "reward.py:1"),
+        ("async def reward_func(queries): ...\n", "reward.py:1"),
+        ("def reward_func(**columns): ...\n", "fits more than one form"),
     ],
 )
 def test_a_reward_file_is_judged_by_its_source(tmp_path: Path, source: str | None, what: str) -> None:
@@ -235,8 +236,27 @@ def test_a_reward_file_is_judged_by_its_source(tmp_path: Path, source: str | Non
 
 def test_a_reward_url_is_refused_without_repeating_what_may_be_secret() -> None:
     problem = only(missing("ppo --reward.remote-url http://me:sekret@host/reward"))
-    assert "is a URL" in problem.what
+    assert "holds a user or password" in problem.what
+    assert (problem.code, problem.where) == (6, "--reward.remote-url")
     assert "sekret" not in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("--reward.remote-url ftp://host/x", "scheme 'ftp'"),
+        ("--reward.remote-url http://169.254.169.254/x", "link-local"),
+        ("--reward.remote-url http://host/x --reward.allowed-hosts other", "does not name"),
+        ("--reward.remote-url builtin:poetry", "no built-in reward 'poetry'"),
+        ("--reward.remote-url builtin:gsm8k,builtin:math --reward.weights 1", "1 weights for 2 rewards"),
+        ("--reward.remote-url builtin:gsm8k --reward.weights much", "are not numbers"),
+    ],
+)
+def test_rewards_are_judged_by_their_names(words: str, what: str) -> None:
+    problem = only(missing(f"ppo {words}"))
+    assert what in problem.what
+    assert problem.mend
+    assert problem.code == 6
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hone.algos.offline import weighed_pairs
 from hone.learner.packing import plan, shards, unshard, unshard_rows
 from tests.learner.tiny import make_batch
 
@@ -111,7 +112,7 @@ def test_fixed_micro_batches_without_a_tokens_need() -> None:
 
 
 def test_a_filler_of_pairs_is_a_pair() -> None:
-    parts = shards(make_batch([4, 5, 2, 3]), ranks=3, max_tokens=20, rows_per_unit=2)
+    parts = shards(weighed_pairs(make_batch([4, 5, 2, 3])), ranks=3, max_tokens=20)
     assert [part.rows for part in parts] == [(0, 1), (2, 3), (2, 3)]
     assert [part.fillers for part in parts] == [frozenset(), frozenset(), frozenset({0})]
 

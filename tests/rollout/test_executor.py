@@ -34,9 +34,9 @@ class Letters:
     """Ids are code points; like sentencepiece's, this tokenizer drops a space at the very start. 1 is the end token, "$"."""
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
-        assert not skip_special_tokens
         assert not clean_up_tokenization_spaces
-        text = "".join("$" if token == END else chr(token) for token in token_ids)
+        end = "" if skip_special_tokens else "$"
+        text = "".join(end if token == END else chr(token) for token in token_ids)
         return text.removeprefix(" ")
 
 
@@ -108,7 +108,9 @@ def test_a_sample_is_what_was_fed_drawn_and_judged() -> None:
     )
     assert (sample.prompt_text, sample.response_text, sample.label) == ("1+1=", " 42$", ["2", {"a": 3}])
     assert (sample.reward, sample.score, sample.extra_logs) == (4.0, 0.4, {"length": 4.0})
-    assert judge.seen == [RewardItem(prompt_id="id-1+1=", query="1+1= 42$", prompt="1+1=", label=["2", {"a": 3}])]
+    label = ["2", {"a": 3}]
+    # The plain response is what trainers that decode it by itself hand over: no end token, no leading space.
+    assert judge.seen == [RewardItem(prompt_id="id-1+1=", query="1+1= 42$", prompt="1+1=", label=label, response="42")]
 
 
 def test_a_response_that_reached_its_limit_is_truncated() -> None:

@@ -12,9 +12,10 @@ import torch
 
 from hone.rollout.errors import RewardError
 from hone.rollout.rewards.function import check_reward_file, load
-from hone.rollout.rewards.result import Judgement, checked
+from hone.rollout.rewards.result import Judgement, RewardItem, checked
 
 GOOD = 'def reward_func(queries, prompts, labels, **kwargs):\n    return {"rewards": float(queries[0] == prompts[0] + labels[0])}\n'
+ITEM = RewardItem(prompt_id="ab:0:7", query="qp", prompt="p", label="l")
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,6 @@ def write(directory: Path, source: str, name: str = "reward.py") -> str:
         "queries, prompts, labels, scale=1.0",
         "*lists",
         "*, queries, prompts, labels",
-        "**kwargs",
         "queries, /, prompts, labels, *, strict=True",
     ],
 )
@@ -50,7 +50,7 @@ def test_accepted_signatures_are_called_with_the_right_lists(tmp_path: Path, sig
     body = "    found = locals()\n    return found\n"
     source = write(tmp_path, f"def reward_func({signature}):\n{body}")
     check_reward_file(source)
-    found = load(source)(["qp"], ["p"], ["l"])
+    found = load(source)(ITEM)
     assert isinstance(found, dict)
     flat = {**found, **found.get("kwargs", {})}
     lists = (
@@ -88,7 +88,7 @@ def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
         check_reward_file(str(tmp_path / "nowhere" / "reward.py"))
     with pytest.raises(RewardError, match="is a directory"):
         check_reward_file(f"{tmp_path}/")
-    for source in ("no_such_package.rewards", "http:reward", "reward"):
+    for source in ("no_such_package.rewards", "no_such:reward", "reward"):
         with pytest.raises(RewardError, match="neither a Python file"):
             check_reward_file(source)
 
@@ -100,9 +100,12 @@ def test_a_missing_file_names_its_nearest_neighbour(tmp_path: Path) -> None:
         ("x = '\0'\n", "reward.py.* null byte"),
         ("x = 1\n", r"defines no reward_func \(it defines x\); add def"),
         ("", r"it defines nothing"),
-        ("def helper(): ...\ndef reward_fn(q, p, l): ...\n", r"it defines helper, reward_fn\); rename reward_fn to reward_func"),
+        (
+            "def helper(): ...\ndef reward_fn(q, p, l): ...\n",
+            r"it defines helper, reward_fn\); rename reward_fn to reward_func, name it \(",
+        ),
         ("class Judge:\n    def reward_func(q, p, l): ...\n", r"it defines Judge\)"),
-        ("import json\nasync def reward_func(queries, prompts, labels): ...\n", r"reward.py:2 is a coroutine function"),
+        ("import json\nasync def reward_func(queries, prompts): ...\n", r"reward.py:2 is reward_func"),
     ],
 )
 def test_what_cannot_be_a_reward_file_is_refused_where_it_is_wrong(tmp_path: Path, source: str, message: str) -> None:
@@ -127,7 +130,7 @@ def test_other_ways_to_define_it_are_found_and_loaded(tmp_path: Path, source: st
     write(tmp_path, "def grade(queries, prompts, labels):\n    return {'rewards': 1}\nreward_func = grade\n", "helpers.py")
     path = write(tmp_path, source)
     check_reward_file(path)
-    assert load(path)(["q"], ["p"], ["l"]) == {"rewards": 1}
+    assert load(path)(ITEM) == {"rewards": 1}
 
 
 def test_checking_runs_nothing(tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ def test_a_module_by_its_dotted_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check_reward_file("hone_test_rewards.maths")
     function = load("hone_test_rewards.maths")
     assert function.where == f"reward_func ({path}:1)"
-    assert function(["ab"], ["a"], ["b"]) == {"rewards": 1.0}
+    assert function(RewardItem(prompt_id="x", query="ab", prompt="a", label="b")) == {"rewards": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -152,14 +155,14 @@ def test_a_module_by_its_dotted_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("import helpers\n", r"does not load: ZeroDivisionError: division by zero at .*reward.py:1;"),
         ("import sys\nsys.exit(3)\n", r"does not load: SystemExit: 3 at .*reward.py:2;"),
         ("reward_func = 5\n", r"is 5 \(int\), not a function"),
-        ("from helpers_async import reward_func\n", r"helpers_async.py:1 is a coroutine function"),
+        ("from helpers_async import reward_func\n", r"helpers_async.py:1 is reward_func\(q, p\)"),
         ("from helpers_async import *\n", r"defines no reward_func \(it defines other_func\)"),
     ],
 )
 def test_what_only_shows_when_loading(tmp_path: Path, source: str, message: str) -> None:
     write(tmp_path, "1 / 0\n", "helpers.py")
     names = "" if "import reward_func" in source else "__all__ = ['other_func']\n"
-    write(tmp_path, f"async def reward_func(q, p, l): ...\ndef other_func(): ...\n{names}", "helpers_async.py")
+    write(tmp_path, f"async def reward_func(q, p): ...\ndef other_func(): ...\n{names}", "helpers_async.py")
     with pytest.raises(RewardError, match=message):
         load(write(tmp_path, source))
 

@@ -133,6 +133,7 @@ RENAMED = {
     "num_train_epochs": "train.num_episodes",
     "max_steps": "train.max_steps",
     "reward_funcs": "reward.remote_url",
+    "reward_weights": "reward.weights",
     "epsilon": "algo.clip.low",
     "epsilon_high": "algo.clip.high",
     "delta": "algo.clip.dual",

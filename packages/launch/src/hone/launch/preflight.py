@@ -125,21 +125,19 @@ def _agent(config: PolicyGradientConfig) -> Iterator[Problem]:
 
 
 def _reward(config: PolicyGradientConfig) -> Iterator[Problem]:
-    source = config.reward.remote_url
-    if source is None:
-        return
-    if "://" in source:
-        what = "reward.remote_url is a URL; rewards are judged by a Python file here"
-        yield Problem(what=what, mend="name a FILE.py with `def reward_func(queries, prompts, labels)`", where="reward.remote_url")
+    if config.reward.remote_url is None and config.reward.weights is None:
         return
     from hone.rollout.errors import RewardError
-    from hone.rollout.rewards.function import check_reward_file
+    from hone.rollout.rewards.judges import check
 
     try:
-        check_reward_file(source)
+        check(config.reward)
     except RewardError as error:
         mend = "--reward.remote-url FILE.py with `def reward_func(queries, prompts, labels)`"
-        yield replace(stated(error, otherwise=mend), settings=("reward.remote_url",))
+        problem = stated(error, otherwise=mend)
+        # Where a user part was refused, the setting is not shown with its value: it may be secret.
+        secret = "@" in (config.reward.remote_url or "")
+        yield replace(problem, where="--reward.remote-url") if secret else replace(problem, settings=("reward.remote_url",))
 
 
 def _run_directory(config: PolicyGradientConfig) -> Iterator[Problem]:

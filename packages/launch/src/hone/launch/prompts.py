@@ -21,7 +21,10 @@ BUILTIN_ROWS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class PromptData:
-    """Prompts ready to be drawn, what was dropped on the way (id and reason), and how they were rendered."""
+    """Prompts ready to be drawn, what was dropped on the way (id and reason), and how they were rendered.
+
+    `first` are a few of them, not drawn: for the reward to be tried out on.
+    """
 
     name: str
     stream: PromptStream
@@ -30,6 +33,7 @@ class PromptData:
     tokenizer: "transformers.PreTrainedTokenizerBase"
     tokenizer_hash: str
     template_hash: str
+    first: tuple[Prompt, ...] = ()
 
     def steps(self) -> Iterator[list[Prompt]]:
         """The prompts of one step after another."""
@@ -66,4 +70,7 @@ def prepare(
         tokenizer=tokenizer,
         tokenizer_hash=tokenizer_hash(tokenizer),
         template_hash=template_hash(tokenizer, config=config),
+        first=tuple(
+            Prompt(prompt_id=record.uid, tokens=record.tokens, text=record.text, label=record.label) for record in prompts.records[:2]
+        ),
     )

@@ -51,8 +51,19 @@ class RewardConfig:
     """The judge."""
 
     remote_url: str | None = None
-    """A Python file with `reward_func(queries, prompts, labels) -> {"rewards", "scores", "extra_logs"}`; without one, the task's own."""
+    """Rewards, separated by commas: a Python file (FILE.py or FILE.py:function), builtin:math, builtin:gsm8k, builtin:code, or
+    the URLs of servers that share the load; without any, the task's own. docs/rewards.md has the signatures and the protocol."""
+    weights: str | None = None
+    """Weights of several rewards, separated by commas, in their order (all URLs together are one); default 1 each."""
     timeout_s: Annotated[float, Range(low=0, open_low=True)] = 60.0
     """Deadline for judging one response, or for one answer of an environment [s]; whoever misses it ends the run."""
     num_workers: Annotated[int, Range(low=1)] = 2
-    """Processes that run the reward function."""
+    """Processes that run each reward function."""
+    retry_s: Annotated[float, Range(low=0, open_low=True)] = 180.0
+    """How long a request is repeated while a reward server is away or overloaded [s]; then the run ends."""
+    rows_per_request: Annotated[int, Range(low=1)] = 16
+    """Most responses in one request to a reward server; 1 for a server that judges only one at a time."""
+    max_in_flight: Annotated[int, Range(low=1)] = 64
+    """Requests to each reward server at a time."""
+    allowed_hosts: str | None = None
+    """Hosts, separated by commas, to which responses may be sent; without any, those of the URLs, and none that is link-local."""

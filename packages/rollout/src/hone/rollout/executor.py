@@ -142,8 +142,15 @@ class SingleTurn:
         responses = [self._response_text(prompt, head, completion) for completion in drawn]
         judgements = await self.judge.judge(
             [
-                RewardItem(prompt_id=prompt.prompt_id, query=prompt.text + response, prompt=prompt.text, label=prompt.label)
-                for response in responses
+                RewardItem(
+                    prompt_id=prompt.prompt_id,
+                    query=prompt.text + response,
+                    prompt=prompt.text,
+                    label=prompt.label,
+                    response=self._plain_text(completion),
+                    columns=prompt.columns,
+                )
+                for response, completion in zip(responses, drawn, strict=True)
             ]
         )
         samples = tuple(
@@ -167,6 +174,9 @@ class SingleTurn:
 
     def _text(self, tokens: Iterable[int]) -> str:
         return self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _plain_text(self, completion: Completion) -> str:
+        return self.tokenizer.decode(list(completion.tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _response_text(self, prompt: Prompt, head: str, completion: Completion) -> str:
         # Decoded behind its prompt: alone, some tokenizers drop a response's leading space.

@@ -3,8 +3,8 @@
 Plain frozen data: they cross process borders, so no tensors and no handles.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from hone.algos.batch import SamplerContract
@@ -15,13 +15,14 @@ class Prompt:
     """One prompt drawn for one step.
 
     `prompt_id` is unique per draw ("<dataset fingerprint>:<epoch>:<index>"), `text` is the rendered prompt that was
-    tokenised, `label` is handed to the reward function as it stood in the data.
+    tokenised, `label` is handed to the reward function as it stood in the data, and so are `columns`, by name.
     """
 
     prompt_id: str
     tokens: tuple[int, ...]
     text: str
     label: object
+    columns: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

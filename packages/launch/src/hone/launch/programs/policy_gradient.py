@@ -3,6 +3,7 @@
 Order: prompts -> run directory -> model -> parts -> loop -> export -> report -> the end of every process.
 """
 
+import asyncio
 import math
 import os
 import shutil
@@ -45,7 +46,7 @@ from hone.launch.toml import to_toml
 from hone.launch.train import Start, Step, train
 from hone.learner.errors import CheckpointError, ModelError
 from hone.rollout.agents.loading import Agent, load
-from hone.rollout.rewards.pool import RewardPool
+from hone.rollout.rewards import judges
 from hone.rollout.types import Prompt
 
 BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
@@ -207,8 +208,8 @@ class Session:
         self._directory.append_event("rescued", model=str(kept))
         self._display.note(f"the policy as it stood is kept in {kept}")
 
-    def _judge(self, stack: ExitStack) -> RewardPool | Agent:
-        """Who gives the rewards: the environment of an agent file, or processes with a reward function, ended by `stack`."""
+    def _judge(self, stack: ExitStack) -> judges.Weighted | Agent:
+        """Who gives the rewards: the environment of an agent file, or reward functions and servers, ended by `stack`."""
         config = self._config
         if config.rollout.agent_func_path is not None:
             self._display.startup("agent", "loading the file")
@@ -216,17 +217,13 @@ class Session:
             self._display.startup("agent", READY)
             return agent
         self._display.startup("reward", "loading the function")
-        pool = RewardPool(
-            config.reward.remote_url or BUILTIN_REWARD,
-            workers=config.reward.num_workers,
-            timeout_s=config.reward.timeout_s,
-            log=self._directory.logs / "reward.log",
-        )
-        stack.callback(pool.close)
+        judge = judges.build(config.reward, default=BUILTIN_REWARD, log=self._directory.logs / "reward.log")
+        stack.callback(judge.close)
+        asyncio.run(judges.smoke(judge, self._prompts.first))
         self._display.startup("reward", READY)
-        return pool
+        return judge
 
-    def _build(self, judge: RewardPool | Agent) -> Assembly:
+    def _build(self, judge: judges.Weighted | Agent) -> Assembly:
         config = self._config
         if config.run.backend == "ray":
             prepare_environment()

@@ -1,10 +1,12 @@
-"""Finding a reward function: a Python file or a dotted module that defines `reward_func(queries, prompts, labels)`.
+"""Finding a reward function: "FILE.py", "FILE.py:name", "package.module[:name]" or "builtin:name".
 
-`check_reward_file` judges the source as it lies there, without running it (configuration time); `load` runs it (in a
-worker process of the pool). Both raise a RewardError that says what, where and how to mend.
+Without a name it is `reward_func` or, where there is none, `compute_score`. `check_reward_file` judges the source as it
+lies there, without running it (configuration time); `load` runs it (in a worker process of the pool). Both raise a
+RewardError that says what, where and how to mend.
 """
 
 import ast
+import asyncio
 import difflib
 import importlib
 import importlib.util
@@ -13,15 +15,19 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
 from hone.rollout.errors import RewardError
+from hone.rollout.rewards.forms import EXPECTED, CallingForm, as_result, called, recognised
+from hone.rollout.rewards.result import RewardItem
 
-NAME = "reward_func"
-PARAMETERS = ("queries", "prompts", "labels")
-EXPECTED = f"def {NAME}({', '.join(PARAMETERS)})"
+NAMES = ("reward_func", "compute_score")
+BUILTIN = {
+    "gsm8k": "hone.rollout.rewards.gsm8k",
+    "math": "hone.rollout.rewards.math_grading",
+}
 
 _MODULE_NAME = "hone_reward_file"
 
@@ -31,22 +37,30 @@ class RewardFunction:
     """A loaded reward function; `where` is its name for messages, "reward_func (file:line)"."""
 
     call: Callable[..., object]
-    by_name: bool
+    form: CallingForm
     where: str
     path: Path | None
+    # One loop for all calls: what a coroutine function keeps (a client, a semaphore) belongs to the loop it was made in.
+    runner: asyncio.Runner = field(default_factory=asyncio.Runner)
 
-    def __call__(self, queries: list[str], prompts: list[str], labels: list[object]) -> object:
-        """Whatever the user's function returns; `result.checked` judges that."""
-        if self.by_name:
-            return self.call(queries=queries, prompts=prompts, labels=labels)
-        return self.call(queries, prompts, labels)
+    def __call__(self, item: RewardItem) -> object:
+        """OpenRLHF's dict as far as the function returned one; `result.checked` judges that. A coroutine is run to its end."""
+        returned = called(self.call, self.form, item, where=self.where)
+        if inspect.iscoroutine(returned):
+            returned = self.runner.run(returned)
+        return as_result(returned, self.form, where=self.where, prompt_id=item.prompt_id)
+
+    def close(self) -> None:
+        """End the loop that coroutines ran in."""
+        self.runner.close()
 
 
 def check_reward_file(source: str) -> None:
-    """RewardError unless `source` exists, parses, and defines a `reward_func` that can be called; runs none of it."""
+    """RewardError unless `source` exists, parses, and defines a reward function that can be called; runs none of it."""
     path = locate(source)
     if path is None:
         return
+    asked = _split(source)[1]
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -59,24 +73,44 @@ def check_reward_file(source: str) -> None:
         raise RewardError(f"reward file {path}:{error.lineno or 1} has a syntax error: {error.msg}; mend that line") from error
     except ValueError as error:
         raise RewardError(f"reward file {path} is not Python source: {error}; give a text file with {EXPECTED}") from error
-    definition = None
-    names: list[str] = []
-    for node in _top_level(tree.body):
-        for name in _bound_names(node):
-            names.append(name)
-            definition = node if name == NAME else definition
-    if definition is None and "*" not in names:
-        raise RewardError(_missing(str(path), names))
-    where = f"{path}:{getattr(definition, 'lineno', 1)}"
-    if isinstance(definition, ast.AsyncFunctionDef):
-        raise RewardError(_coroutine(where))
+    definitions = {name: node for node in _top_level(tree.body) for name in _bound_names(node)}
+    if "*" in definitions and not definitions.keys() & ({asked} if asked else set(NAMES)):
+        return
+    name = _chosen(asked, list(definitions), where=str(path))
+    definition = definitions[name]
     # A decorator may change the signature, so that only the loaded function can tell.
-    if isinstance(definition, ast.FunctionDef) and not definition.decorator_list:
-        _called_by_name(_signature(definition.args), where)
+    if isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef) and not definition.decorator_list:
+        recognised(_signature(definition.args), name=name, where=f"{path}:{definition.lineno}")
+
+
+def _chosen(asked: str | None, names: list[str], *, where: str) -> str:
+    """The function to take among `names`; RewardError if there is none, or if two could be meant."""
+    found = [name for name in ((asked,) if asked else NAMES) if name in names]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RewardError(f"reward file {where} defines both {' and '.join(found)}; name the one that judges: {where}:{found[0]}")
+    wanted = asked or NAMES[0]
+    near = difflib.get_close_matches(wanted, names, n=1)
+    remedy = f"rename {near[0]} to {wanted}, name it ({where}:{near[0]}), or add" if near else "add"
+    raise RewardError(f"reward file {where} defines no {wanted} (it defines {', '.join(names) or 'nothing'}); {remedy} {EXPECTED}")
+
+
+def _split(source: str) -> tuple[str, str | None]:
+    """A source without the name of its function, and that name: "dir/file.py:grade" -> ("dir/file.py", "grade")."""
+    place, colon, name = source.rpartition(":")
+    return (place, name) if colon and name.isidentifier() and not place.startswith("builtin") and ":" not in place else (source, None)
 
 
 def locate(source: str) -> Path | None:
     """The file of `source`, a path or a dotted module (None for a module without a source file); RewardError if there is none."""
+    source, _ = _split(source)
+    if source.startswith("builtin:"):
+        if (name := source.removeprefix("builtin:")) not in BUILTIN:
+            raise RewardError(
+                f"there is no built-in reward {name!r}; the built-in ones are {', '.join(f'builtin:{one}' for one in BUILTIN)}"
+            )
+        source = BUILTIN[name]
     if not _is_path(source):
         try:
             spec = importlib.util.find_spec(source)
@@ -101,29 +135,30 @@ def locate(source: str) -> Path | None:
 
 
 def load(source: str) -> RewardFunction:
-    """Run the file or import the module, and find its `reward_func`; RewardError if it cannot be run, found or called."""
+    """Run the file or import the module, and find its function; RewardError if it cannot be run, found or called."""
     path = locate(source)
+    place, asked = _split(source)
     try:
-        module = _run(path) if _is_path(source) and path else importlib.import_module(source)
+        module = _run(path) if _is_path(place) and path else importlib.import_module(BUILTIN.get(place.removeprefix("builtin:"), place))
+    except RewardError:
+        raise
     # The user's code may raise anything, SystemExit included; it is passed on by name.
     except BaseException as error:
         raise RewardError(f"reward file {path or source} does not load: {described(error, path)}; mend it and start again") from error
-    call = getattr(module, NAME, None)
-    if call is None:
-        raise RewardError(_missing(str(path or source), [name for name, value in vars(module).items() if inspect.isfunction(value)]))
+    own = [name for name, value in vars(module).items() if inspect.isfunction(value) or name in (*NAMES, asked)]
+    name = _chosen(asked, own, where=str(path or source))
+    call = getattr(module, name)
     if not callable(call):
-        raise RewardError(f"{NAME} in {path or source} is {call!r} ({type(call).__name__}), not a function; expected {EXPECTED}")
+        raise RewardError(f"{name} in {path or source} is {call!r} ({type(call).__name__}), not a function; expected {EXPECTED}")
     code = getattr(inspect.unwrap(call), "__code__", None)
     position = f"{code.co_filename}:{code.co_firstlineno}" if code else str(path or source)
-    if inspect.iscoroutinefunction(call):
-        raise RewardError(_coroutine(position))
     try:
         signature = inspect.signature(call)
     except ValueError:  # a function written in C may not have one
-        by_name = False
+        form = CallingForm(form="openrlhf")
     else:
-        by_name = _called_by_name(signature, position)
-    return RewardFunction(call=call, by_name=by_name, where=f"{NAME} ({position})", path=path)
+        form = recognised(signature, name=name, where=position)
+    return RewardFunction(call=call, form=form, where=f"{name} ({position})", path=path)
 
 
 def described(error: BaseException, path: Path | None) -> str:
@@ -151,21 +186,6 @@ def _run(path: Path) -> ModuleType:
     # within one second and are equally long.
     exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module
-
-
-def _called_by_name(signature: inspect.Signature, where: str) -> bool:
-    """False: call with three positions, as OpenRLHF does; True: by name only; RewardError if neither fits."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [parameter.name for parameter in signature.parameters.values() if parameter.kind in kinds][: len(PARAMETERS)]
-    swapped = any(name in PARAMETERS and name != PARAMETERS[index] for index, name in enumerate(positional))
-    for by_name in (False, True):
-        try:
-            signature.bind(**dict.fromkeys(PARAMETERS)) if by_name else signature.bind(*PARAMETERS)
-        except TypeError:
-            continue
-        if not swapped:
-            return by_name
-    raise RewardError(f"reward function {where} is {NAME}{signature}, which cannot be called as expected; write {EXPECTED}")
 
 
 def _signature(arguments: ast.arguments) -> inspect.Signature:
@@ -205,13 +225,3 @@ def _bound_names(node: ast.stmt) -> Iterator[str]:
     elif isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         yield from (name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
-
-
-def _missing(where: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(NAME, names, n=1)
-    remedy = f"rename {near[0]} to {NAME}, or add" if near else "add"
-    return f"reward file {where} defines no {NAME} (it defines {', '.join(names) or 'nothing'}); {remedy} {EXPECTED}"
-
-
-def _coroutine(where: str) -> str:
-    return f"reward function {where} is a coroutine function (async def), which is not called here; write a plain {EXPECTED}"

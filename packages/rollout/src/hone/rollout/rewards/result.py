@@ -9,7 +9,7 @@ import math
 import numbers
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from hone.rollout.errors import RewardError
@@ -23,32 +23,59 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
+NOT_APPLICABLE = object()
+"""In place of a result: the function has nothing to say about this response."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardItem:
-    """One response to judge: `query` is the prompt's text with the response's, `label` as it stood in the data."""
+    """One response to judge: `query` is the prompt's text with the response's, `label` as it stood in the data.
+
+    `response` is the response without special tokens; None: what `query` has behind `prompt`. `columns` are the row's
+    other columns by name, as far as they were kept.
+    """
 
     prompt_id: str
     query: str
     prompt: str
     label: object
+    response: str | None = None
+    columns: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str:
+        """The response's text, without special tokens where that is known."""
+        return self.query.removeprefix(self.prompt) if self.response is None else self.response
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """`reward` is what the policy is trained on, `score` the ungraded quality for metrics and filters, `extra_logs` figures to log."""
+    """`reward` is what the policy is trained on, `score` the ungraded quality for metrics and filters, `extra_logs` figures to log.
+
+    Where a function of several says None for a response (TRL), it does not apply: its numbers are NaN, and count for nothing.
+    """
 
     reward: float
     score: float
     extra_logs: dict[str, float]
+    applies: bool = True
 
 
 @runtime_checkable
-class _Array(Protocol):
+class Array(Protocol):
     """A torch tensor, a NumPy array or a NumPy scalar."""
 
     def tolist(self) -> Any:
         """The same values as Python numbers in nested lists."""
         ...
+
+
+def refused(function: str, what: str, *, prompt_id: str, expected: str) -> RewardError:
+    """The error for a `function` ("name (file:line)") that returned `what`, which is no reward."""
+    return RewardError(
+        f"reward function {function} returned {what} for prompt {prompt_id!r}; expected {expected}. "
+        "Mend the function: a reward that fails stops the run, it is never counted as zero."
+    )
 
 
 def checked(result: object, *, function: str, prompt_id: str) -> Judgement:
@@ -59,10 +86,7 @@ def checked(result: object, *, function: str, prompt_id: str) -> Judgement:
     """
 
     def refuse(what: str, expected: str) -> RewardError:
-        return RewardError(
-            f"reward function {function} returned {what} for prompt {prompt_id!r}; expected {expected}. "
-            "Mend the function: a reward that fails stops the run, it is never counted as zero."
-        )
+        return refused(function, what, prompt_id=prompt_id, expected=expected)
 
     def number(value: object, name: str) -> float:
         found = _plain(value)
@@ -77,6 +101,8 @@ def checked(result: object, *, function: str, prompt_id: str) -> Judgement:
             raise refuse(f"{_SHORT.repr(value)} in {name}", "one finite number that fp32 can hold")
         return converted
 
+    if result is NOT_APPLICABLE:
+        return Judgement(reward=math.nan, score=math.nan, extra_logs={}, applies=False)
     if not isinstance(result, Mapping):
         raise refuse(f"{_SHORT.repr(result)} ({type(result).__name__})", EXPECTED_RESULT)
     for key in result:
@@ -95,7 +121,7 @@ def checked(result: object, *, function: str, prompt_id: str) -> Judgement:
 
 
 def _plain(value: object) -> object:
-    return value.tolist() if isinstance(value, _Array) else value
+    return value.tolist() if isinstance(value, Array) else value
 
 
 def _as_float(value: numbers.Real) -> float:

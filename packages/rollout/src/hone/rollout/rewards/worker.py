@@ -42,7 +42,7 @@ def main(descriptor: int) -> None:
 
 def _answer(function: RewardFunction, item: RewardItem) -> tuple[str, object]:
     try:
-        result = function([item.query], [item.prompt], [item.label])
+        result = function(item)
         return "judged", checked(result, function=function.where, prompt_id=item.prompt_id)
     except RewardError as error:
         return "failed", str(error)
