@@ -25,6 +25,7 @@ from hone.learner.context import Piece
 from hone.learner.errors import ModelError
 from hone.learner.heads import TokenHead, ValueHead
 from hone.learner.logprobs import Slopes, state_values
+from hone.learner.mixture import Hear
 from hone.learner.model_files import resolve
 from hone.learner.published import Layer, Named, adapted, layers, parameters_of
 from hone.learner.quantised import in_four_bits, settle
@@ -42,6 +43,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.adapted = Adapted()
+        self.hear_routing: Hear | None = None
         softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
         output = causal_lm.get_output_embeddings()
         if not isinstance(output, nn.Linear):
@@ -63,7 +65,7 @@ class PolicyModel(nn.Module):
 
         With a `piece`, of the tokens whose predicting state it holds. `slopes` as in `token_logprobs`.
         """
-        hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece)
+        hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece, hear=self.hear_routing)
         return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, piece and piece.places, slopes)
 
     def named_weights(self) -> list[Named]:
@@ -96,6 +98,7 @@ class CriticModel(nn.Module):
         self.value_head = head
         self.prefixes = {"backbone": backbone.base_model_prefix, "value_head": value_head_prefix}
         self.adapted = Adapted()
+        self.hear_routing: Hear | None = None
 
     def forward(
         self,
@@ -106,7 +109,7 @@ class CriticModel(nn.Module):
         piece: Piece | None = None,
     ) -> Float[Tensor, " T"]:
         """Value of the state before each token in the mask; zero elsewhere, and where a `piece` does not hold the state."""
-        hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens, piece)
+        hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens, piece, hear=self.hear_routing)
         return state_values(hidden, self.value_head, cu_seqlens, action_mask, piece and piece.places)
 
     def named_weights(self) -> list[Named]:
@@ -143,12 +146,21 @@ def packed_hidden(
     position_ids: Int[Tensor, " T"],
     cu_seqlens: Int[Tensor, " N_plus_1"],
     piece: Piece | None = None,
+    *,
+    hear: Hear | None = None,
 ) -> Float[Tensor, "S H"]:
-    """Last hidden states of packed rows, each row as if it were alone; of all tokens, or of a `piece`'s, in its order."""
+    """Last hidden states of packed rows, each row as if it were alone; of all tokens, or of a `piece`'s, in its order.
+
+    A mixture's router logits go to `hear`.
+    """
     if piece is not None:
         tokens, position_ids = tokens[piece.index], position_ids[piece.index]
     arguments = row_arguments(cu_seqlens) if piece is None else piece.row_arguments()
+    if hear is not None:
+        arguments["output_router_logits"] = True
     output = backbone(input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, **arguments)
+    if hear is not None:
+        hear(output.router_logits)
     return output.last_hidden_state[0]
 
 

@@ -21,6 +21,7 @@ from hone.learner.config import DeepSpeedConfig
 from hone.learner.engines import state, zero_state
 from hone.learner.engines.protocol import StepInfo
 from hone.learner.errors import NumericsError
+from hone.learner.mixture import expert_blocks
 from hone.learner.model import CriticModel, PolicyModel
 from hone.learner.optim import Training, adamw
 from hone.learner.published import Layer
@@ -76,6 +77,9 @@ class DeepSpeedEngine:
         mark_trained(module, training is not None)
         if training is None and self.stage < 3:
             return
+        if self.stage == 3 and (blocks := expert_blocks(module)):
+            # Whole at a time: gathered expert by expert, ranks that route differently would wait for one another for ever.
+            _import().utils.set_z3_leaf_modules(module, blocks)
         optimiser = None if training is None else adamw(module.named_weights(), training.config.adam)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimisers prints the memory in use, whatever the log level
             self.engine, *_ = _import().initialize(model=module, optimizer=optimiser, config=_settings(ds, training))
