@@ -94,6 +94,7 @@ RENAMED = {
     "bf16": "ds.param_dtype",
     "param_dtype": "ds.param_dtype",
     "value_head_prefix": "ds.value_head_prefix",
+    "aux_loss_coef": "actor.aux_loss_coef",
     "lora_rank": "ds.lora.rank",
     "lora_alpha": "ds.lora.alpha",
     "lora_dropout": "ds.lora.dropout",

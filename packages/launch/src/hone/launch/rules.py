@@ -109,6 +109,29 @@ def _rings(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend=mend, settings=("ds.ring_attn_head_stride", "ds.ring_attn_size"))
 
 
+def _models_in_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config = resolved.config
+    ds, adapters = config.ds, ("ds.lora.alpha", "ds.lora.dropout", "ds.lora.target_modules")
+    if ds.load_in_4bit and not ds.lora.rank:
+        what = "ds.load_in_4bit freezes the weights, and ds.lora.rank 0 adds no adapters: nothing would train"
+        yield Problem(what=what, mend="--ds.lora.rank 16, or drop --ds.load-in-4bit", settings=("ds.load_in_4bit", "ds.lora.rank"))
+    if ds.load_in_4bit and ds.zero_stage == 3:
+        what = "ds.zero_stage 3 cuts parameters anywhere, and the weights of ds.load_in_4bit only make sense whole"
+        yield Problem(what=what, mend="--ds.zero-stage 2, or drop --ds.load-in-4bit", settings=("ds.zero_stage", "ds.load_in_4bit"))
+    if not ds.lora.rank and (idle := [name for name in adapters if _typed(resolved.sources[name])]):
+        what = f"{', '.join(idle)} without adapters does nothing"
+        yield Problem(what=what, mend="--ds.lora.rank 16, or drop it", settings=(*idle, "ds.lora.rank"))
+    balanced = [group for group in ("actor", "critic") if f"{group}.aux_loss_coef" in resolved.sources and _coef(config, group)]
+    if balanced and ds.ring_attn_size > 1:
+        what = f"{balanced[0]}.aux_loss_coef over a ring is not there yet"
+        names = (f"{balanced[0]}.aux_loss_coef", "ds.ring_attn_size")
+        yield Problem(what=what, mend="--ds.ring-attn-size 1, or drop the balancing loss", settings=names)
+
+
+def _coef(config: PolicyGradientConfig, group: str) -> float:
+    return getattr(config, group).aux_loss_coef
+
+
 def _penalty(resolved: Resolved, _: int) -> Iterator[Problem]:
     use_loss, coef = "algo.kl.use_loss", "algo.kl.init_coef"
     if not {use_loss, coef} <= resolved.sources.keys():
@@ -283,6 +306,7 @@ RULES: tuple[Rule, ...] = (
     _groups,
     _lengths,
     _rings,
+    _models_in_parts,
     _penalty,
     _teacher,
     _correction,

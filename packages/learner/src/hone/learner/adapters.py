@@ -5,8 +5,8 @@ target or pattern that matches nothing is told before any weight is read. LoRA: 
 """
 
 import contextlib
+import copy
 import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -162,9 +162,10 @@ def save_adapter(directory: Path, adapted: Adapted, tensors: Mapping[str, Tensor
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    settings = adapted.config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
-    settings |= {"target_modules": sorted(settings["target_modules"]), "modules_to_save": adapted.head and [adapted.head]}
-    (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    config = copy.copy(adapted.config)
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.modules_to_save = adapted.head and [adapted.head]
+    config.save_pretrained(directory)
     named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -51,6 +51,8 @@ class ActorConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     freeze: str | None = None
     """Parameters that stay as they were loaded: patterns of their names with commas between, * for any text ("*.mlp.gate.*")."""
+    aux_loss_coef: Annotated[float, Range(low=0)] = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, over all tokens of an optimiser step; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,8 @@ class CriticConfig:
     """Recompute activations in the backward pass."""
     freeze: str | None = None
     """Parameters that stay as they were loaded: patterns of their names with commas between, * for any text ("*.mlp.gate.*")."""
+    aux_loss_coef: Annotated[float, Range(low=0)] = 0.0
+    """Weight of the load-balancing loss of a mixture of experts, over all tokens of an optimiser step; 0 for none."""
     freezing_steps: Annotated[int, Range(low=0)] = 0
     """Steps at the start during which only the critic learns."""
 

@@ -4,6 +4,7 @@ Flow of one optimiser step: Batch --logp, values--> filled fields --(judging, el
 --weights--> whoever serves them. Knows no Ray; everything here is constructible in a test.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -31,7 +32,8 @@ from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
 from hone.learner.heads import statistics_of
 from hone.learner.logprobs import Slopes
-from hone.learner.model import CriticModel, hidden_size, load_critic, load_policy
+from hone.learner.mixture import FIGURES, Balance, check_mixture, heard_by
+from hone.learner.model import CriticModel, PolicyModel, hidden_size, load_critic, load_policy
 from hone.learner.model_files import check_ring, copy_tokenizer, resolve
 from hone.learner.offline import Questions, loss_of
 from hone.learner.optim import Training
@@ -107,6 +109,9 @@ class Learner:
         self.rank, self.world_size, self.backend, self.max_tokens = rank, world_size, backend, max_tokens
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         check_settings(ds)
+        self.aux_loss_coefs = {role: getattr(spec.config, "aux_loss_coef", 0.0) for role, spec in roles.items()}
+        if ds.ring_attn_size > 1 and any(self.aux_loss_coefs.values()):
+            raise ValueError("a load-balancing loss over a ring is not there yet; --ds.ring-attn-size 1, or aux-loss-coef 0")
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
         self.sleeps = ds.enable_sleep
         self.kinds = {role: spec.kind for role, spec in roles.items()}
@@ -301,6 +306,7 @@ class Learner:
             module = load_critic(name, value_head_prefix=ds.value_head_prefix, **loading)
         else:
             module = load_policy(name, **loading)
+        check_mixture(module.adaptable()[0].base_model, name, coef=self.aux_loss_coefs[role])
         if self.wire is not None:
             check_cut(module, name, wire=self.wire, head_stride=self.head_stride)
         if self.backend == "single":
@@ -375,12 +381,17 @@ class Learner:
             raise ValueError(f"{role} can only be updated on a Scored batch or labelled rows; judge the {type(shard.batch).__name__} first")
         engine = self._awake(role, training=True)
         totals: dict[str, Tensor] = {}
-        with dropout_awake(engine.module):
+        balance = self._balance(role, shard)
+        with dropout_awake(engine.module), heard_by(engine.module, balance.hear) if balance else contextlib.nullcontext():
             for index in range(len(shard.micro_batches)):
                 loss = loss_of(self._micro_batch(shard, index))
+                if balance is not None:
+                    loss += balance.loss(filler=index in shard.fillers)
                 engine.backward(loss.total, last=index == len(shard.micro_batches) - 1)
                 _add_figures(totals, loss, filler=index in shard.fillers)
         info = engine.step()
+        if balance is not None and self.rank == 0:
+            totals |= balance.busiest()
         return StepResult(metrics=self._told(totals), grad_norm=info.grad_norm, lr=info.lr, applied=info.applied)
 
     def _told(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
@@ -388,6 +399,25 @@ class Learner:
         if not totals or (self.wire is not None and self.wire.rank):
             return {}
         return dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))  # waits for the device once
+
+    @torch.no_grad()
+    def _balance(self, role: str, shard: Shard) -> Balance | None:
+        """The step's load-balancing loss with every token's choices counted, by a forward pass of its own; None for none."""
+        coef = self.aux_loss_coefs[role]
+        if not coef:
+            return None
+        module = self.engines[role].module
+        balance = Balance(module.adaptable()[0].config, coef=coef, figures=FIGURES.get(role, FIGURES["policy"]), device=self.device)
+        for index in range(len(shard.micro_batches)):
+            part = self._micro_batch(shard, index)
+            part = dataclasses.replace(part, action_mask=torch.zeros_like(part.action_mask))  # the head has nothing to do
+            with heard_by(module, balance.hear if index in shard.fillers else balance.count):
+                if isinstance(module, PolicyModel):
+                    self._policy(role, part, with_entropy=False)
+                else:
+                    self._read(role, part)
+        balance.close(torch.distributed.all_reduce if self.backend == "deepspeed" else None)
+        return balance
 
     def _micro_batch(self, shard: Shard, index: int) -> Packed:
         """Micro-batch `index` on this rank's device. A filler has an empty mask and weights of zero: it adds nothing to any sum."""

@@ -14,8 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hone.algos.protocol import Loss
 from hone.learner.errors import ModelError
 
+FIGURES = {"policy": ("aux_loss", "max_expert_load"), "critic": ("critic_aux_loss", "critic_max_expert_load")}
+"""What a role's figures are called."""
 Hear = Callable[[tuple[Tensor, ...]], None]
 """Takes the router logits [tokens, E] of every layer."""
 
@@ -30,7 +33,8 @@ class Routed(Protocol):
 class Balance:
     """The balancing loss of one optimiser step: `count` every token, then `close` over all ranks, then take `loss` part by part."""
 
-    def __init__(self, config: Any, *, coef: float, device: torch.device) -> None:
+    def __init__(self, config: Any, *, coef: float, figures: tuple[str, str], device: torch.device) -> None:
+        self.figures = figures
         self.coef, self.experts_per_token = coef, int(config.num_experts_per_tok)
         self.experts = int(getattr(config, "num_local_experts", None) or config.num_experts)
         self.chosen = torch.zeros(self.experts + 1, dtype=torch.float64, device=device)  # and, last, the tokens
@@ -53,17 +57,18 @@ class Balance:
         """Keeps the logits of a forward pass until `loss` takes them."""
         self.heard = router_logits
 
-    def loss(self, *, filler: bool) -> Float[Tensor, ""]:
-        """The micro-batch's part of the loss before its coefficient, with gradient; a filler's is 0."""
+    def loss(self, *, filler: bool) -> Loss:
+        """Part of the loss that the micro-batch just heard has, and as a figure what it is before its coefficient; a filler's is 0."""
         frequencies, tokens = self.chosen[:-1] / self.chosen[-1], self.chosen[-1]
         assert self.heard, "a forward pass without a router"
         probabilities = torch.stack([logits.float().softmax(-1).sum(0) for logits in self.heard]).sum(0) / tokens
         self.heard = ()
-        return self.experts * (frequencies * probabilities).sum() * (0.0 if filler else 1.0)
+        part = self.experts * (frequencies * probabilities).sum() * (0.0 if filler else 1.0)
+        return Loss(total=self.coef * part, metrics={self.figures[0]: part.detach()})
 
-    def busiest(self) -> Float[Tensor, ""]:
-        """Load of the expert that is chosen most, over an even share: 1 is balanced, E / k the worst there can be."""
-        return self.chosen[:-1].max() / self.chosen[-1] * self.experts / self.experts_per_token
+    def busiest(self) -> dict[str, Float[Tensor, ""]]:
+        """As a figure, the load of the expert that is chosen most, over an even share: 1 is balanced, E / k the worst there can be."""
+        return {self.figures[1]: self.chosen[:-1].max() / self.chosen[-1] * self.experts / self.experts_per_token}
 
 
 def check_mixture(backbone: Any, name: str, *, coef: float) -> None:

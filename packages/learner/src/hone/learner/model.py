@@ -26,6 +26,7 @@ from hone.learner.errors import ModelError
 from hone.learner.head_files import HeadKind, classifier_config, forget_statistics, head_name, load_head
 from hone.learner.heads import Head, TokenHead
 from hone.learner.logprobs import Slopes
+from hone.learner.mixture import Hear
 from hone.learner.model_files import resolve
 from hone.learner.over_logits import OverLogits
 from hone.learner.published import Layer, Named, adapted, layers, parameters_of
@@ -44,6 +45,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.adapted = Adapted()
+        self.hear_routing: Hear | None = None
         softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
         output = causal_lm.get_output_embeddings()
         if not isinstance(output, nn.Linear):
@@ -66,7 +68,7 @@ class PolicyModel(nn.Module):
 
         With a `piece`, of the tokens whose predicting state it holds. `slopes` as in `token_logprobs`; `over` as in `TokenHead`.
         """
-        hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece)
+        hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece, hear=self.hear_routing)
         places = piece and piece.places
         return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, places, slopes, over)
 
@@ -100,6 +102,7 @@ class CriticModel(nn.Module):
         self.value_head = head
         self.prefixes = {"backbone": backbone.base_model_prefix, "value_head": value_head_prefix}
         self.adapted = Adapted()
+        self.hear_routing: Hear | None = None
 
     def forward(
         self,
@@ -110,7 +113,7 @@ class CriticModel(nn.Module):
         piece: Piece | None = None,
     ) -> Tensor:
         """What the head reads: values [T], scores [N] or label logits [T, C]; zero where a `piece` does not hold the state."""
-        hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens, piece)
+        hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens, piece, hear=self.hear_routing)
         return self.value_head.read(hidden, cu_seqlens, action_mask, piece and piece.places)
 
     def named_weights(self) -> list[Named]:
@@ -144,12 +147,21 @@ def packed_hidden(
     position_ids: Int[Tensor, " T"],
     cu_seqlens: Int[Tensor, " N_plus_1"],
     piece: Piece | None = None,
+    *,
+    hear: Hear | None = None,
 ) -> Float[Tensor, "S H"]:
-    """Last hidden states of packed rows, each row as if it were alone; of all tokens, or of a `piece`'s, in its order."""
+    """Last hidden states of packed rows, each row as if it were alone; of all tokens, or of a `piece`'s, in its order.
+
+    A mixture's router logits go to `hear`.
+    """
     if piece is not None:
         tokens, position_ids = tokens[piece.index], position_ids[piece.index]
     arguments = row_arguments(cu_seqlens) if piece is None else piece.row_arguments()
+    if hear is not None:
+        arguments["output_router_logits"] = True
     output = backbone(input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, **arguments)
+    if hear is not None:
+        hear(output.router_logits)
     return output.last_hidden_state[0]
 
 

@@ -31,7 +31,7 @@ def settle(model: nn.Module, name: str) -> None:
     scales to bf16, so that log-probabilities would differ between evaluation and training. And rows that do not fill blocks of 64
     are dequantised with other rows' scales: ModelError for a model that has them.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for layer_name, layer in model.named_modules():
         if isinstance(layer, Linear4bit):

@@ -112,6 +112,24 @@ METRICS: dict[str, Metric] = {
     "train/critic_loss": Metric(unit="loss", reduction=_TOKENS, healthy=_NOT_NEGATIVE, meaning="The value function's squared error."),
     "train/values": Metric(unit="reward", reduction=_TOKENS, meaning="The critic's values; they should come near train/returns."),
     "train/returns": Metric(unit="reward", reduction=_TOKENS, meaning="The critic's targets."),
+    **{
+        f"train/{role}aux_loss": Metric(
+            unit="loss",
+            reduction=_UPDATES,
+            healthy=_NOT_NEGATIVE,
+            meaning=f"The {model}'s load-balancing loss before its coefficient; with k experts a token, k is balanced.",
+        )
+        for role, model in (("", "policy"), ("critic_", "critic"))
+    },
+    **{
+        f"train/{role}max_expert_load": Metric(
+            unit="1",
+            reduction=_UPDATES,
+            healthy=Range(low=1),
+            meaning=f"Tokens of the {model}'s busiest expert, over an even share; 1 is balanced, large: experts starve.",
+        )
+        for role, model in (("", "policy"), ("critic_", "critic"))
+    },
     "train/actor_grad_norm": Metric(
         unit="L2 norm", reduction=_UPDATES, healthy=_NOT_NEGATIVE, meaning="Norm of the policy's gradient before it is clipped."
     ),

@@ -24,6 +24,7 @@ from hone.learner.engines.ema import SECTION, Average
 from hone.learner.engines.loss_scale import Skips
 from hone.learner.engines.protocol import StepInfo
 from hone.learner.engines.sleep import Sleeper, own_memory, tensors_in
+from hone.learner.mixture import expert_blocks
 from hone.learner.model import CriticModel, PolicyModel
 from hone.learner.optim import Training, adamw
 from hone.learner.published import Layer
@@ -81,6 +82,9 @@ class DeepSpeedEngine:
         self.sleeper, self.average = Sleeper(self.device), None
         if training is None and self.stage < 3:
             return
+        if self.stage == 3 and (blocks := expert_blocks(module)):
+            # Whole at a time: gathered expert by expert, ranks that route differently would wait for one another for ever.
+            _import().utils.set_z3_leaf_modules(module, blocks)
         optimiser = None if training is None else adamw(module.named_weights(), training.config.adam)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimisers prints the memory in use, whatever the log level
             settings = zero_settings.settings(ds, training, whole_below=WHOLE_BELOW)
