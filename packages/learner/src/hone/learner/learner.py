@@ -8,13 +8,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hone.algos.batch import Batch, Scored, select
+from hone.algos.batch import Packed, Scored, select
+from hone.algos.offline import LogpLoss
 from hone.algos.protocol import Loss, Outputs
 from hone.learner.attention.wire import add_over_ring, ring_of
 from hone.learner.checkpoint import role_files
@@ -32,6 +33,9 @@ from hone.learner.optim import Training
 from hone.learner.packing import Shard
 from hone.learner.per_token import PerToken, PolicyLoss
 from hone.learner.ring_probe import check_cut
+
+WEIGHTS = frozenset({"weights", "row_weights"})
+"""Fields that say what a token or a row weighs within an optimiser step: a batch that has neither was not judged."""
 
 
 @runtime_checkable
@@ -51,6 +55,13 @@ class RoleSpec:
     model: str
     config: ActorConfig | CriticConfig | RefConfig
     total_steps: int
+
+
+def made_of(spec: RoleSpec, *, model: Path, ds: DeepSpeedConfig) -> dict[str, Any]:
+    """How a role is made, as JSON has it: what `checkpoint.export` makes it from again."""
+    settings = {"config": dataclasses.asdict(spec.config), "ds": dataclasses.asdict(ds)}
+    known = {"kind": spec.kind, "model": str(model.absolute()), "architecture": role_files.architecture(model)}
+    return {**known, "total_steps": spec.total_steps, **settings}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +100,7 @@ class Learner:
         self.rank, self.world_size, self.backend, self.max_tokens = rank, world_size, backend, max_tokens
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
+        self.made_of = {role: made_of(spec, model=self.sources[role], ds=ds) for role, spec in roles.items()}
         self.head_stride = ds.ring_attn_head_stride
         for source in self.sources.values():
             check_ring(str(source), world_size=world_size, size=ds.ring_attn_size, head_stride=self.head_stride)
@@ -109,11 +121,14 @@ class Learner:
         """Values of the states before the shard's action tokens; no gradient, zero off the mask."""
         return self._evaluate(shard, lambda part: self._values(role, part))
 
-    def update_policy(self, role: str, shard: Shard, algo: PolicyLoss) -> StepResult:
-        """One optimiser step over all micro-batches of a Scored shard. Raises NumericsError; see `Engine.step`."""
+    def update_policy(self, role: str, shard: Shard, algo: PolicyLoss | LogpLoss[Any]) -> StepResult:
+        """One optimiser step over all micro-batches of a shard, Scored or of labelled rows (`hone.algos.offline`) as `algo` reads them.
+
+        Raises NumericsError; see `Engine.step`.
+        """
         per_token = PerToken(algo)
 
-        def loss_of(part: Scored) -> Loss:
+        def loss_of(part: Any) -> Loss:
             # A rank of a ring does not score all of a row's tokens, so it is not told slopes: backward takes the logits again.
             slopes = per_token.slopes(part) if self.wire is None else None
             return algo.loss(self._policy(role, part, with_entropy=True, slopes=slopes), part)
@@ -148,11 +163,11 @@ class Learner:
 
         No collective. Raises CheckpointError if an earlier save failed and `saved` was not asked.
         """
-        state = random_state(self.device)
+        state, made_of = random_state(self.device), self.made_of
         self.writer.save(
             {
                 role_files.path(Path(directory), role, rank=self.rank, world_size=self.world_size): role_files.layout(
-                    role, engine, rank=self.rank, world_size=self.world_size, random_state=state
+                    role, engine, rank=self.rank, world_size=self.world_size, random_state=state, made_of=made_of[role]
                 )
                 for role, engine in self.engines.items()
             }
@@ -208,15 +223,15 @@ class Learner:
 
         return DeepSpeedEngine(module, role=role, training=training, ds=ds)
 
-    def _policy(self, role: str, part: Batch, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
+    def _policy(self, role: str, part: Packed, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy)
         logp, entropy = self.engines[role](*inputs, self._piece(part), slopes)
         return Outputs(logp=self._whole(logp), entropy=None if entropy is None else self._whole(entropy))
 
-    def _values(self, role: str, part: Batch) -> Tensor:
+    def _values(self, role: str, part: Packed) -> Tensor:
         return self._whole(self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, self._piece(part)))
 
-    def _piece(self, part: Batch) -> Piece | None:
+    def _piece(self, part: Packed) -> Piece | None:
         """What this rank of a ring runs of a micro-batch."""
         if self.wire is None:
             return None
@@ -228,7 +243,7 @@ class Learner:
         return per_token if self.wire is None else add_over_ring(per_token, self.wire)
 
     @torch.no_grad()
-    def _evaluate(self, shard: Shard, forward: Callable[[Batch], Tensor]) -> Tensor:
+    def _evaluate(self, shard: Shard, forward: Callable[[Packed], Tensor]) -> Tensor:
         result = torch.zeros(shard.batch.tokens.shape[0], dtype=torch.float32)
         bounds = shard.batch.cu_seqlens.tolist()
         for index, rows in enumerate(shard.micro_batches):
@@ -238,14 +253,13 @@ class Learner:
                 result[positions] = values
         return result
 
-    def _update(self, role: str, shard: Shard, loss_of: Callable[[Scored], Loss]) -> StepResult:
-        if not isinstance(shard.batch, Scored):
+    def _update(self, role: str, shard: Shard, loss_of: Callable[[Any], Loss]) -> StepResult:
+        if not WEIGHTS & {field.name for field in dataclasses.fields(shard.batch)}:
             raise ValueError(f"{role} can only be updated on a Scored batch; judge the {type(shard.batch).__name__} first")
         engine = self.engines[role]
         totals: dict[str, Tensor] = {}
         for index in range(len(shard.micro_batches)):
             part = self._micro_batch(shard, index)
-            assert isinstance(part, Scored)
             loss = loss_of(part)
             engine.backward(loss.total, last=index == len(shard.micro_batches) - 1)
             for name, value in {} if index in shard.fillers else loss.metrics.items():
@@ -256,7 +270,7 @@ class Learner:
         read = torch.stack(list(totals.values())).tolist() if totals else []  # waits for the device once, not once per metric
         return StepResult(metrics=dict(zip(totals, read, strict=True)), grad_norm=info.grad_norm, lr=info.lr)
 
-    def _micro_batch(self, shard: Shard, index: int) -> Batch:
+    def _micro_batch(self, shard: Shard, index: int) -> Packed:
         """Micro-batch `index` on this rank's device. A filler has an empty mask and weights of zero: it adds nothing to any sum."""
         part = select(shard.batch, shard.micro_batches[index])
         cap = self.max_tokens * (1 if self.wire is None else self.wire.size)
@@ -269,6 +283,5 @@ class Learner:
         }
         if index in shard.fillers:
             moved["action_mask"] = torch.zeros_like(moved["action_mask"])
-            if "weights" in moved:
-                moved["weights"] = torch.zeros_like(moved["weights"])
+            moved |= {name: torch.zeros_like(moved[name]) for name in WEIGHTS & moved.keys()}
         return dataclasses.replace(part, **moved)

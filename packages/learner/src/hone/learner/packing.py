@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hone.algos.batch import Batch, select
+from hone.algos.batch import Packed, select
 
 HIDDEN_SIZE = 4096
 """Hidden size that costs are reckoned with where the model's own is not given."""
@@ -29,7 +29,7 @@ class Shard:
     whole batch.
     """
 
-    batch: Batch
+    batch: Packed
     micro_batches: tuple[tuple[int, ...], ...]
     fillers: frozenset[int]
     rows: tuple[int, ...]
@@ -56,7 +56,7 @@ def plan(
 
 
 def shards(
-    batch: Batch,
+    batch: Packed,
     *,
     ranks: int,
     max_tokens: int,

@@ -11,13 +11,14 @@ what it raises there is no fault of the batch, since the call for its value come
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hone.algos.batch import Scored
+from hone.algos.batch import AnyPacked, Batch, Packed, Scored
+from hone.algos.offline import LogpLoss
 from hone.algos.protocol import Loss, Outputs
 from hone.learner.logprobs import Slopes, scored_positions
 
@@ -34,11 +35,11 @@ class PolicyLoss(Protocol):
 class PerToken:
     """One loss during one optimiser step; asked about its first micro-batch, it answers for all."""
 
-    def __init__(self, algo: PolicyLoss) -> None:
-        self.algo = algo
+    def __init__(self, algo: PolicyLoss | LogpLoss[Any]) -> None:
+        self.algo: Any = algo  # what it reads of its rows is its own affair
         self.holds: bool | None = None
 
-    def slopes(self, part: Scored) -> Slopes | None:
+    def slopes(self, part: Packed) -> Slopes | None:
         """What `token_logprobs` takes for this micro-batch; None where the loss is not a sum over tokens."""
         if not torch.is_grad_enabled():
             return None
@@ -52,7 +53,7 @@ class PerToken:
         return lambda logp, entropy, positions: self._told(part, logp, entropy, positions)
 
     def _told(
-        self, part: Scored, logp: Float[Tensor, " M"], entropy: Float[Tensor, " M"] | None, positions: Int[Tensor, " M"]
+        self, part: Packed, logp: Float[Tensor, " M"], entropy: Float[Tensor, " M"] | None, positions: Int[Tensor, " M"]
     ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"] | None]:
         try:
             return self._slopes(part, logp, entropy, positions)
@@ -61,7 +62,7 @@ class PerToken:
             return torch.zeros_like(logp), None
 
     def _slopes(
-        self, part: Scored, logp: Float[Tensor, " M"], entropy: Float[Tensor, " M"] | None, positions: Int[Tensor, " M"]
+        self, part: Packed, logp: Float[Tensor, " M"], entropy: Float[Tensor, " M"] | None, positions: Int[Tensor, " M"]
     ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"] | None]:
         leaves = [logp.detach().requires_grad_(), *([] if entropy is None else [entropy.detach().requires_grad_()])]
         with torch.enable_grad(), _random_numbers_kept(self.algo, logp.device):
@@ -70,9 +71,9 @@ class PerToken:
             found = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else (None,) * len(leaves)
         return torch.zeros_like(logp) if found[0] is None else found[0], found[1] if entropy is not None else None
 
-    def _halves_are_the_whole(self, part: Scored, positions: Int[Tensor, " M"]) -> bool:
+    def _halves_are_the_whole(self, part: Packed, positions: Int[Tensor, " M"]) -> bool:
         # Near the old log-probabilities, where ratios are neither 1 nor clipped; no two tokens alike.
-        near = part.rollout_logp if part.old_logp is None else part.old_logp
+        near = _near(part)
         number = torch.arange(len(positions), device=positions.device) + 1.0
         logp, entropy = near[positions] + 0.05 * torch.sin(number), 1 + 0.5 * torch.cos(number)
         try:
@@ -91,6 +92,13 @@ class PerToken:
 HALVES = (slice(0, None, 2), slice(1, None, 2))
 
 
+def _near(part: Packed) -> Float[Tensor, " T"]:
+    """Log-probabilities such as the policy may have: the old ones where there are any, else the reference's, else zeros."""
+    if isinstance(part, Batch):
+        return part.rollout_logp if part.old_logp is None else part.old_logp
+    return torch.zeros(part.tokens.shape, device=part.tokens.device) if part.ref_logp is None else part.ref_logp
+
+
 def _same(half: Float[Tensor, " M"] | None, whole: Float[Tensor, " M"] | None) -> bool:
     if half is None or whole is None:
         return half is whole
@@ -98,7 +106,7 @@ def _same(half: Float[Tensor, " M"] | None, whole: Float[Tensor, " M"] | None) -
 
 
 @contextlib.contextmanager
-def _random_numbers_kept(algo: PolicyLoss, device: torch.device) -> Iterator[None]:
+def _random_numbers_kept(algo: object, device: torch.device) -> Iterator[None]:
     """Torch's own random numbers, and those of generators the algorithm holds, go on afterwards as if nothing had happened."""
     held = [value for value in getattr(algo, "__dict__", {}).values() if isinstance(value, torch.Generator)]
     states = [generator.get_state() for generator in held]
@@ -110,7 +118,7 @@ def _random_numbers_kept(algo: PolicyLoss, device: torch.device) -> Iterator[Non
             generator.set_state(state)
 
 
-def tokens_of(batch: Scored, positions: Int[Tensor, " M"]) -> Scored:
+def tokens_of(batch: AnyPacked, positions: Int[Tensor, " M"]) -> AnyPacked:
     """The tokens at these ascending positions, each row cut down to its own of them; rows may be left empty."""
     ends = torch.searchsorted(positions.contiguous(), batch.cu_seqlens.to(positions.dtype))
     changes: dict[str, Tensor] = {"cu_seqlens": ends.to(batch.cu_seqlens.dtype)}
