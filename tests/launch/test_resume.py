@@ -188,6 +188,21 @@ def test_a_full_disk_is_told_and_the_next_save_tries_again(tmp_path: Path) -> No
     assert json.loads((checkpoints.find(tmp_path).path / "run.json").read_text()) == {}
 
 
+def test_an_old_checkpoint_that_cannot_go_makes_no_failure_of_the_new_one(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    class Stuck(Files):
+        def remove(self, directory: Path) -> None:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    saves = Checkpoints([Instant()], tmp_path, keep=1, event=lambda kind, **_: events.append(kind), files=Stuck())
+    for step in (1, 2, 3):
+        saves.begin(step, {"run.json": "{}"})
+        saves.poll(wait=True)
+    assert events == ["checkpoint_saved", "checkpoint_saved", "checkpoint_left", "checkpoint_saved", "checkpoint_left"]
+    assert checkpoints.find(tmp_path).step == 3
+
+
 def test_a_disk_that_is_full_for_a_while_costs_a_run_that_checkpoint_and_nothing_else(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,11 +99,15 @@ class Checkpoints:
             if errors:
                 raise OSError("; ".join(errors))
             path = checkpoints.complete(self._files, partial, [file for outcome in outcomes for file in outcome.files], texts)
-            self._event("checkpoint_saved", step=step, path=str(path))
-            checkpoints.prune(self._files, self._root, keep=self._keep)
         except OSError as error:
             self._event("checkpoint_failed", step=step, error=str(error))
             self._drop(partial)
+            return
+        self._event("checkpoint_saved", step=step, path=str(path))
+        try:
+            checkpoints.prune(self._files, self._root, keep=self._keep)
+        except OSError as error:  # the new one is complete all the same; what could not go is tried again after the next
+            self._event("checkpoint_left", path=str(self._root), error=str(error))
 
     def _drop(self, partial: Path) -> None:
         """Makes room again. What cannot be removed now is removed by the next save."""
