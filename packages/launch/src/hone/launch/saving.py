@@ -148,7 +148,8 @@ def _root_of(run: Path) -> Path:
         lines = (run / EVENTS).read_text(encoding="utf-8").splitlines()
         # A killed run's last line may be cut off; a save is told after it is complete, so an earlier line says the same.
         saved = [json.loads(line)["path"] for line in lines if '"checkpoint_saved"' in line and line.endswith("}")]
-    return Path(saved[-1]).parent if saved else run / "checkpoints"
+    root = Path(saved[-1]).parent if saved else run / "checkpoints"
+    return root if root.is_dir() else run / "checkpoints"  # it was moved, or is named as seen from elsewhere
 
 
 def take_up(

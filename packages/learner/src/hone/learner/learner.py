@@ -59,7 +59,7 @@ class RoleSpec:
 
 def made_of(spec: RoleSpec, *, model: Path, ds: DeepSpeedConfig) -> dict[str, Any]:
     """How a role is made, as JSON has it: what `checkpoint.export` makes it from again."""
-    settings = {"config": dataclasses.asdict(spec.config), "ds": dataclasses.asdict(ds)}
+    settings = {"config": dataclasses.asdict(spec.config), "config_type": type(spec.config).__name__, "ds": dataclasses.asdict(ds)}
     known = {"kind": spec.kind, "model": str(model.absolute()), "architecture": role_files.architecture(model)}
     return {**known, "total_steps": spec.total_steps, **settings}
 

@@ -11,16 +11,17 @@ from typing import Any, TypeVar
 from jaxtyping import Shaped
 from torch import Tensor
 
+from hone.learner import config
 from hone.learner.checkpoint import directory as checkpoints
 from hone.learner.checkpoint.pieces import MASTER, Source
 from hone.learner.checkpoint.role_files import matching
 from hone.learner.checkpoint.shard_file import RoleReader
-from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig
+from hone.learner.config import DeepSpeedConfig
 from hone.learner.errors import CheckpointError
 from hone.learner.learner import Learner, RoleSpec
 
-CONFIGS = {"policy": ActorConfig, "critic": CriticConfig}
-"""Kinds of roles that train, and their settings."""
+CONFIGS: dict[str, Any] = {name: kind for name, kind in vars(config).items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+"""Settings of roles, by the name of their type."""
 ONE_PROCESS = {"zero_stage": 0, "ring_attn_size": 1, "ring_attn_head_stride": None}
 """What spreads a model over ranks, as one process has it."""
 Settings = TypeVar("Settings")
@@ -43,7 +44,7 @@ def export(checkpoint: Path, out: Path, *, role: str = "policy", model: str | No
     spec = RoleSpec(
         kind=made_of["kind"],
         model=_model(path, model or made_of["model"], named=model is not None),
-        config=_settings(CONFIGS[made_of["kind"]], made_of["config"]),
+        config=_settings(CONFIGS[made_of["config_type"]], made_of["config"]),
         total_steps=made_of["total_steps"],
     )
     learner = Learner(
