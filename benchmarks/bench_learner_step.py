@@ -26,8 +26,9 @@ from hone.algos.algorithms.terms import KLPenalty
 from hone.algos.batch import Scored
 from hone.algos.reduce import Reduction, token_weights
 from hone.learner.config import ActorConfig, AdamConfig, DeepSpeedConfig
-from hone.learner.learner import Learner, RoleSpec
+from hone.learner.learner import Learner
 from hone.learner.packing import shards
+from hone.learner.roles import RoleSpec
 
 ROWS, MAX_TOKENS, PADDED_ROWS = 64, 1024, 16
 CONFIG = Qwen3Config(

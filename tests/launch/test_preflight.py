@@ -308,14 +308,45 @@ def test_too_little_disk_is_told_in_numbers(tmp_path: Path, monkeypatch: pytest.
     assert problems[0].code == 5
 
 
-def test_disk_is_counted_by_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "exports", "checkpoints"),
+    [
+        # 900 numbers in fp32; 40 steps of the recipe
+        ("ppo", 3600, 0),
+        ("ppo --ds.param-dtype bf16", 1800, 0),
+        # actor and critic, master and two moments each: 2 x 900 x 12 bytes, three kept and one being written
+        ("ppo --ckpt.save-steps 10", 3600, 4 * 21600),
+        ("ppo --ckpt.save-steps 1 --ckpt.max-num 1", 3600, 2 * 21600),
+        ("ppo --ckpt.save-steps 20", 3600, 2 * 21600),
+        ("grpo --ckpt.save-steps 10", 3600, 4 * 10800),
+        # the model at the end, and with each of four checkpoints
+        ("grpo --ckpt.save-steps 10 --ckpt.save-hf", 5 * 3600, 4 * 10800),
+        ("grpo --ckpt.save-hf", 3600, 0),
+    ],
+)
+def test_disk_is_counted_by_what_lies_there_at_a_time(tmp_path: Path, words: str, exports: int, checkpoints: int) -> None:
+    verb, _, rest = words.partition(" ")
+    config = settled(f"{verb} --actor.model-name-or-path {a_model(tmp_path / 'm')} {rest}").config
+    assert (preflight.export_bytes(config), preflight.checkpoint_bytes(config)) == (exports, checkpoints)
+
+
+def test_checkpoints_elsewhere_need_room_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = a_model(tmp_path / "m")
-    needed = {
-        words: preflight.bytes_needed(settled(f"ppo --actor.model-name-or-path {model} {words}").config)
-        for words in ("", "--ckpt.save-steps 10")
-    }
-    # 40 steps of the recipe: the model at the end, and four on the way
-    assert needed == {"": 1020 + preflight.SPARE_BYTES, "--ckpt.save-steps 10": 5100 + preflight.SPARE_BYTES}
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.setattr(preflight, "STATE_BYTES", 2**20)
+    monkeypatch.setattr(preflight, "_device", lambda place: 1 + (place == there))
+    free = SimpleNamespace(free=2**30)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: free)
+    words = "--ckpt.save-steps 10 --ckpt.path there/deep --run.backend local"
+    problem = only(of_model(model, words))
+    assert problem.what == f"checkpoints need about 7.0 GiB of disk, {there} has 1.0 GiB free"
+    assert (problem.code, "--ckpt.path" in problem.mend) == (5, True)
+    monkeypatch.setattr(preflight, "_device", lambda _: 1)
+    assert (
+        only(of_model(model, words)).what
+        == f"the run needs about 7.3 GiB of disk (0.0 of models, 7.0 of checkpoints), {tmp_path} has 1.0 GiB free"
+    )
 
 
 def test_a_model_at_home_is_weighed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,3 +37,22 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(
     prompts, reward = write_rows(tmp_path / "rows.jsonl", MADE_UP), write_reward(tmp_path / "reward.py", SHORT_IS_GOOD)
     assert main(["grpo", *own(model, prompts, reward, tmp_path / "run")]) == 5
     assert "resize_token_embeddings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--actor.num-gpus-per-node 3 --ds.ring-attn-size 2", "learner ranks do not fall into rings of 2"),
+        (
+            "--actor.num-gpus-per-node 2 --ds.ring-attn-size 2 --train.max-tokens-per-gpu 200 --data.max-len 500",
+            "a sample of 500 tokens does not fit a micro-batch of 400",
+        ),
+        ("--resume run --ckpt.load-enable --ckpt.path run", "both say where to go on from"),
+    ],
+)
+def test_what_cannot_be_packed_or_taken_up_ends_with_2_before_anything_is_made(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["ppo", *words.split(), "--run.dir", "run"]) == 2
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())

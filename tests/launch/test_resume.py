@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
+from hone.launch import local
 from hone.launch.cli import main
 from hone.launch.observe.ledger import replay
 from hone.launch.observe.run_directory import read_events, read_metrics
-from hone.launch.saving import Checkpoints
+from hone.launch.saving import Checkpoints, place_of
 from hone.learner.checkpoint import directory as checkpoints
 from hone.learner.checkpoint.files import Files
 from hone.learner.checkpoint.snapshot import Outcome
+from hone.learner.errors import CheckpointError
+from tests.launch.conftest import save_model
 from tests.launch.running import started
 
 WALL = ("timing/", "perf/")
@@ -62,6 +66,57 @@ def test_a_killed_run_taken_up_again_is_the_run_that_never_stopped(whole: Path, 
     for role in ("policy", "critic"):
         last = [load_file(next((home / "ckpt" / "step_6").glob(f"{role}-*"))) for home in (whole, tmp_path)]
         assert last[0].keys() == last[1].keys() and all(torch.equal(tensor, last[1][name]) for name, tensor in last[0].items())
+
+
+def test_a_run_goes_on_from_the_step_it_is_told(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [*ASKED, "--run.dir", str(tmp_path / "run"), "--resume", str(whole / "ckpt" / "step_3")]
+    assert main(asked) == 0
+    assert measured(tmp_path / "run") == measured(whole / "run")
+    assert [event["step"] for event in read_events(tmp_path / "run")[0] if event["kind"] == "resumed"] == [3]
+    assert (tmp_path / "run" / "checkpoints" / "step_6").is_dir()  # its own, beside those it came from
+
+
+def test_what_resume_may_name(whole: Path, tmp_path: Path) -> None:
+    assert place_of(str(whole / "ckpt" / "step_3"), verb="ppo") == (whole / "ckpt", 3)
+    assert place_of(str(whole / "ckpt"), verb="ppo") == (whole / "ckpt", None)
+    assert place_of(str(whole / "run"), verb="ppo") == (whole / "ckpt", None)  # as the run itself has written down
+    runs = tmp_path / "runs"
+    for name, step in {"ppo-20260101-000000": 4, "ppo-20260101-000001": 2, "grpo-20260102-000000": 9}.items():
+        (runs / name / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    (runs / "ppo-20260103-000000" / "checkpoints" / "step_7.partial").mkdir(parents=True)
+    assert place_of("latest", verb="ppo", runs=runs) == (runs / "ppo-20260101-000001" / "checkpoints", None)
+    assert place_of("latest", verb="*", runs=runs) == (runs / "ppo-20260101-000001" / "checkpoints", None)
+    with pytest.raises(CheckpointError, match=r"no run of rloo in .*runs has a complete checkpoint; name .* --resume PATH"):
+        place_of("latest", verb="rloo", runs=runs)
+    with pytest.raises(CheckpointError, match=r"no checkpoint or run .*nowhere"):
+        place_of(str(tmp_path / "nowhere"), verb="ppo")
+
+
+def test_a_checkpoint_of_another_model_format_or_half_written_ends_with_4_before_a_model_is_loaded(
+    whole: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "build", lambda plan: pytest.fail("a model would have been loaded"))
+
+    def refused(*words: str) -> str:
+        assert main([*ASKED, "--run.dir", str(tmp_path / "run"), *words]) == 4
+        assert not (tmp_path / "run").exists()
+        return capsys.readouterr().err
+
+    other = save_model(tmp_path / "other", tokenizer, kind="llama", tied=True)
+    said = refused("--resume", str(whole / "ckpt"), "--actor.model-name-or-path", str(other))
+    assert "is of another model than" in said and "model_type qwen3 there and llama here" in said
+
+    copy = shutil.copytree(whole / "ckpt" / "step_3", tmp_path / "format" / "step_3")
+    body = {**checkpoints.read_manifest(copy), "format": 7}
+    (copy / "manifest.json").write_text(json.dumps({**body, "manifest_sha256": checkpoints._digest(body)}))
+    assert "is of checkpoint format 7, this version reads 1" in refused("--resume", str(copy))
+
+    half = shutil.copytree(whole / "ckpt" / "step_3", tmp_path / "half" / "step_3.partial")
+    assert "only half-written ones: step_3.partial" in refused("--resume", str(half.parent))
+    (half / "manifest.json").unlink()
+    torn = half.rename(half.with_name("step_3"))
+    assert "has no manifest.json, so it is no complete checkpoint" in refused("--resume", str(torn))
+    assert "no checkpoint or run nowhere" in refused("--resume", "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -131,3 +186,60 @@ def test_a_full_disk_is_told_and_the_next_save_tries_again(tmp_path: Path) -> No
     expected = [("checkpoint_failed", 1), ("checkpoint_failed", 2), ("checkpoint_saved", 3), ("checkpoint_saved", 4)]
     assert events == expected and [path.name for path in tmp_path.iterdir()] == ["step_4"]
     assert json.loads((checkpoints.find(tmp_path).path / "run.json").read_text()) == {}
+
+
+def test_an_old_checkpoint_that_cannot_go_makes_no_failure_of_the_new_one(tmp_path: Path) -> None:
+    events: list[str] = []
+
+    class Stuck(Files):
+        def remove(self, directory: Path) -> None:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    saves = Checkpoints([Instant()], tmp_path, keep=1, event=lambda kind, **_: events.append(kind), files=Stuck())
+    for step in (1, 2, 3):
+        saves.begin(step, {"run.json": "{}"})
+        saves.poll(wait=True)
+    assert events == ["checkpoint_saved", "checkpoint_saved", "checkpoint_left", "checkpoint_saved", "checkpoint_left"]
+    assert checkpoints.find(tmp_path).step == 3
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_run_that_checkpoint_and_nothing_else(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real loop and the real writer: the disk is full while the first checkpoint is written, in the middle of a file."""
+    write, left = Files.write, [3]
+
+    def full_at_first(files: Files, descriptor: int, data: memoryview) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            write(files, descriptor, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(files, descriptor, data)
+
+    monkeypatch.setattr(Files, "write", full_at_first)
+    assert main([*ASKED, "--run.dir", str(tmp_path / "run"), "--ckpt.path", str(tmp_path / "ckpt")]) == 0
+    assert left[0] < 0 and "the checkpoint of step 3 was not written" in (printed := capsys.readouterr()).out + printed.err
+    assert measured(tmp_path / "run") == measured(whole / "run")  # training went on as if nothing had happened
+    told = [(event["kind"], event["step"]) for event in read_events(tmp_path / "run")[0] if event["kind"].startswith("checkpoint_")]
+    assert told == [("checkpoint_failed", 3), ("checkpoint_saved", 6)]
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["step_6"]
+    checkpoints.verify(tmp_path / "ckpt" / "step_6")
+
+
+def test_a_checkpoint_of_any_step_exports_the_model_of_that_step(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(whole / "run"), str(tmp_path / "last")]) == 0
+    assert f"the policy of {whole / 'ckpt' / 'step_6'} is in {tmp_path / 'last'}" in capsys.readouterr().out
+    last, final = (load_file(path / "model.safetensors") for path in (tmp_path / "last", whole / "run" / "model"))
+    assert last.keys() == final.keys() and all(torch.equal(tensor, last[name]) for name, tensor in final.items())
+    assert main(["export", str(whole / "ckpt" / "step_3"), str(tmp_path / "third"), "--role", "critic"]) == 0
+    assert "score.weight" in load_file(tmp_path / "third" / "model.safetensors")
+    for words, code, said in (
+        (["export", str(whole / "run")], 2, "a checkpoint and a directory to export to, not 1 paths"),
+        (["export", str(whole / "run"), str(tmp_path / "last")], 2, "is there already and is not an empty directory"),
+        (["export", "nowhere", str(tmp_path / "new")], 4, "no checkpoint or run nowhere"),
+        (["export", str(whole / "run"), str(tmp_path / "new"), "--role", "reward"], 4, "it has critic, policy: name one with --role"),
+        (["export", str(whole / "run"), str(tmp_path / "new"), "--wrong", "x"], 2, "unknown option --wrong"),
+        (["export", str(whole / "run"), str(tmp_path / "new"), "--role"], 2, "--role takes a value"),
+    ):
+        assert main(words) == code
+        assert said in capsys.readouterr().err and not (tmp_path / "new").exists()

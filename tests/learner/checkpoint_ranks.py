@@ -22,8 +22,9 @@ from hone.learner.checkpoint import directory as checkpoints
 from hone.learner.checkpoint.files import Files
 from hone.learner.checkpoint.shard_file import RoleReader
 from hone.learner.engines import deepspeed
-from hone.learner.learner import Learner, StepResult
+from hone.learner.learner import Learner
 from hone.learner.packing import shards
+from hone.learner.roles import StepResult
 from tests.learner.tiny import make_batch, make_learner, score
 
 LENGTHS = [7, 12, 3, 20, 9, 5, 16, 11, 2]

@@ -18,8 +18,9 @@ from hone.algos.algorithms.terms import KLPenalty
 from hone.learner.engines import deepspeed
 from hone.learner.engines.protocol import Engine
 from hone.learner.errors import NumericsError
-from hone.learner.learner import Learner, StepResult
+from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards
+from hone.learner.roles import StepResult
 from tests.learner.ranks import _Poison, weights
 from tests.learner.tiny import make_batch, make_learner, score
 

@@ -24,8 +24,9 @@ from hone.algos.offline import weighed_demonstrations, weighed_judgements, weigh
 from hone.algos.reduce import Reduction
 from hone.learner.config import ActorConfig, AdamConfig, DeepSpeedConfig
 from hone.learner.engines import deepspeed
-from hone.learner.learner import Learner, RoleSpec
+from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards
+from hone.learner.roles import RoleSpec
 from tests.learner.tiny import VOCABULARY, make_batch
 
 LENGTHS = [7, 24, 4, 18, 9, 5, 16, 11]

@@ -22,8 +22,9 @@ from hone.algos.batch import Scored, rows_of_tokens
 from hone.algos.protocol import Loss, Outputs
 from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, RefConfig
 from hone.learner.engines import deepspeed
-from hone.learner.learner import Learner, RoleSpec
+from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards
+from hone.learner.roles import RoleSpec
 from hone.learner.supervised import NextToken
 from tests.learner.tiny import make_batch, score
 

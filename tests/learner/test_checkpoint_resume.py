@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from hone.learner.checkpoint import directory as checkpoints
+from hone.learner.checkpoint.export import export
+from hone.learner.checkpoint.shard_file import RoleReader
 from hone.learner.errors import CheckpointError
 from tests.learner.checkpoint_ranks import MAX_TOKENS, ROLES, cross_case
 from tests.learner.test_ranks import free_port, wait
@@ -100,6 +103,17 @@ def test_other_ranks_and_stages_go_on_from_the_same_numbers(runs: dict[str, Any]
             # One Adam step of 1e-3 whose gradient was summed in another order.
             expected = single["weights"][weight_name]
             assert_close(weight, expected, rtol=1e-5, atol=2e-5, msg=lambda text, name=weight_name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ["stage0", "stage2-bf16", "stage3", "stage3-bf16"])
+def test_a_checkpoint_of_two_ranks_exports_in_one_process(runs: dict[str, Any], name: str, tmp_path: Path) -> None:
+    path = folder(runs["root"], name, 2) / "step_2"
+    for role in ROLES:
+        export(path, tmp_path / role, role=role)
+        exported, reader = load_file(tmp_path / role / "model.safetensors"), RoleReader(path, role)
+        assert exported.keys() == {one for one, _ in reader.layout}
+        dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
+        assert all(torch.equal(tensor, reader.whole("master", one).to(dtype)) for one, tensor in exported.items())
 
 
 def test_a_checkpoint_of_another_model_or_other_roles_is_refused_before_anything_changes(runs: dict[str, Any], tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from hone.algos.batch import Packed
 from hone.algos.offline import weighed_pairs
 from hone.learner.config import ActorConfig, AdamConfig, DeepSpeedConfig, RefConfig
 from hone.learner.errors import ModelError
-from hone.learner.learner import Learner, RoleSpec
+from hone.learner.learner import Learner
 from hone.learner.packing import shards
+from hone.learner.roles import RoleSpec
 from tests.learner.offline_ranks import ALGORITHMS, rows_of
 from tests.learner.tiny import CONFIGS, VOCABULARY, save_model
 

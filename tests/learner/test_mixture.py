@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from hone.learner.errors import ModelError
-from hone.learner.learner import Learner, StepResult
+from hone.learner.learner import Learner
 from hone.learner.packing import shards
+from hone.learner.roles import StepResult
 from hone.learner.supervised import NextToken
 from tests.learner.test_adapters import logp, plain_logp, save, update, weights
 from tests.learner.tiny import MIXTURE, SHAPE, make_batch, make_learner, save_config, save_model, score

@@ -12,7 +12,8 @@ from transformers.utils import logging
 from hone.algos.batch import Batch, Scored
 from hone.algos.reduce import Reduction, token_weights
 from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, RefConfig
-from hone.learner.learner import Learner, RoleSpec
+from hone.learner.learner import Learner
+from hone.learner.roles import RoleSpec
 
 VOCABULARY = 61
 SHAPE = {

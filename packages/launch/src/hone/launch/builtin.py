@@ -76,8 +76,9 @@ def builtin_model(
 
 def _make(recipe: BuiltinModel, directory: Path, progress: Callable[[int, int, float], None]) -> None:
     from hone.learner.config import ActorConfig, AdamConfig, DeepSpeedConfig
-    from hone.learner.learner import Learner, RoleSpec
+    from hone.learner.learner import Learner
     from hone.learner.packing import shards
+    from hone.learner.roles import RoleSpec
     from hone.learner.supervised import NextToken
 
     write_untrained(recipe, directory / "untrained")

@@ -4,13 +4,16 @@ Nothing heavy is imported before it is needed: the front screen needs no torch, 
 vLLM, DeepSpeed or transformers.
 """
 
+import importlib
 import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 
 from hone.launch.errors import Problem, UsageError, exit_code, present
-from hone.launch.verbs import VERBS
+from hone.launch.verbs import TOOLS, VERBS
+
+COMMANDS = ", ".join([*VERBS, *TOOLS])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,12 +41,23 @@ def _dispatch(words: list[str]) -> int:
         print(f"launch {importlib.metadata.version('hone-launch')}")
         return 0
     verb, rest = words[0], words[1:]
+    if verb in TOOLS:
+        return _tool(verb, rest)
     if verb not in VERBS:
         raise UsageError([_unknown_verb(verb)])
     asked = [place for place, word in enumerate(rest) if word == "-h" or word.partition("=")[0] == "--help"]
     if asked:
         return _help(verb, rest[asked[0] :])
     return _run(verb, rest)
+
+
+def _tool(verb: str, rest: list[str]) -> int:
+    if {"-h", "--help"} & set(rest):
+        from hone.launch import screens
+
+        screens.tool(verb)
+        return 0
+    return importlib.import_module(f"hone.launch.tools.{verb}").run(rest)
 
 
 def _help(verb: str, rest: list[str]) -> int:
@@ -98,10 +112,12 @@ def _unknown_verb(verb: str) -> Problem:
     from hone.launch.names import closest, plain
 
     name = plain(verb)
-    near = [VERB_OF[name]] if name in VERB_OF else closest(name, VERBS)
+    near = [VERB_OF[name]] if name in VERB_OF else closest(name, [*VERBS, *TOOLS])
     if verb.startswith("-"):
         return Problem(
-            what=f"a command comes first, not {verb}", mend=f"launch COMMAND {verb} ...; commands: {', '.join(VERBS)}", where="command line"
+            what=f"a command comes first, not {verb}",
+            mend=f"launch COMMAND {verb} ...; commands: {COMMANDS}",
+            where="command line",
         )
-    mend = f"did you mean `launch {near[0]}`?" if near else f"commands: {', '.join(VERBS)}; `launch --help` tells what they do"
+    mend = f"did you mean `launch {near[0]}`?" if near else f"commands: {COMMANDS}; `launch --help` tells what they do"
     return Problem(what=f"unknown command `{verb}`", mend=mend, where="command line")

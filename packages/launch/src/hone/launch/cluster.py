@@ -20,7 +20,7 @@ from hone.launch.parts import Assembly, Plan
 from hone.launch.placement import PlacedGroup, groups, sync_backend
 from hone.launch.publish import Publisher
 from hone.launch.remote import LearnerRank, RemoteEngine, RemoteGroup
-from hone.learner.learner import RoleSpec
+from hone.learner.roles import RoleSpec
 from hone.rollout.engines.vllm import VLLMEngine
 from hone.rollout.router import LeastLoaded
 from hone.rollout.weight_sync.verify import tolerance

@@ -49,6 +49,9 @@ class CkptConfig:
     """Checkpoints kept; an older one goes when a newer one is complete."""
     load_enable: bool = False
     """Go on from the newest complete checkpoint under `ckpt.path`, in a run directory of its own."""
+    resume: str | None = None
+    """Go on, in a run directory of its own, from a run directory, a directory of checkpoints, one `step_N` of it, or `latest`: the
+    newest complete checkpoint of this command's newest run in `runs/` that has one."""
     save_hf: bool = False
     """With every checkpoint, also export the policy as a model directory, `step_N_hf` in the run directory's `checkpoints/`."""
 

@@ -17,9 +17,10 @@ from hone.launch.observe.progress import READY
 from hone.launch.parts import Assembly, Plan
 from hone.launch.publish import Publisher
 from hone.learner.checkpoint.snapshot import Outcome
-from hone.learner.learner import DTYPES, Learner, StepResult
+from hone.learner.learner import Learner
 from hone.learner.model_files import resolve
 from hone.learner.packing import Shard, shards, unshard
+from hone.learner.roles import DTYPES, StepResult
 from hone.rollout.engines.transformers import TransformersEngine
 from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
 from hone.rollout.weight_sync.verify import tolerance

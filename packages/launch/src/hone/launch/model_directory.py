@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -111,6 +112,16 @@ def _weight_fault(file: Path) -> str:
     if size < whole:
         return f"is cut off: it has {size} of the {whole} bytes that its header speaks of"
     return f"has {size} bytes, more than the {whole} that its header speaks of" if size > whole else ""
+
+
+def numbers_in(file: Path) -> int:
+    """Numbers that a safetensors file holds, by its header; 0 for one that cannot be read, which `faults` tells of."""
+    try:
+        with file.open("rb") as content:
+            header = json.loads(content.read(min(int.from_bytes(content.read(8), "little"), LONGEST_HEADER)))
+        return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return 0
 
 
 def _json_object(path: Path) -> dict[str, object]:

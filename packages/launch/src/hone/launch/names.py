@@ -32,6 +32,7 @@ ALIASES = {
     "critic.value_clip": Alias(targets=("algo.value_clip",)),
     "algo.advantage.is_correction_threshold": Alias(targets=("algo.correction.low", "algo.correction.high"), spread=True),
     "debug": Alias(targets=("run.debug",)),
+    "resume": Alias(targets=("ckpt.resume",)),
 }
 
 RENAMED = {
@@ -178,7 +179,6 @@ RENAMED = {
 }
 
 WITHOUT_COUNTERPART = {
-    "resume": "resuming is not there yet; --config RUN/config.toml repeats a run",
     "algorithm.rollout_correction.bypass_mode": "the learner's log-probabilities are recomputed at every step",
     "actor.optim": "the optimiser is AdamW, set under actor.adam",
     "critic.optim": "the optimiser is AdamW, set under critic.adam",

@@ -17,7 +17,7 @@ from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.config import PolicyGradientConfig
 from hone.learner.checkpoint.snapshot import Outcome
-from hone.learner.learner import RoleSpec, StepResult
+from hone.learner.roles import RoleSpec, StepResult
 from hone.rollout.executor import Executor, Group
 from hone.rollout.types import Engine, Prompt
 

@@ -51,6 +51,16 @@ def vocabulary(models: Mapping[str, str], tokenizer: "transformers.PreTrainedTok
     return len(tokenizer)
 
 
+def models_of(config: PolicyGradientConfig, model: str) -> dict[str, str]:
+    """Role -> model, of the roles this algorithm needs; a critic and a reference without one of their own begin as the policy's `model`."""
+    models = {"policy": model}
+    if "values" in config.algo.needs:
+        models["critic"] = in_full(config.critic.model_name_or_path or model)
+    if "ref_logp" in config.algo.needs:
+        models["reference"] = in_full(config.ref.model_name_or_path or model)
+    return models
+
+
 def make_plan(
     config: PolicyGradientConfig,
     *,
@@ -63,15 +73,8 @@ def make_plan(
     on_start: Callable[[str, str], None],
     on_phase: Callable[[str, float | None], None],
 ) -> Plan:
-    """The roles this algorithm needs, how long their schedules are, and how prompts become judged samples.
-
-    A critic and a reference without a model of their own begin as the policy.
-    """
-    models = {"policy": model}
-    if "values" in config.algo.needs:
-        models["critic"] = in_full(config.critic.model_name_or_path or model)
-    if "ref_logp" in config.algo.needs:
-        models["reference"] = in_full(config.ref.model_name_or_path or model)
+    """The roles this algorithm needs, how long their schedules are, and how prompts become judged samples."""
+    models = models_of(config, model)
 
     def executor(engine: Engine, engine_version: str, prompts_per_call: int) -> Executor:
         common: dict[str, Any] = {

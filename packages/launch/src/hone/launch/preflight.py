@@ -16,11 +16,13 @@ from hone.datasets.sources import read_json_lines
 from hone.launch.builtin import BuiltinModel
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.errors import ENVIRONMENT, USAGE, Problem, exit_code
-from hone.launch.model_directory import faults, stated
+from hone.launch.model_directory import faults, numbers_in, stated
 from hone.launch.resolve import Resolved
 from hone.launch.schema import shown
 from hone.learner.model_files import check_ring
 
+STATE_BYTES = 12
+"""Of a parameter in a checkpoint: its master and Adam's two moments, each in fp32."""
 SPARE_BYTES = 256 * 2**20
 """Disk a run needs besides its models: rollouts, metrics, logs."""
 
@@ -160,22 +162,61 @@ def _run_directory(config: PolicyGradientConfig) -> Iterator[Problem]:
         what = f"nothing can be written in {ground}" if ground.is_dir() else f"{ground} is not a directory"
         yield Problem(what=what, mend="choose another --run.dir", settings=("run.dir",), code=ENVIRONMENT)
         return
-    needed, free = bytes_needed(config), shutil.disk_usage(ground).free
-    if free < needed:
-        what = f"the run needs about {needed / 2**30:.1f} GiB of disk, {ground.absolute()} has {free / 2**30:.1f} GiB free"
-        yield Problem(
-            what=what,
-            mend="free some, choose another --run.dir, or save less often",
-            settings=("run.dir", "ckpt.save_steps"),
-            code=ENVIRONMENT,
-        )
+    yield from _disk(config, ground)
 
 
-def bytes_needed(config: PolicyGradientConfig) -> int:
-    """Disk for the saved models and the records [bytes]."""
+def _disk(config: PolicyGradientConfig, ground: Path) -> Iterator[Problem]:
+    """Whether each disk has room for all that will lie there at a time; `ground` is where the run directory will be."""
+    exports, saves = export_bytes(config), checkpoint_bytes(config)
+    places = {ground: exports + SPARE_BYTES}
+    apart = ground if config.ckpt.path is None else _ground(Path(config.ckpt.path))
+    same = _device(apart) == _device(ground)
+    places |= {ground: places[ground] + saves} if same else {apart: saves}
+    for place, needed in places.items():
+        if (free := shutil.disk_usage(place).free) < needed:
+            own = place == ground
+            held = f" ({exports / 2**30:.1f} of models, {saves / 2**30:.1f} of checkpoints)" if saves and own and same else ""
+            who = "the run needs" if own else "checkpoints need"
+            what = f"{who} about {needed / 2**30:.1f} GiB of disk{held}, {place.absolute()} has {free / 2**30:.1f} GiB free"
+            flags = "--run.dir" if own else "--ckpt.path"
+            mend = f"free some, choose another {flags}, or keep fewer with --ckpt.max-num"
+            mend = mend if saves else "free some, or choose another --run.dir"
+            yield Problem(what=what, mend=mend, settings=("run.dir" if own else "ckpt.path", "ckpt.save_steps"), code=ENVIRONMENT)
+
+
+def _device(path: Path) -> int:
+    """The disk a directory is on."""
+    return path.stat().st_dev
+
+
+def _ground(path: Path) -> Path:
+    """The last directory on the way to `path` that is there."""
+    return next(one for one in (path, *path.absolute().parents) if one.is_dir())
+
+
+def export_bytes(config: PolicyGradientConfig) -> int:
+    """Disk for the models a run exports [bytes]: the one at the end, and one with every checkpoint where `ckpt.save_hf` asks for it."""
     every, steps = config.ckpt.save_steps, config.train.max_steps
-    saves = 1 + (0 if every < 1 else (steps // every if steps else 1))
-    return saves * weight_bytes(config) + SPARE_BYTES
+    on_the_way = 0 if every < 1 or not config.ckpt.save_hf else (steps // every if steps else 1)
+    return (1 + on_the_way) * parameters(config, "actor") * {"fp32": 4, "bf16": 2}[config.ds.param_dtype]
+
+
+def checkpoint_bytes(config: PolicyGradientConfig) -> int:
+    """Disk for the checkpoints that are there at the same time [bytes]: those kept and the one being written, of all that trains."""
+    every, steps = config.ckpt.save_steps, config.train.max_steps
+    if every < 1:
+        return 0
+    trained = parameters(config, "actor") + (parameters(config, "critic") if "values" in config.algo.needs else 0)
+    at_once = min(config.ckpt.max_num + 1, max(1, steps // every) if steps else config.ckpt.max_num + 1)
+    return at_once * trained * STATE_BYTES
+
+
+def parameters(config: PolicyGradientConfig, group: str) -> int:
+    """Numbers in a group's model, from its weight files' headers; 0 for the built-in model, which is tiny, and for a hub id."""
+    name = getattr(config, group).model_name_or_path or config.actor.model_name_or_path
+    if name is None:
+        return 0
+    return sum(numbers_in(file) for file in sorted(Path(name).expanduser().glob("*.safetensors")) if file.is_file())
 
 
 def weight_bytes(config: PolicyGradientConfig) -> int:

@@ -18,8 +18,9 @@ from torch import Tensor
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.learner.checkpoint.snapshot import Outcome
-from hone.learner.learner import Learner, StepResult
+from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards, unshard
+from hone.learner.roles import StepResult
 from hone.rollout.errors import EngineError
 from hone.rollout.types import Completion, Request
 from hone.rollout.weight_sync import trainer

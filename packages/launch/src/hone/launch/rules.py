@@ -207,6 +207,9 @@ def _steps(resolved: Resolved, _: int) -> Iterator[Problem]:
     if config.ckpt.save_steps == 0:
         what = "ckpt.save_steps 0 says neither when nor never"
         yield Problem(what=what, mend="-1 to save at the end only, or a number of steps from 1", settings=("ckpt.save_steps",))
+    if config.ckpt.resume is not None and config.ckpt.load_enable:
+        what = "ckpt.resume and ckpt.load_enable both say where to go on from"
+        yield Problem(what=what, mend="drop --ckpt.load-enable", settings=("ckpt.load_enable", "ckpt.resume"))
     if "values" in config.algo.needs and config.train.max_steps and config.critic.freezing_steps >= config.train.max_steps:
         what = f"the policy would never learn: it stands still for {config.critic.freezing_steps} steps of {config.train.max_steps}"
         mend = f"--critic.freezing-steps below {config.train.max_steps}, or raise --train.max-steps"

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hone.datasets.stream import StreamState
 from hone.learner.checkpoint import directory as checkpoints
+from hone.learner.checkpoint import role_files
 from hone.learner.checkpoint.files import Files
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.errors import CheckpointError
@@ -98,11 +99,15 @@ class Checkpoints:
             if errors:
                 raise OSError("; ".join(errors))
             path = checkpoints.complete(self._files, partial, [file for outcome in outcomes for file in outcome.files], texts)
-            self._event("checkpoint_saved", step=step, path=str(path))
-            checkpoints.prune(self._files, self._root, keep=self._keep)
         except OSError as error:
             self._event("checkpoint_failed", step=step, error=str(error))
             self._drop(partial)
+            return
+        self._event("checkpoint_saved", step=step, path=str(path))
+        try:
+            checkpoints.prune(self._files, self._root, keep=self._keep)
+        except OSError as error:  # the new one is complete all the same; what could not go is tried again after the next
+            self._event("checkpoint_left", path=str(self._root), error=str(error))
 
     def _drop(self, partial: Path) -> None:
         """Makes room again. What cannot be removed now is removed by the next save."""
@@ -113,12 +118,56 @@ class Checkpoints:
             self._event("checkpoint_left", path=str(partial), error=str(error))
 
 
-def take_up(root: Path, *, algorithm: str, batch_size: int, seed: int, num_episodes: int) -> Resumed:
-    """The newest complete checkpoint under `root`, checked against the run that is to go on from it.
+def place_of(asked: str, *, verb: str, runs: Path = Path("runs")) -> tuple[Path, int | None]:
+    """What `--resume` means: a directory of checkpoints, and the step of one of them where one was named.
 
-    Raises CheckpointError where there is none, or where it is of a run whose prompts or algorithm were others.
+    Raises CheckpointError for a path that is neither, and for `latest` where no run of `verb` in `runs` has a complete checkpoint.
     """
-    found = checkpoints.find(root)
+    if asked == "latest":
+        for run in sorted(runs.glob(f"{verb}-*"), reverse=True):  # their names end in the time they began
+            root = _root_of(run)
+            if root.is_dir() and any(checkpoints.step_of(entry) is not None for entry in root.iterdir()):
+                return root, None
+        raise CheckpointError(
+            f"no run of {verb} in {runs.absolute()} has a complete checkpoint; name a run or a checkpoint with --resume PATH"
+        )
+    path = Path(asked)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"no checkpoint or run {asked} (working directory {Path.cwd()}); name a run directory, or a step_N, with --resume"
+        )
+    if (step := checkpoints.step_of(path)) is not None:
+        return path.parent, step
+    return (_root_of(path), None) if (path / EVENTS).is_file() else (path, None)
+
+
+def _root_of(run: Path) -> Path:
+    """Where a run keeps its checkpoints: as it has written down, for it may be elsewhere, or within it."""
+    saved = []
+    if (run / EVENTS).is_file():
+        lines = (run / EVENTS).read_text(encoding="utf-8").splitlines()
+        # A killed run's last line may be cut off; a save is told after it is complete, so an earlier line says the same.
+        saved = [json.loads(line)["path"] for line in lines if '"checkpoint_saved"' in line and line.endswith("}")]
+    root = Path(saved[-1]).parent if saved else run / "checkpoints"
+    return root if root.is_dir() else run / "checkpoints"  # it was moved, or is named as seen from elsewhere
+
+
+def take_up(
+    root: Path,
+    *,
+    algorithm: str,
+    batch_size: int,
+    seed: int,
+    num_episodes: int,
+    models: Mapping[str, str],
+    step: int | None = None,
+) -> Resumed:
+    """The newest complete checkpoint under `root`, or that of `step`, checked against the run that is to go on from it.
+
+    `models` maps role -> model. Raises CheckpointError where there is none, or where it is of a run whose prompts, algorithm, roles or
+    models were others; reads no weights.
+    """
+    found = checkpoints.find(root, step=step)
     try:
         fields = json.loads((found.path / STATE).read_text(encoding="utf-8"))
         stream = StreamState(**fields.pop("stream"))
@@ -129,6 +178,8 @@ def take_up(root: Path, *, algorithm: str, batch_size: int, seed: int, num_episo
     now = {"algorithm": algorithm, "--rollout.batch-size": batch_size, "--train.seed": seed}
     if changed := [f"{name} {before[name]} then, {now[name]} now" for name in now if before[name] != now[name]]:
         raise CheckpointError(f"{found.path} is of another run: {'; '.join(changed)}; give the same again, or start a new run")
+    for role, model in models.items():
+        role_files.check_architecture(found.path, role, model)
     # More episodes than before only make the run longer.
     state = dataclasses.replace(state, stream=dataclasses.replace(stream, num_episodes=num_episodes))
     return Resumed(path=found.path, state=state, passed_over=found.passed_over)

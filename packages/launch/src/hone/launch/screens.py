@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from hone.launch.verbs import VERBS
+from hone.launch.verbs import TOOLS, VERBS
 
 if TYPE_CHECKING:  # the front screen reads no settings
     from hone.launch.schema import Setting
@@ -31,10 +31,11 @@ def front(version: str) -> None:
     console.print(f"[bold]hone[/] {version}: RL post-training, from one core to a cluster\n", soft_wrap=True)
     console.print("[cyan]try first[/]")
     console.print("  [bold]launch ppo[/]  trains a small model on this machine; downloads nothing\n")
-    widest = max(map(len, VERBS))
-    for section in dict.fromkeys(verb.section for verb in VERBS.values()):
+    commands = VERBS | TOOLS
+    widest = max(map(len, commands))
+    for section in dict.fromkeys(verb.section for verb in commands.values()):
         console.print(f"[cyan]{section}[/]")
-        for name, verb in VERBS.items():
+        for name, verb in commands.items():
             if verb.section == section:
                 console.print(f"  [bold]{name:<{widest}}[/]  {verb.summary}", soft_wrap=True)
     console.print("\n[cyan]help[/]")
@@ -43,6 +44,16 @@ def front(version: str) -> None:
         "COMMAND --help WORD": "those with WORD in them",
     }.items():
         console.print(f"  launch {command:<21}{meaning}", soft_wrap=True)
+
+
+def tool(name: str) -> None:
+    """A tool's story and examples."""
+    console, entry = Console(highlight=False), TOOLS[name]
+    console.print(f"[bold]launch {name}[/]: {entry.summary}\n", soft_wrap=True)
+    console.print(Text(entry.story))
+    console.print("\n[cyan]examples[/]")
+    for example in entry.examples:
+        console.print(Text(f"  {example}"), soft_wrap=True)
 
 
 def options(verb: str, settings: "Mapping[str, Setting]", word: str) -> bool:

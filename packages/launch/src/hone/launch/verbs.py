@@ -123,3 +123,20 @@ VERBS = {
         ),
     ),
 }
+
+TOOLS = {
+    "export": Verb(
+        section="checkpoints",
+        summary="a checkpoint's model in Hugging Face format",
+        story=(
+            "Writes a role of a checkpoint into a new directory that transformers and vLLM load, with its tokenizer; needs no GPU. "
+            "CHECKPOINT is a step_N, a directory of them, a run directory, or what --resume takes besides."
+        ),
+        examples=(
+            "launch export runs/ppo-20260101-120000 OUT",
+            "launch export runs/ppo-20260101-120000/checkpoints/step_10 OUT --role critic",
+            "launch export CHECKPOINT OUT --model DIR   # the model the run began with, where it has moved",
+        ),
+    ),
+}
+"""Commands that train nothing."""

@@ -8,25 +8,23 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hone.algos.batch import Packed, Scored, select
-from hone.algos.offline import Demonstrations, Judgements, Offline, Pairs, Steps, Taught
+from hone.algos.batch import Packed, select
+from hone.algos.offline import LogpLoss, Offline
 from hone.algos.protocol import Loss, Outputs
-from hone.algos.ranges import Range
 from hone.learner.adapters import adaptation, adapter_of, check_settings, dropout_awake, save_adapter
 from hone.learner.attention.wire import add_over_ring, ring_of
 from hone.learner.checkpoint import role_files
 from hone.learner.checkpoint.files import Files
 from hone.learner.checkpoint.random_state import random_state, set_random_state
 from hone.learner.checkpoint.snapshot import Outcome, Writer
-from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefConfig
+from hone.learner.config import DeepSpeedConfig, RefConfig
 from hone.learner.context import Piece, cut_rows, piece_of
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
@@ -41,45 +39,7 @@ from hone.learner.over_logits import OverLogits, TopLogp
 from hone.learner.packing import Shard
 from hone.learner.per_token import PerToken, PolicyLoss
 from hone.learner.ring_probe import check_cut
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Our names of number formats."""
-LABELLED = (Scored, Demonstrations, Pairs, Judgements, Steps, Taught)
-"""What can be trained on: rows that carry weights."""
-
-
-@runtime_checkable
-class ValueLoss(Protocol):
-    """The part of an algorithm that trains a critic."""
-
-    def value_loss(self, values: Float[Tensor, " T"], scored: Scored) -> Loss:
-        """Loss over any part of an optimiser step."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoleSpec:
-    """A model to host: what it is for, where it comes from, and how it is trained over `total_steps` optimiser steps."""
-
-    kind: Literal["policy", "critic", "reference", "reward", "process"]
-    model: str
-    config: ActorConfig | CriticConfig | RefConfig
-    total_steps: int
-    ema_beta: Annotated[float, Range(low=0, high=1, open_high=True)] | None = None
-    """Decay of an exponential moving average of the weights; None keeps none."""
-    labels: int = 2
-    """Labels of a process model's head."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """Of one optimiser step: this rank's share of every metric (shares add up over ranks), gradient norm, learning rate."""
-
-    metrics: dict[str, float]
-    grad_norm: float
-    lr: float
-    applied: bool = True
-    """False for a step that was left out because a loss or the norm was not finite; see `Engine.step`."""
+from hone.learner.roles import DTYPES, LABELLED, RoleSpec, StepResult, ValueLoss, made_of
 
 
 class Learner:
@@ -116,6 +76,7 @@ class Learner:
         self.sleeps = ds.enable_sleep
         self.kinds = {role: spec.kind for role, spec in roles.items()}
         self.hidden_sizes = {role: hidden_size(source) for role, source in self.sources.items()}
+        self.made_of = {role: made_of(spec, model=self.sources[role], ds=ds) for role, spec in roles.items()}
         self.head_stride = ds.ring_attn_head_stride
         for source in self.sources.values():
             check_ring(str(source), world_size=world_size, size=ds.ring_attn_size, head_stride=self.head_stride)
@@ -193,11 +154,14 @@ class Learner:
             _add_figures(totals, loss(self._micro_batch(shard, index)), filler=index in shard.fillers)
         return self._told(totals)
 
-    def update_policy(self, role: str, shard: Shard, algo: PolicyLoss) -> StepResult:
-        """One optimiser step over all micro-batches of a Scored shard. Raises NumericsError; see `Engine.step`."""
+    def update_policy(self, role: str, shard: Shard, algo: PolicyLoss | LogpLoss[Any]) -> StepResult:
+        """One optimiser step over all micro-batches of a shard, Scored or of labelled rows (`hone.algos.offline`) as `algo` reads them.
+
+        Raises NumericsError; see `Engine.step`.
+        """
         per_token = PerToken(algo)
 
-        def loss_of(part: Scored) -> Loss:
+        def loss_of(part: Any) -> Loss:
             # A rank of a ring does not score all of a row's tokens, so it is not told slopes: backward takes the logits again.
             slopes = per_token.slopes(part) if self.wire is None else None
             return algo.loss(self._policy(role, part, with_entropy=True, slopes=slopes), part)
@@ -250,11 +214,11 @@ class Learner:
 
         No collective. Raises CheckpointError if an earlier save failed and `saved` was not asked.
         """
-        state = random_state(self.device)
+        state, made_of = random_state(self.device), self.made_of
         self.writer.save(
             {
                 role_files.path(Path(directory), role, rank=self.rank, world_size=self.world_size): role_files.layout(
-                    role, engine, rank=self.rank, world_size=self.world_size, random_state=state
+                    role, engine, rank=self.rank, world_size=self.world_size, random_state=state, made_of=made_of[role]
                 )
                 for role, engine in self.engines.items()
             }

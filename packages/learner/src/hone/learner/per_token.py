@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hone.algos.batch import AnyPacked, Packed, Scored
+from hone.algos.batch import AnyPacked, Batch, Packed, Scored
 from hone.algos.offline import LogpLoss
 from hone.algos.protocol import Loss, Outputs
 from hone.learner.logprobs import Slopes, scored_positions
@@ -73,9 +73,7 @@ class PerToken:
 
     def _halves_are_the_whole(self, part: Packed, positions: Int[Tensor, " M"]) -> bool:
         # Near the old log-probabilities, where ratios are neither 1 nor clipped; no two tokens alike.
-        near = next(
-            (found for name in NEAR if (found := getattr(part, name, None)) is not None), torch.zeros_like(part.tokens, dtype=torch.float32)
-        )
+        near = _near(part)
         number = torch.arange(len(positions), device=positions.device) + 1.0
         logp = near[positions] + 0.05 * torch.sin(number)
         entropy = 1 + 0.5 * torch.cos(number) if self.with_entropy else None
@@ -96,8 +94,14 @@ class PerToken:
         )
 
 
-NEAR = ("old_logp", "rollout_logp", "ref_logp")
 HALVES = (slice(0, None, 2), slice(1, None, 2))
+
+
+def _near(part: Packed) -> Float[Tensor, " T"]:
+    """Log-probabilities such as the policy may have: the old ones where there are any, else the reference's, else zeros."""
+    if isinstance(part, Batch):
+        return part.rollout_logp if part.old_logp is None else part.old_logp
+    return torch.zeros(part.tokens.shape, device=part.tokens.device) if part.ref_logp is None else part.ref_logp
 
 
 def _same(half: Float[Tensor, " M"] | None, whole: Float[Tensor, " M"] | None) -> bool:

@@ -37,11 +37,11 @@ from hone.launch.observe.report import conclude
 from hone.launch.observe.run_directory import RunDirectory, read_events
 from hone.launch.observe.summary import Summary
 from hone.launch.parts import Assembly
-from hone.launch.plan import in_full, make_plan
+from hone.launch.plan import in_full, make_plan, models_of
 from hone.launch.processes import Descendants, adopt_orphans, keep_bytecode, prepare_environment
 from hone.launch.prompts import PromptData, prepare
 from hone.launch.rollout_rows import rows
-from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, take_up
+from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, place_of, take_up
 from hone.launch.toml import to_toml
 from hone.launch.train import Start, Step, train
 from hone.learner.errors import CheckpointError, ModelError
@@ -63,7 +63,7 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
     console = Console(highlight=False)
     asked = config.actor.model_name_or_path
     model = str(_built_in(console)) if asked is None else in_full(asked)
-    resumed = _take_up(config) if config.ckpt.load_enable else None
+    resumed = _take_up(config, model) if config.ckpt.load_enable or config.ckpt.resume is not None else None
     prompts = prepare(
         config.data,
         model=model,
@@ -296,16 +296,24 @@ class Session:
             yield prompts
 
 
-def _take_up(config: PolicyGradientConfig) -> Resumed:
+def _take_up(config: PolicyGradientConfig, model: str) -> Resumed:
     """The checkpoint to go on from, before anything is loaded. Raises CheckpointError."""
-    if config.ckpt.path is None:
-        raise CheckpointError("--ckpt.load-enable needs to know where the checkpoints are; name their directory with --ckpt.path")
+    if config.ckpt.resume is not None:
+        root, step = place_of(config.ckpt.resume, verb=config.algo.name)
+    elif config.ckpt.path is None:
+        raise CheckpointError(
+            "--ckpt.load-enable needs to know where the checkpoints are; name their directory with --ckpt.path, or --resume"
+        )
+    else:
+        root, step = Path(config.ckpt.path), None
     return take_up(
-        Path(config.ckpt.path),
+        root,
         algorithm=config.algo.name,
         batch_size=config.rollout.batch_size,
         seed=config.train.seed,
         num_episodes=config.train.num_episodes,
+        models=models_of(config, model),
+        step=step,
     )
 
 

@@ -104,7 +104,7 @@ def find(root: Path, *, step: int | None = None) -> Found:
     half = [path.name for path in _entries(root) if path.name.endswith(PARTIAL)]
     what = f"no complete checkpoint{'' if step is None else f' of step {step}'} in {root}"
     looked = "; ".join(reasons) or (f"only half-written ones: {', '.join(half)}" if half else "it holds none")
-    raise CheckpointError(f"{what} ({looked}); name another directory with --ckpt.path, or start without --ckpt.load-enable")
+    raise CheckpointError(f"{what} ({looked}); name another directory with --ckpt.path or --resume, or start without --ckpt.load-enable")
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -1,12 +1,19 @@
 """A role to its file and back: what is kept beside the tensors, and the check that a checkpoint is of the model at hand."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from hone.learner.checkpoint.shard_file import Layout, RoleReader, file_name, lay_out
+from hone.learner.checkpoint.shard_file import Layout, RoleReader, file_name, lay_out, read_about
 from hone.learner.engines.protocol import Engine
 from hone.learner.errors import CheckpointError
 from hone.learner.published import full_shape
+
+SHAPING = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("vocab_size", "tie_word_embeddings", "num_experts", "num_local_experts", "moe_intermediate_size"),
+)
+"""Entries of a config.json that decide a model's weights."""
 
 
 def path(directory: Path, role: str, *, rank: int, world_size: int) -> Path:
@@ -14,8 +21,11 @@ def path(directory: Path, role: str, *, rank: int, world_size: int) -> Path:
     return directory / file_name(role, rank=rank, world_size=world_size)
 
 
-def layout(role: str, engine: Engine, *, rank: int, world_size: int, random_state: dict[str, Any]) -> Layout:
-    """The file of a role as it stands: its pieces, the steps taken, the model's shape, and the process's random state."""
+def layout(role: str, engine: Engine, *, rank: int, world_size: int, random_state: dict[str, Any], made_of: dict[str, Any]) -> Layout:
+    """The file of a role as it stands: its pieces, the steps taken, the model's shape, the process's random state.
+
+    `made_of` says how the role was made: see `learner.made_of`.
+    """
     about = {
         "role": role,
         "rank": rank,
@@ -24,6 +34,7 @@ def layout(role: str, engine: Engine, *, rank: int, world_size: int, random_stat
         "layout": _shapes(engine),
         "identity": dict(engine.module.adapted.identity),
         "random_state": random_state,
+        "made_of": made_of,
     }
     return lay_out(engine.pieces(), about)
 
@@ -65,3 +76,32 @@ def matching(directory: Path, role: str, engine: Engine) -> RoleReader:
 
 def _shapes(engine: Engine) -> list[tuple[str, list[int]]]:
     return [(name, list(full_shape(parameter))) for name, parameter in engine.module.named_weights()]
+
+
+def architecture(directory: Path) -> dict[str, Any]:
+    """What of a model's configuration decides its weights' names and shapes."""
+    described = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    text = described.get("text_config", described)
+    return {name: text.get(name) for name in SHAPING}
+
+
+def check_architecture(directory: Path, role: str, model: str) -> None:
+    """Raises CheckpointError where a checkpoint has no such role, or one of another architecture than the model directory `model`.
+
+    Reads no weights. A name that is not a directory is a hub's, and left to `matching`, once it is loaded.
+    """
+    files = sorted(directory.glob(f"{role}-*-of-*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{directory} has no {role}, which this run trains or reads; name the checkpoint of a run with the same roles"
+        )
+    path = Path(model).expanduser()
+    saved = read_about(files[0]).get("made_of", {}).get("architecture")
+    if saved is None or not path.is_dir():
+        return
+    own = architecture(path)
+    if different := [name for name in SHAPING if saved.get(name) != own[name]]:
+        told = ", ".join(f"{name} {saved.get(name)} there and {own[name]} here" for name in different[:3])
+        raise CheckpointError(
+            f"{directory} is of another model than {model}: {role}'s {told}; name the model that run began with, or start anew"
+        )

@@ -1,0 +1,108 @@
+"""A role of a checkpoint as a model directory, without the run: made as the run made it, its weights put in, exported as a run exports.
+
+Needs one process and no GPU, whatever ranks and ZeRO stage the checkpoint is of.
+"""
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+from hone.learner import config
+from hone.learner.checkpoint import directory as checkpoints
+from hone.learner.checkpoint.pieces import MASTER, Source
+from hone.learner.checkpoint.role_files import matching
+from hone.learner.checkpoint.shard_file import RoleReader
+from hone.learner.config import DeepSpeedConfig
+from hone.learner.errors import CheckpointError
+from hone.learner.learner import Learner
+from hone.learner.roles import RoleSpec
+
+CONFIGS: dict[str, Any] = {name: kind for name, kind in vars(config).items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+"""Settings of roles, by the name of their type."""
+ONE_PROCESS = {"zero_stage": 0, "ring_attn_size": 1, "ring_attn_head_stride": None, "enable_sleep": False}
+"""What spreads a model over ranks, as one process has it."""
+Settings = TypeVar("Settings")
+
+
+def export(checkpoint: Path, out: Path, *, role: str = "policy", model: str | None = None) -> Path:
+    """Writes `role` as it stood at a step into the directory `out`, in Hugging Face format; returns the checkpoint it is of.
+
+    `checkpoint` is a step_N, or a directory of such, whose newest complete one is meant. `model` stands for the model the run began
+    with where that has moved; its tokenizer and configuration go along. Raises CheckpointError, ModelError.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there already and is not an empty directory; name another to export to")
+    path = checkpoint if checkpoints.step_of(checkpoint) is not None else checkpoints.find(checkpoint).path
+    checkpoints.verify(path)
+    reader = _reader(path, role)
+    made_of = next(iter(reader.abouts.values())).get("made_of")
+    if made_of is None:
+        raise CheckpointError(f"{path} does not say how its {role} was made; it is of a version before checkpoints could be exported")
+    spec = RoleSpec(
+        kind=made_of["kind"],
+        model=_model(path, model or made_of["model"], named=model is not None),
+        config=_settings(CONFIGS[made_of["config_type"]], made_of["config"]),
+        total_steps=made_of["total_steps"],
+        labels=made_of["labels"],
+    )
+    learner = Learner(
+        roles={role: spec},
+        ds=dataclasses.replace(_settings(DeepSpeedConfig, made_of["ds"]), **ONE_PROCESS),
+        backend="single",
+        rank=0,
+        world_size=1,
+        master_addr="",
+        master_port=0,
+        seed=0,
+        max_tokens=1,
+    )
+    engine = learner.engines[role]
+    engine.restore(_Weights(matching(path, role, engine)))
+    learner.export(role, str(out))
+    learner.close()
+    return path
+
+
+class _Weights:
+    """A role's weights alone: see `Source`. Optimiser state would take twice their memory and is not exported."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self.counters = source, source.counters
+
+    def sections(self, name: str) -> frozenset[str]:
+        return self._source.sections(name) & {MASTER}
+
+    def read(self, section: str, name: str, *, start: int, numel: int) -> Shaped[Tensor, " numel"]:
+        return self._source.read(section, name, start=start, numel=numel)
+
+
+def _reader(path: Path, role: str) -> RoleReader:
+    readers = {one: RoleReader(path, one) for one in sorted({file.name.split("-")[0] for file in path.glob("*-*-of-*.safetensors")})}
+    trained = [one for one, reader in readers.items() if any(reader.sections(name) for name, _ in reader.layout)]
+    if role not in trained:
+        raise CheckpointError(f"{path} has no {role} that was trained; it has {', '.join(trained) or 'none at all'}: name one with --role")
+    return readers[role]
+
+
+def _model(path: Path, model: str, *, named: bool) -> str:
+    if not named and not Path(model).is_dir():
+        raise CheckpointError(f"{path} is of a run that began with {model}, which is not there any more; say where it is with --model DIR")
+    return model
+
+
+def _settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
+    """A dataclass from what `asdict` and JSON made of it."""
+    hints = typing.get_type_hints(kind)
+    read = {
+        name: _settings(hints[name], value)
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict)
+        else tuple(value)
+        if isinstance(value, list)
+        else value
+        for name, value in values.items()
+    }
+    return kind(**read)

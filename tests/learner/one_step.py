@@ -1,0 +1,268 @@
+"""The ranks of the one-step proof, run as `python -m tests.learner.one_step ROOT`, and its reference in plain transformers and torch.
+
+One process imports everything once; the reference of each model and the ranks of each case are forked from it, so nothing of one
+case is left for the next. What is run stands in ROOT/jobs.json, what came out in ROOT/<name>-<rank>.pt.
+
+Adam's epsilon is 1: a step is then about lr g, which fp32 rounding moves by as little as it moves g. With the usual epsilon a
+step is lr g / |g|, whose sign is rounding where the gradient is.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+
+from hone.algos.algorithms import GRPO, GSPO, PPO
+from hone.algos.algorithms.dpo import DPO
+from hone.algos.algorithms.sft import SFT
+from hone.algos.algorithms.terms import Clip, KLPenalty
+from hone.algos.batch import Packed
+from hone.algos.offline import weighed_demonstrations, weighed_pairs
+from hone.algos.protocol import Outputs
+from hone.algos.reduce import Reduction
+from hone.learner.checkpoint.pieces import MASTER
+from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig
+from hone.learner.engines import deepspeed
+from hone.learner.learner import Learner
+from hone.learner.packing import shards
+from hone.learner.roles import RoleSpec
+from tests.learner.ring_ranks import gradients
+from tests.learner.tiny import SHAPE, make_batch, score
+
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "mlp_only_layers": []}
+MODELS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=False),
+    "moe": Qwen3MoeConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False),
+    "tied": Qwen3Config(**SHAPE, tie_word_embeddings=True),
+}
+ROWS = [7, 40, 1, 30, 9, 5, 16, 11, 2]
+PAIRS = [7, 12, 9, 5, 16, 11, 2, 30, 6, 4]
+"""Rows of the steps that learn from rewards or demonstrations, and of pairs; one has no action token, one is longer than some caps."""
+PACKINGS: dict[str, dict[str, Any]] = {
+    "one by one": {"max_tokens": 40, "max_rows": 1},
+    "two rows": {"max_tokens": 80, "max_rows": 2},
+    "tight": {"max_tokens": 44},
+    "whole": {"max_tokens": 400},
+}
+"""How a rank's (or ring's) rows fall into micro-batches; of pairs, there are twice as many rows in each."""
+KL = KLPenalty(init_coef=0.1, use_loss=True, estimator="k3")
+STEPS: dict[str, Any] = {
+    "sft": SFT(),
+    "ppo": PPO(kl=KL, entropy_coef=0.01),
+    "grpo": GRPO(kl=KL),
+    "gspo": GSPO(clip=Clip(low=0.2, high=0.3)),
+    "dpo": DPO(nll_loss_coef=0.1),
+    "critic": PPO(),
+}
+"""One optimiser step of each, all from the same weights and a fresh optimiser; the last is the critic's, all others the policy's."""
+ADAM = AdamConfig(lr=0.5, eps=1.0, weight_decay=0.01)
+SETTINGS: dict[str, Any] = {"adam": ADAM, "lr_scheduler": "constant", "lr_warmup_ratio": 0.0, "max_norm": 0.5}
+RANKS_AT_ONCE = 4
+
+
+def batch_of(step: str, logp_of: Callable[[Packed], Tensor]) -> Packed:
+    """The rows of a step, whole. Old and reference log-probabilities are the policy's (`logp_of`) and a little off, as they would be."""
+    number = list(STEPS).index(step)
+    source = make_batch(PAIRS if step == "dpo" else ROWS, seed=number)
+    noise = torch.randn(2, source.tokens.numel(), generator=torch.Generator().manual_seed(number)) * 0.1
+    policy = logp_of(source).float()
+    fields = {"old_logp": policy + noise[0], "ref_logp": policy + noise[1]}
+    if step in ("sft", "dpo"):
+        rows = Packed(**{one.name: getattr(source, one.name) for one in dataclasses.fields(Packed)})
+        if step == "sft":
+            return weighed_demonstrations(rows, reduction=Reduction())
+        return weighed_pairs(dataclasses.replace(rows, ref_logp=fields["ref_logp"]))
+    return dataclasses.replace(score(source, seed=number), **fields)
+
+
+def one_by_one(batch: Packed, of_row: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Packed per-token results of a function of one row of T_i tokens, which says nothing (T_i - 1 results) of the row's first."""
+    starts = batch.cu_seqlens.tolist()
+    rows = [of_row(batch.tokens[start:end]) for start, end in itertools.pairwise(starts)]
+    whole = [torch.cat([torch.cat([part.new_zeros(1), part]) for part in parts]) for parts in zip(*rows, strict=True)]
+    return tuple(torch.where(batch.action_mask, one, 0.0) for one in whole)
+
+
+def reference(model: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Every step on plain transformers models, a row at a time: its batch, gradients before clipping, norm, figures, weights."""
+    plain: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "experts_implementation": "eager"}
+    policy = AutoModelForCausalLM.from_pretrained(model, **plain).eval()
+    backbone = AutoModel.from_pretrained(model, **plain).eval()
+    head = nn.Linear(SHAPE["hidden_size"], 1, bias=False, dtype=dtype)
+    # Not zero, as a fresh head is: nothing would reach the layers below it.
+    head.weight.data = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    critic = {f"model.{name}": one for name, one in backbone.named_parameters()} | {"score.weight": head.weight}
+    named = {"policy": dict(policy.named_parameters()), "critic": critic}
+
+    def tokens_under_policy(row: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        distribution = (policy(input_ids=row[None], use_cache=False).logits[0, :-1] / temperature).log_softmax(-1)
+        return distribution.gather(1, row[1:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
+
+    def values(row: Tensor) -> tuple[Tensor]:
+        return (head(backbone(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1])[:, 0],)
+
+    def logp_of(rows: Packed) -> Tensor:
+        with torch.no_grad():
+            return one_by_one(rows, lambda row: tokens_under_policy(row, rows.temperature))[0]
+
+    start = {role: {name: one.detach().clone() for name, one in own.items()} for role, own in named.items()}
+    result: dict[str, Any] = {}
+    for step, algo in STEPS.items():
+        role = role_of(step)
+        own = named[role]
+        for name, one in own.items():
+            one.data.copy_(start[role][name])
+        batch = batch_of(step, logp_of)
+        if role == "critic":
+            loss = algo.value_loss(one_by_one(batch, values)[0], batch)
+        else:
+            logp, entropy = one_by_one(batch, lambda row, batch=batch: tokens_under_policy(row, batch.temperature))
+            loss = algo.loss(Outputs(logp=logp, entropy=entropy), batch)
+        for one in own.values():
+            one.grad = None
+        loss.total.backward()
+        found = {name: one.grad.clone() for name, one in own.items()}
+        norm = float(nn.utils.clip_grad_norm_(own.values(), SETTINGS["max_norm"]))
+        adamw_of(own).step()
+        weights = {name: one.detach().clone() for name, one in own.items()}
+        metrics = {name: float(value) for name, value in loss.metrics.items()}
+        told = {"batch": batch, "start": {name: one.float() for name, one in start[role].items()}}
+        result[step] = {**told, "gradients": found, "norm": norm, "metrics": metrics, "weights": weights}
+    return result
+
+
+def adamw_of(own: dict[str, nn.Parameter]) -> torch.optim.AdamW:
+    groups = [
+        {"params": [one for one in own.values() if one.dim() > 1], "weight_decay": ADAM.weight_decay},
+        {"params": [one for one in own.values() if one.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=ADAM.lr, betas=ADAM.betas, eps=ADAM.eps)
+
+
+class Weights:
+    """Weights as a checkpoint of a run that has not taken a step: see `checkpoint.pieces.Source`."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights, self.counters = weights, {"steps": 0}
+
+    def sections(self, name: str) -> frozenset[str]:
+        return frozenset({MASTER})
+
+    def read(self, section: str, name: str, *, start: int, numel: int) -> Tensor:
+        return self.weights[name].flatten()[start : start + numel]
+
+
+def role_of(step: str) -> str:
+    return "critic" if step == "critic" else "policy"
+
+
+def build(model: str, case: dict[str, Any], *, rank: int, port: int) -> Learner:
+    configs = {
+        "policy": ActorConfig(**SETTINGS, gradient_checkpointing_enable=case["recompute"]),
+        "critic": CriticConfig(**SETTINGS, gradient_checkpointing_enable=case["recompute"]),
+    }
+    plain = case["stage"] is None
+    return Learner(
+        roles={role: RoleSpec(kind=role, model=model, config=config, total_steps=100) for role, config in configs.items()},
+        ds=DeepSpeedConfig(zero_stage=case["stage"] or 0, param_dtype="fp32", ring_attn_size=case["ring"]),
+        backend="single" if plain else "deepspeed",
+        rank=rank,
+        world_size=case["ranks"],
+        master_addr="127.0.0.1",
+        master_port=port,
+        seed=0,
+        max_tokens=-(-2 * PACKINGS[case["packing"]]["max_tokens"] // case["ring"]),
+    )
+
+
+def train(learner: Learner, case: dict[str, Any], known: dict[str, dict[str, Any]], *, rank: int) -> dict[str, Any]:
+    """Every step through the learner: gradients, norm, this rank's share of the figures, weights."""
+    result = {}
+    for step, algo in STEPS.items():
+        role, unit = role_of(step), 2 if step == "dpo" else 1
+        packing = {name: unit * value for name, value in PACKINGS[case["packing"]].items()}
+        part = shards(known[step]["batch"], ranks=case["ranks"] // case["ring"], rows_per_unit=unit, **packing)[rank // case["ring"]]
+        engine, seen = learner.engines[role], {}
+        engine.restore(Weights(known[step]["start"]))
+        own_step = engine.step
+        engine.step = lambda seen=seen, role=role, own_step=own_step: (seen.update(gradients(learner, role)), own_step())[1]
+        update = learner.update_critic if role == "critic" else learner.update_policy
+        outcome = update(role, part, algo)
+        engine.step = own_step
+        weights = {name: tensor.detach().clone() for name, tensor in learner.weights(role)}
+        result[step] = {"gradients": seen, "norm": outcome.grad_norm, "metrics": outcome.metrics, "weights": weights}
+    return result
+
+
+def run_reference(root: Path, name: str) -> None:
+    """The truth in fp64; `rounding` has how far each gradient and weight of the same in fp32 is from it, at most."""
+    exact, single = (reference(str(root / name), dtype) for dtype in (torch.float64, torch.float32))
+    for step, known in exact.items():
+        known["rounding"] = {
+            kind: {name: float((single[step][kind][name] - one).abs().max()) for name, one in known[kind].items()}
+            for kind in ("gradients", "weights")
+        }
+    torch.save(exact, root / f"reference-{name}.pt")
+
+
+def run_rank(root: Path, name: str, case: dict[str, Any], rank: int, port: int) -> None:
+    deepspeed.WHOLE_BELOW = 0  # else stage 3 would leave models this small alone
+    with (root / f"{name}-{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    known = torch.load(root / f"reference-{case['model']}.pt", weights_only=False)
+    learner = build(str(root / case["model"]), case, rank=rank, port=port)
+    result = train(learner, case, known, rank=rank)
+    learner.close()
+    torch.save(result, root / f"{name}-{rank}.pt")
+
+
+def main(root: Path) -> None:
+    """All jobs, as many at a time as make `RANKS_AT_ONCE` processes. A case that fails leaves its ranks' logs and no results."""
+    from tests.learner.test_ranks import free_port
+
+    spec = json.loads((root / "jobs.json").read_text())
+    deepspeed._import()
+    context = get_context("fork")
+    together([[context.Process(target=run_reference, args=(root, name))] for name in spec["models"]])
+    cases = sorted(spec["cases"].items(), key=lambda named: -named[1]["ranks"])
+    jobs = []
+    for name, case in cases:
+        port = free_port()
+        jobs.append([context.Process(target=run_rank, args=(root, name, case, rank, port)) for rank in range(case["ranks"])])
+    together(jobs)
+
+
+def together(jobs: list[list[Any]]) -> None:
+    """Runs processes, those of one job at the same time. One that fails ends its job: its peers wait for it in a collective."""
+    waiting, running = list(jobs), []
+    while waiting or running:
+        while waiting and sum(map(len, running)) + len(waiting[0]) <= max(RANKS_AT_ONCE, len(waiting[0])):
+            running.append(waiting.pop(0))
+            for process in running[-1]:
+                process.start()
+        wait([process.sentinel for job in running for process in job if process.is_alive()], timeout=1)
+        for job in list(running):
+            if any(process.exitcode for process in job):
+                for process in job:
+                    process.kill()
+            if not any(process.is_alive() for process in job):
+                running.remove(job)
+
+
+if __name__ == "__main__":
+    began = time.monotonic()
+    main(Path(sys.argv[1]))
+    print(f"{time.monotonic() - began:.0f} s")
