@@ -23,7 +23,7 @@ from hone.learner.adapters import PLAIN, Adaptation, Adapted, adapt
 from hone.learner.attention.varlen import PACKED, row_arguments
 from hone.learner.context import Piece
 from hone.learner.errors import ModelError
-from hone.learner.head_files import HeadKind, classifier_config, forget_statistics, head_name, load_head
+from hone.learner.head_files import HEADS, HeadKind, classifier_config, forget_statistics, head_name, load_head
 from hone.learner.heads import Head, TokenHead
 from hone.learner.logprobs import Slopes
 from hone.learner.mixture import Hear
@@ -208,12 +208,15 @@ def load_critic(
     directory = resolve(name)
     skeleton = _skeleton(AutoModel, directory, dtype)
     prefix, size = head_name(directory, value_head_prefix), skeleton.config.get_text_config().hidden_size
-    settings = {"prefix": prefix, "dtype": dtype, "normalize": normalize, "must_be_stored": must_be_stored}
-    head = load_head(directory, kind, hidden_size=size, labels=labels, **settings).to(device)
+    fresh = HEADS[kind](size, labels, dtype=dtype)
+    # Before any weight is read: whether it can be adapted, and stored once it is trained.
     if kind != "critic":
-        classifier_config(skeleton, head, prefix)  # whether it can be stored, before it is trained
+        classifier_config(skeleton, fresh, prefix)
     if adaptation.needs_names:
-        adapt(CriticModel(skeleton, head, value_head_prefix=prefix), adaptation, name)
+        adapt(CriticModel(skeleton, fresh, value_head_prefix=prefix), adaptation, name)
+    settings = {"prefix": prefix, "dtype": dtype, "normalize": normalize, "must_be_stored": must_be_stored}
+    with _refused(directory):
+        head = load_head(directory, kind, hidden_size=size, labels=labels, **settings).to(device)
     backbone = _load(AutoModel, directory, dtype, device, four_bit=adaptation.four_bit)
     if kind == "reward" and not must_be_stored:
         forget_statistics(backbone.config)
