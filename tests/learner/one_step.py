@@ -193,7 +193,7 @@ def train(learner: Learner, case: dict[str, Any], known: dict[str, dict[str, Any
     for step, algo in STEPS.items():
         role, unit = role_of(step), 2 if step == "dpo" else 1
         packing = {name: unit * value for name, value in PACKINGS[case["packing"]].items()}
-        part = shards(known[step]["batch"], ranks=case["ranks"] // case["ring"], rows_per_unit=unit, **packing)[rank // case["ring"]]
+        part = shards(known[step]["batch"], ranks=case["ranks"] // case["ring"], **packing)[rank // case["ring"]]
         engine, seen = learner.engines[role], {}
         engine.restore(Weights(known[step]["start"]))
         own_step = engine.step
