@@ -1,7 +1,9 @@
 """Whole runs in this process: what is written, what rises, what a user's own model, prompts and reward meet."""
 
 import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pyarrow.parquet
 import pytest
@@ -17,7 +19,7 @@ from tests.launch.conftest import GSM8K, MADE_UP, SHORT_IS_GOOD, save_model, wri
 SMALL = ["--run.backend", "local", "--rollout.batch-size", "4", "--rollout.n-samples-per-prompt", "2", "--train.batch-size", "8"]
 
 
-def own(model: Path, prompts: Path, reward: Path, run: Path, *more: str) -> list[str]:
+def own(model: Path, prompts: Path, reward: Path | str, run: Path, *more: str) -> list[str]:
     parts = ["--actor.model-name-or-path", str(model), "--data.prompt-dataset", str(prompts), "--reward.remote-url", str(reward)]
     keys = ["--data.input-key", "question", "--data.label-key", "answer", "--data.max-len", "512", "--rollout.max-new-tokens", "12"]
     return [*SMALL, *parts, *keys, "--train.max-steps", "2", "--run.dir", str(run), *more]
@@ -170,3 +172,36 @@ def test_a_reward_of_the_wrong_shape_ends_the_run_before_any_engine_starts(
     assert main(["grpo", *own(model, prompts, reward, tmp_path / "run")]) == 6
     assert "the reward failed on the smoke rows at the start: reward function reward_func" in capsys.readouterr().err
     assert [event for event in read_events(tmp_path / "run")[0] if event["kind"] == "issued"] == []
+
+
+class RewardServer(BaseHTTPRequestHandler):
+    """OpenRLHF's contract at /get_reward, and nothing elsewhere."""
+
+    def do_POST(self) -> None:
+        rows = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        found = self.path == "/get_reward"
+        content = json.dumps({"rewards": [1.0 / (1 + len(query)) for query in rows["query"]]}).encode() if found else b"no such page"
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+def test_a_reward_server_judges_a_run_and_a_wrong_path_ends_it_at_the_start(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_model(tmp_path / "model", tokenizer, kind="llama", tied=True)
+    prompts = write_rows(tmp_path / "rows.jsonl", MADE_UP)
+    with ThreadingHTTPServer(("127.0.0.1", 0), RewardServer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert main(["grpo", *own(model, prompts, f"{url}/get_reward", tmp_path / "run")]) == 0
+        assert 0 < read_metrics(tmp_path / "run")[0][0]["rollout/reward_mean"] < 1
+        capsys.readouterr()
+        assert main(["grpo", *own(model, prompts, f"{url}/reward", tmp_path / "other")]) == 6
+        server.shutdown()
+    error = capsys.readouterr().err
+    assert "failed on the smoke rows at the start" in error and "answered 404 (no such page)" in error
+    assert [event for event in read_events(tmp_path / "other")[0] if event["kind"] == "issued"] == []

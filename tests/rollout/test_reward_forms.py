@@ -240,7 +240,7 @@ def test_urls_of_a_list_are_one_reward_and_files_are_each_one() -> None:
         ("a.py,b.py", "1,x", "are not numbers"),
         ("a.py,b.py", "1,nan", "are not numbers"),
         ("a.py,b.py", "0,0", "not all 0"),
-        ("builtin:maths", None, "there is no built-in reward 'maths'; the built-in ones are builtin:gsm8k, builtin:math"),
+        ("builtin:maths", None, "there is no built-in reward 'maths'; the built-in ones are builtin:code, builtin:gsm8k, builtin:math"),
         ("ftp://h/x", None, "has the scheme 'ftp'"),
     ],
 )

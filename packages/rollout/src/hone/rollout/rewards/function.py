@@ -25,6 +25,7 @@ from hone.rollout.rewards.result import RewardItem
 
 NAMES = ("reward_func", "compute_score")
 BUILTIN = {
+    "code": "hone.rollout.rewards.code",
     "gsm8k": "hone.rollout.rewards.gsm8k",
     "math": "hone.rollout.rewards.math_grading",
 }
