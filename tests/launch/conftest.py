@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.utils import logging
 
 GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -48,6 +56,7 @@ def save_model(directory: Path, tokenizer: PreTrainedTokenizerFast, *, kind: str
     untrained = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**settings, **ends)),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**settings, **ends)),
+        "mixture": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, **ends, num_experts=4, num_experts_per_tok=2)),
     }
     untrained[kind]().save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hone.launch.cli import main
+from hone.launch.observe.metrics import check_names
 from hone.launch.observe.run_directory import read_metrics
 from tests.launch.conftest import MADE_UP, SHORT_IS_GOOD, save_model, write_reward, write_rows
 from tests.launch.test_local_run import own
@@ -71,3 +72,14 @@ def test_a_checkpoint_with_adapters_is_refused_without_them_with_4(
     again = [*command[:-1], str(tmp_path / "again")]
     assert main(["grpo", *again, *saved, "--ckpt.load-enable"]) == 4
     assert "another model" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_mixture_is_balanced_and_served(command: list[str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", tokenizer, kind="mixture", tied=False)
+    assert main(["ppo", *command, "--actor.aux-loss-coef", "0.01", "--critic.aux-loss-coef", "0.01"]) == 0
+    steps, _ = read_metrics(tmp_path / "run")
+    for step in steps:
+        check_names(step)
+        assert step["mismatch/logp_abs_diff_mean"] <= 1e-4 and step["sync/canary_abs_diff_max"] <= 1e-3
+        for role in ("", "critic_"):  # two experts a token of four
+            assert step[f"train/{role}aux_loss"] >= 1 and 1 <= step[f"train/{role}max_expert_load"] <= 2

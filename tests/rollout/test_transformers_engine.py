@@ -2,11 +2,23 @@
 
 import asyncio
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hone.algos.batch import SamplerContract
 from hone.rollout.engines.transformers import TransformersEngine, _draw
@@ -14,26 +26,26 @@ from hone.rollout.errors import EngineError, StaleWeights
 from hone.rollout.types import Completion, Request
 
 VOCABULARY = 40
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,  # peaked distributions: a wrong position or mask shows
+}
 PROMPTS = ((5, 6, 7), (8,), (9, 10, 11, 12, 13, 14, 15), (5, 6, 8), (20, 21))
 
 
 def model(kind: str = "qwen3", *, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,  # peaked distributions: a wrong position or mask shows
-    }
     if kind == "gpt2":  # absolute positions; rotary ones would forgive a shift of a whole row
         return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3))
     if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False))
-    return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8, tie_word_embeddings=True))
+        return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False))
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True))
 
 
 def request(tokens: tuple[int, ...], *, seed: int, length: int = 12, temperature: float = 1.0, top_p: float = 1.0) -> Request:
@@ -199,3 +211,22 @@ def test_a_cancelled_call_stops_decoding() -> None:
         assert len(await engine.generate([request((5,), seed=1, length=2)])) == 1
 
     asyncio.run(scenario())
+
+
+def test_a_mixture_takes_its_experts_by_their_checkpoint_names(tmp_path: Path) -> None:
+    config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / str(seed))
+    engine = TransformersEngine(Qwen3MoeForCausalLM.from_pretrained(tmp_path / "0"), eos_ids=[3])
+    stored = load_file(tmp_path / "1" / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.up_proj.weight" in stored
+    engine.load_weights(stored.items(), version=1)
+    expected = recomputed_logp(Qwen3MoeForCausalLM.from_pretrained(tmp_path / "1"), (5,), (6, 7), 1.0)
+    assert_close(torch.tensor(asyncio.run(engine.prompt_logp([5, 6, 7]))), expected)
+    del stored["model.layers.1.mlp.experts.3.up_proj.weight"]
+    with pytest.raises(StaleWeights, match=r"not sent 1 of its parameters for version 2 \(model\.layers\.1\.mlp\.experts"):
+        engine.load_weights(stored.items(), version=2)
+    with pytest.raises(StaleWeights, match=r"no parameter 'model.layers.1.mlp.experts.4.up_proj.weight'"):
+        engine.load_weights([("model.layers.1.mlp.experts.4.up_proj.weight", torch.zeros(16, 32))], version=2)
+    assert engine.version == 1

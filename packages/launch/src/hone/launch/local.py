@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
@@ -85,14 +85,14 @@ class LocalGroup:
 class ServedHere:
     """The in-process engine as the weight sync sees it; there is nobody to pause, for the loop does one thing at a time."""
 
-    def __init__(self, engine: TransformersEngine, model: nn.Module) -> None:
-        self.name, self._engine, self._model = engine.name, engine, model
+    def __init__(self, engine: TransformersEngine) -> None:
+        self.name, self._engine = engine.name, engine
         self._received: dict[str, str] = {}
 
     def receive(self, source: FingerprintedSource) -> dict[str, str]:
         """Copy the weights over; the fingerprints of what was sent. What arrived is read back from the engine's own memory."""
         self._engine.load_weights(source, version=self._engine.version)
-        held = self._model.state_dict()
+        held = self._engine.held()
         self._received = {name: fingerprint(held[name]) for name in source.fingerprints}
         return source.fingerprints
 
@@ -156,7 +156,7 @@ def build(plan: Plan) -> Assembly:
     model = transformers.AutoModelForCausalLM.from_pretrained(resolve(plan.models["policy"]), dtype=dtype)
     engine = TransformersEngine(model, eos_ids=plan.eos_token_ids)
     plan.on_start("engine", READY)
-    served, group = ServedHere(engine, model), LocalGroup(learner, cut=plan.cut())
+    served, group = ServedHere(engine), LocalGroup(learner, cut=plan.cut())
     source = FingerprintedSource(_Weights(learner))
     runner = asyncio.Runner()
     publisher = Publisher(

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from hone.rollout.errors import EngineError, StaleWeights
 from hone.rollout.types import Completion, Request
@@ -58,8 +59,11 @@ class TransformersEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Copy every parameter from `weights`, by name, and serve them as `version`; StaleWeights names what does not fit.
 
-        Of tied parameters one name is enough. On an error the version stays as it was, though some weights may be new.
+        Of tied parameters one name is enough. On an error the version stays as it was, though some weights may be new. Names are
+        the model's own, or its checkpoint's where transformers fuses weights as it reads them (experts of a mixture).
         """
+        if self._fuses():
+            weights = self._fused(weights, version=version)
         held = self._model.state_dict()
         loaded: set[int] = set()
         with self._lock, torch.no_grad():
@@ -81,6 +85,30 @@ class TransformersEngine:
                     f"{', ...' if len(missing) > 3 else ''}), which stay at version {self.version}; send all of them"
                 )
             self.version = version
+
+    def held(self) -> dict[str, Tensor]:
+        """Every weight by the name it has in the model's checkpoint; tied ones under each of their names."""
+        state = self._model.state_dict()
+        return revert_weight_conversion(self._model, state) if self._fuses() else state
+
+    def _fuses(self) -> bool:
+        """Whether transformers reads several weights of the checkpoint into one of the model."""
+        return any(isinstance(one, WeightConverter) for one in getattr(self._model, "_weight_conversions", None) or ())
+
+    def _fused(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> Iterable[tuple[str, Tensor]]:
+        """The weights as the model holds them, read as transformers reads a checkpoint; StaleWeights where they are not all there."""
+        sent = {name: value.clone() for name, value in weights}
+        wanted = self.held()
+        if odd := sorted(sent.keys() - wanted.keys()):
+            raise StaleWeights(f"engine {self.name} has no parameter {odd[0]!r}; engine and learner must hold the same model")
+        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        if missing := [name for name in wanted if name not in sent and name not in tied]:
+            raise StaleWeights(
+                f"engine {self.name} was not sent {len(missing)} of its parameters for version {version} ({', '.join(missing[:3])}), "
+                f"which stay at version {self.version}; send all of them"
+            )
+        read = type(self._model).from_pretrained(None, config=self._model.config, state_dict=sent, dtype=self._model.dtype)
+        return [(name, value.to(self._model.device)) for name, value in read.state_dict().items()]
 
     def _check(self, request: Request) -> None:
         contract = request.contract
