@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from hone.algos.batch import Batch, Scored
 from hone.algos.reduce import Reduction, token_weights
-from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, RefConfig
+from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, MuonConfig, RefConfig
 from hone.learner.learner import Learner, RoleSpec
 
 VOCABULARY = 61
@@ -93,12 +93,13 @@ def make_learner(
     head_stride: int | None = None,
     max_skipped_steps: int = 0,
     ema_beta: float | None = None,
+    optim: str = "adam",
     **ds: Any,
 ) -> Learner:
     """A learner that hosts the given roles, each from its model directory; `ds` has further settings of DeepSpeedConfig."""
     adam = AdamConfig(lr=lr, weight_decay=0.01)
     common = {"adam": adam, "max_norm": 0.5, "gradient_checkpointing_enable": gradient_checkpointing}
-    common["max_skipped_steps"] = max_skipped_steps
+    common |= {"max_skipped_steps": max_skipped_steps, "optim": optim, "muon": MuonConfig(lr=lr, momentum=0.8, ns_steps=4)}
     configs = {
         "policy": ActorConfig(**common),
         "critic": CriticConfig(**common),

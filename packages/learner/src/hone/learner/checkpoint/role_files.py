@@ -39,6 +39,10 @@ def matching(directory: Path, role: str, engine: Engine) -> RoleReader:
         )
     if saved and not reader.sections(next(iter(saved))) and engine.pieces():
         raise CheckpointError(f"{directory} was saved with a frozen {role}, which now trains; name a checkpoint of a run that trained it")
+    if reader.counters.get("muon", 0) != engine.counters.get("muon", 0):
+        raise CheckpointError(
+            f"{directory} was saved with another optimiser of the {role}; set --*.optim as that run did, or start a new run"
+        )
     kept = {piece.section for piece in engine.pieces() if not piece.section.startswith("optimiser.")}
     if absent := sorted(kept - reader.sections(next(iter(saved)))) if kept else []:
         raise CheckpointError(

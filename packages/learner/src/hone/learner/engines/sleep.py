@@ -113,7 +113,10 @@ class Sleeper:
 
 
 def own_memory(module: nn.Module) -> None:
-    """Copies what lies in a file's mapped memory, as safetensors leaves it on the CPU, into memory that can be given up."""
+    """Copies what lies in a file's mapped memory, as safetensors leaves it on the CPU, into memory that can be given up.
+
+    Before an engine is made of the module: DeepSpeed's flat buffer of a single parameter is that parameter's own memory.
+    """
     for parameter in module.parameters():
         storage = parameter.untyped_storage()
         if storage.nbytes() and not storage.resizable():
