@@ -14,6 +14,8 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from hone.learner.config import DeepSpeedConfig
+from hone.learner.engines import zero_settings
 from hone.learner.engines.ema import Average
 from hone.learner.engines.loss_scale import LossScale
 from tests.learner.engine_ranks import BETA, MAX_TOKENS, ROLES, measure
@@ -23,6 +25,9 @@ from tests.learner.tiny import make_learner, save_model
 CASES: dict[str, dict[str, Any]] = {
     **{f"stage{stage}": {"stage": stage, "dtype": "fp32", "ds": {}} for stage in range(4)},
     **{f"stage{stage}-muon": {"stage": stage, "dtype": "fp32", "ds": {}, "optim": "muon"} for stage in range(4)},
+    "stage2-offload": {"stage": 2, "dtype": "fp32", "ds": {"adam_offload": True, "overlap_comm": True}},
+    "stage3-offload": {"stage": 3, "dtype": "fp32", "ds": {"adam_offload": True}},
+    "stage3-hpz": {"stage": 3, "dtype": "fp32", "ds": {"zpg": 2, "overlap_comm": True}},
     "stage2-bf16": {"stage": 2, "dtype": "bf16", "ds": {}},
     "stage3-bf16": {"stage": 3, "dtype": "bf16", "ds": {}},
 }
@@ -146,6 +151,20 @@ def test_the_average_golden() -> None:
     with average.swapped([master]):
         assert_close(master, torch.tensor([1.39]))
     assert float(master) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"grad_accum_dtype": "bf16", "param_dtype": "fp32"}, "gradients of fp32 parameters cannot be summed in bf16"),
+        ({"adam_offload": True, "zero_stage": 0, "param_dtype": "fp32"}, "--ds.adam-offload needs sharded optimiser states"),
+        ({"zpg": 2, "zero_stage": 2}, "--ds.zpg 2 needs --ds.zero-stage 3"),
+        ({"zpg": 3, "zero_stage": 3}, "a number of ranks it divides, not stage 3 of 4"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_said_before_it_is_started(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        zero_settings.check(DeepSpeedConfig(**settings), device=torch.device("cpu"), world_size=4)
 
 
 def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window() -> None:

@@ -82,6 +82,9 @@ RENAMED = {
     "zero_stage": "ds.zero_stage",
     "deepspeed_enable_sleep": "ds.enable_sleep",
     "grad_accum_dtype": "ds.grad_accum_dtype",
+    "adam_offload": "ds.adam_offload",
+    "zpg": "ds.zpg",
+    "overlap_comm": "ds.overlap_comm",
     "enable_ema": "train.enable_ema",
     "ema_beta": "train.ema_beta",
     "ring_attn_size": "ds.ring_attn_size",
@@ -166,8 +169,6 @@ RENAMED = {
 WITHOUT_COUNTERPART = {
     "resume": "resuming is not there yet; --config RUN/config.toml repeats a run",
     "algorithm.rollout_correction.bypass_mode": "the learner's log-probabilities are recomputed at every step",
-    "actor.optim": "the optimiser is AdamW, set under actor.adam",
-    "critic.optim": "the optimiser is AdamW, set under critic.adam",
     "train.micro_batch_size": REPLACED_BY_PACKING,
     "rollout.micro_batch_size": REPLACED_BY_PACKING,
     "micro_train_batch_size": REPLACED_BY_PACKING,

@@ -125,6 +125,12 @@ class DeepSpeedConfig:
     """Number format of the parameters in forward and backward, fp16 with a loss scale; masters and optimiser states are fp32 always."""
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format in which gradients of micro-batches are summed: fp32, or that of the parameters."""
+    adam_offload: bool = False
+    """Hold masters and optimiser states in the host's memory and step them there, with torch's AdamW or Muon; ZeRO stages 1 to 3."""
+    zpg: Annotated[int, Range(low=1)] = 1
+    """ZeRO++ hpZ: stage 3 keeps a second copy of its shards within so many neighbouring ranks, and gathers from them; 1 is off."""
+    overlap_comm: bool = False
+    """Reduce gradients while backward goes on; more buffers, the same numbers."""
     enable_sleep: bool = False
     """Keep on the device only the role that computes: between phases parameters, gradients and optimiser states go to the host."""
     ring_attn_size: Annotated[int, Range(low=1)] = 1

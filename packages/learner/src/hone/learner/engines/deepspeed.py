@@ -203,9 +203,11 @@ class DeepSpeedEngine:
         """See `Engine`. DeepSpeed's own `offload_states` knows neither frozen models nor stage 0; see docs/decisions/0016."""
         parameters, gradients = zero_state.parameter_memory(self.module)
         kept: list[object] = [gradients, self.average and self.average.flats]
+        buckets: dict[Any, Any] = {}
         if self.optimiser is not None:
+            buckets = vars(self.engine.optimizer).get("ipg_buckets", {})
             kept += [vars(self.engine.optimizer), dict(self.optimiser.state)]
-        return self.sleeper.sleep(parameters, tensors_in(kept))
+        return self.sleeper.sleep(parameters, tensors_in(kept), tensors_in([vars(bucket) for bucket in buckets.values()]))
 
     def wake(self, *, training: bool) -> int:
         """See `Engine`."""
