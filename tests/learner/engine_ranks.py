@@ -151,6 +151,7 @@ def main(spec_file: str, rank: int) -> None:
                 ema_beta=BETA,
                 max_skipped_steps=2,
                 **ds,
+                optim=case.get("optim", "adam"),
                 **case["ds"],
             )
 

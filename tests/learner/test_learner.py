@@ -187,7 +187,7 @@ def test_fp16_scales_the_loss_and_leaves_out_the_steps_that_overflow(tmp_path: P
         scales.append(engine.loss_scale.scale)
     assert scales and scales == [2**25 // 2**index for index in range(len(scales))] and engine.steps == 1
     # The bound on steps that are not finite is 0 here: an overflow that a lower scale mends is not one of them.
-    assert engine.counters == {"steps": 1, "skipped_in_a_row": 0, "loss_scale": scales[-1], "loss_scale_clean": 1}
+    assert engine.counters == {"steps": 1, "muon": 0, "skipped_in_a_row": 0, "loss_scale": scales[-1], "loss_scale_clean": 1}
     expected = exact.update_policy("policy", shard, NextToken())
     assert abs(result.grad_norm - expected.grad_norm) < 0.02 * expected.grad_norm
     assert engine.masters[0][1].dtype == torch.float32 and engine.masters[0][0].dtype == torch.float16

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from hone.algos.batch import Batch, Scored
 from hone.algos.reduce import Reduction, token_weights
-from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, RefConfig
+from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, MuonConfig, RefConfig
 from hone.learner.learner import Learner
 from hone.learner.roles import RoleSpec
 
@@ -96,6 +96,7 @@ def make_learner(
     head_stride: int | None = None,
     max_skipped_steps: int = 0,
     ema_beta: float | None = None,
+    optim: str = "adam",
     ds: Mapping[str, Any] | None = None,
     trained: Mapping[str, Any] | None = None,
     **more: Any,
@@ -104,7 +105,8 @@ def make_learner(
     more = {**(ds or {}), **more}
     adam = AdamConfig(lr=lr, weight_decay=0.01)
     common = {"adam": adam, "max_norm": 0.5, "gradient_checkpointing_enable": gradient_checkpointing}
-    common |= {"max_skipped_steps": max_skipped_steps, **(trained or {})}
+    common |= {"max_skipped_steps": max_skipped_steps, "optim": optim, "muon": MuonConfig(lr=lr, momentum=0.8, ns_steps=4)}
+    common |= trained or {}
     configs = {
         "policy": ActorConfig(**common),
         "critic": CriticConfig(**common),

@@ -88,6 +88,9 @@ RENAMED = {
     "zero_stage": "ds.zero_stage",
     "deepspeed_enable_sleep": "ds.enable_sleep",
     "grad_accum_dtype": "ds.grad_accum_dtype",
+    "adam_offload": "ds.adam_offload",
+    "zpg": "ds.zpg",
+    "overlap_comm": "ds.overlap_comm",
     "enable_ema": "train.enable_ema",
     "ema_beta": "train.ema_beta",
     "ring_attn_size": "ds.ring_attn_size",
@@ -180,8 +183,6 @@ RENAMED = {
 
 WITHOUT_COUNTERPART = {
     "algorithm.rollout_correction.bypass_mode": "the learner's log-probabilities are recomputed at every step",
-    "actor.optim": "the optimiser is AdamW, set under actor.adam",
-    "critic.optim": "the optimiser is AdamW, set under critic.adam",
     "rollout.micro_batch_size": REPLACED_BY_PACKING,
     "micro_rollout_batch_size": REPLACED_BY_PACKING,
     "train.dynamic_batch_enable": REPLACED_BY_PACKING,

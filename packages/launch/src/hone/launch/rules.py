@@ -259,6 +259,23 @@ def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         what = f"gradients of {params} parameters cannot be summed in {sums}"
         names = ("ds.grad_accum_dtype", "ds.param_dtype")
         yield Problem(what=what, mend="--ds.grad-accum-dtype fp32, or that of the parameters", settings=names)
+    if config.ds.adam_offload and config.ds.zero_stage == 0 and params == "fp32":
+        what = "ds.adam_offload needs sharded optimiser states, which ds.zero_stage 0 has not"
+        yield Problem(what=what, mend="--ds.zero-stage 1, 2 or 3", settings=("ds.adam_offload", "ds.zero_stage"))
+    uneven = [group for group in _models(config) if ranks(config, group) % config.ds.zpg]
+    if config.ds.zpg > 1 and (config.ds.zero_stage != 3 or uneven):
+        what = f"ds.zpg {config.ds.zpg} needs ds.zero_stage 3 and a number of ranks that it divides, in every group"
+        names = ("ds.zpg", "ds.zero_stage", "actor.num_nodes", "actor.num_gpus_per_node")
+        yield Problem(what=what, mend="--ds.zero-stage 3 with such a number of ranks, or drop --ds.zpg", settings=names)
+    for group in ("actor", "critic"):
+        idle = tuple(name for name, source in resolved.sources.items() if name.startswith(f"{group}.muon.") and source.startswith("flag "))
+        if idle and getattr(config, group).optim != "muon":
+            what = f"{', '.join(idle)}: {group}.optim adam does not read it"
+            yield Problem(what=what, mend=f"--{group}.optim muon, or drop it", settings=(*idle, f"{group}.optim"))
+    theirs = {"ds.adam_offload": config.ds.adam_offload, "ds.zpg": config.ds.zpg > 1, "ds.overlap_comm": config.ds.overlap_comm}
+    if config.run.backend == "local" and (asked := tuple(name for name, value in theirs.items() if value)):
+        what = f"run.backend local has no DeepSpeed, whose {', '.join(asked)} is"
+        yield Problem(what=what, mend="drop it, or --run.backend ray", settings=(*asked, "run.backend"))
     if params == "fp16" and not gpus and not _cluster(config) and config.run.backend == "ray":
         what = "ds.param_dtype fp16 needs a GPU here: vLLM has no fp16 on a CPU, DeepSpeed only on few"
         yield Problem(what=what, mend="--ds.param-dtype fp32", settings=("ds.param_dtype",))

@@ -26,6 +26,22 @@ class AdamConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Muon, for the matrices of numbered layers; everything else is AdamW's, with its own settings."""
+
+    lr: Annotated[float, Range(low=0, high=1, open_high=True)] = 0.02
+    """Peak learning rate, in units of the spectral norm."""
+    momentum: Annotated[float, Range(low=0, high=1, open_high=True)] = 0.95
+    """Decay of the average of gradients."""
+    nesterov: bool = True
+    """Look ahead: mix the gradient into the average once more."""
+    ns_steps: Annotated[int, Range(low=1, high=99)] = 5
+    """Newton-Schulz iterations that orthogonalise the update."""
+    weight_decay: Annotated[float, Range(low=0)] = 0.0
+    """Decoupled weight decay."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ActorConfig:
     """The policy."""
 
@@ -37,6 +53,10 @@ class ActorConfig:
     """Learner ranks on each machine: GPUs, or worker processes where there is no GPU."""
     adam: AdamConfig = field(default_factory=AdamConfig)
     """Optimiser."""
+    optim: Literal["adam", "muon"] = "adam"
+    """adam: AdamW for all; muon: Muon for hidden matrices, AdamW for the rest."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Muon, where `optim` chooses it."""
     lr_scheduler: Schedule = "cosine_with_min_lr"
     """Shape of the learning rate over the run's optimiser steps, after warm-up."""
     lr_warmup_ratio: Annotated[float, Range(low=0, high=1)] = 0.03
@@ -67,6 +87,10 @@ class CriticConfig:
     """Learner ranks on each machine, where the critic has a group of its own."""
     adam: AdamConfig = field(default_factory=lambda: AdamConfig(lr=9e-6))
     """Optimiser."""
+    optim: Literal["adam", "muon"] = "adam"
+    """adam: AdamW for all; muon: Muon for hidden matrices, AdamW for the rest."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Muon, where `optim` chooses it."""
     lr_scheduler: Schedule = "cosine_with_min_lr"
     """Shape of the learning rate over the run's optimiser steps, after warm-up."""
     lr_warmup_ratio: Annotated[float, Range(low=0, high=1)] = 0.03
@@ -123,6 +147,12 @@ class DeepSpeedConfig:
     """Number format of the parameters in forward and backward, fp16 with a loss scale; masters and optimiser states are fp32 always."""
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format in which gradients of micro-batches are summed: fp32, or that of the parameters."""
+    adam_offload: bool = False
+    """Hold masters and optimiser states in the host's memory and step them there, with torch's AdamW or Muon; ZeRO stages 1 to 3."""
+    zpg: Annotated[int, Range(low=1)] = 1
+    """ZeRO++ hpZ: stage 3 keeps a second copy of its shards within so many neighbouring ranks, and gathers from them; 1 is off."""
+    overlap_comm: bool = False
+    """Reduce gradients while backward goes on; more buffers, the same numbers."""
     enable_sleep: bool = False
     """Keep on the device only the role that computes: between phases parameters, gradients and optimiser states go to the host."""
     ring_attn_size: Annotated[int, Range(low=1)] = 1

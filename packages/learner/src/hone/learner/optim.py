@@ -1,16 +1,19 @@
-"""AdamW's parameter groups, and the learning rate as a pure function of the step.
+"""Optimisers and their parameter groups, and the learning rate as a pure function of the step.
 
 Optimiser steps are numbered from 0; a schedule spans `total_steps`, and what comes after stays at the floor.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, Schedule
+from hone.learner.muon import Muon, hidden_matrix
 
 
 def learning_rate(step: int, *, peak: float, total_steps: int, schedule: Schedule, warmup_ratio: float, min_ratio: float) -> float:
@@ -37,11 +40,28 @@ def learning_rate(step: int, *, peak: float, total_steps: int, schedule: Schedul
 def adamw(named: Iterable[tuple[str, nn.Parameter]], adam: AdamConfig) -> torch.optim.AdamW:
     """AdamW over the given parameters; biases and norms, which are vectors, are exempt from weight decay."""
     parameters = [parameter for _, parameter in named if parameter.requires_grad]
+    return torch.optim.AdamW(_adamw_groups(parameters, adam), lr=adam.lr, betas=adam.betas, eps=adam.eps)
+
+
+def _adamw_groups(parameters: Sequence[nn.Parameter], adam: AdamConfig) -> list[dict[str, Any]]:
     groups = [
         {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": adam.weight_decay},
         {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=adam.lr, betas=adam.betas, eps=adam.eps)
+    return [group for group in groups if group["params"]]
+
+
+def optimiser(named: Iterable[tuple[str, nn.Parameter]], config: ActorConfig | CriticConfig) -> torch.optim.Optimizer:
+    """What `config.optim` names, over the given parameters."""
+    if config.optim == "adam":
+        return adamw(named, config.adam)
+    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    settings = {"betas": config.adam.betas, "eps": config.adam.eps, "use_muon": False, "lr": config.adam.lr}
+    others = [parameter for name, parameter in trained if not hidden_matrix(name, parameter)]
+    groups = [{**group, **settings} for group in _adamw_groups(others, config.adam)]
+    if matrices := [parameter for name, parameter in trained if hidden_matrix(name, parameter)]:
+        groups.append({"params": matrices, "use_muon": True, **dataclasses.asdict(config.muon)})
+    return Muon(groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +73,18 @@ class Training:
     ema_beta: float | None = None
 
     def lr(self, step: int) -> float:
-        """Learning rate of optimiser step `step`."""
+        """AdamW's learning rate of optimiser step `step`."""
+        return self._scheduled(step, self.config.adam.lr)
+
+    def set_lr(self, optimiser: torch.optim.Optimizer, step: int) -> None:
+        """The learning rate of every group at optimiser step `step`: Muon's and AdamW's follow one schedule from their own peaks."""
+        for group in optimiser.param_groups:
+            group["lr"] = self._scheduled(step, self.config.muon.lr if group.get("use_muon") else self.config.adam.lr)
+
+    def _scheduled(self, step: int, peak: float) -> float:
         return learning_rate(
             step,
-            peak=self.config.adam.lr,
+            peak=peak,
             total_steps=self.total_steps,
             schedule=self.config.lr_scheduler,
             warmup_ratio=self.config.lr_warmup_ratio,

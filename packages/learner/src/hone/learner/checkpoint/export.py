@@ -23,7 +23,15 @@ from hone.learner.roles import RoleSpec
 
 CONFIGS: dict[str, Any] = {name: kind for name, kind in vars(config).items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
 """Settings of roles, by the name of their type."""
-ONE_PROCESS = {"zero_stage": 0, "ring_attn_size": 1, "ring_attn_head_stride": None, "enable_sleep": False}
+ONE_PROCESS = {
+    "zero_stage": 0,
+    "ring_attn_size": 1,
+    "ring_attn_head_stride": None,
+    "enable_sleep": False,
+    "adam_offload": False,
+    "zpg": 1,
+    "overlap_comm": False,
+}
 """What spreads a model over ranks, as one process has it."""
 Settings = TypeVar("Settings")
 

@@ -66,6 +66,10 @@ def matching(directory: Path, role: str, engine: Engine) -> RoleReader:
             f"{directory} is of a {role} with another {what} ({was.get(what, 'none')} there, {now.get(what, 'none')} here); "
             "repeat that run's settings and its model, or start a new run"
         )
+    if reader.counters.get("muon", 0) != engine.counters.get("muon", 0):
+        raise CheckpointError(
+            f"{directory} was saved with another optimiser of the {role}; set --*.optim as that run did, or start a new run"
+        )
     kept = {piece.section for piece in engine.pieces() if not piece.section.startswith("optimiser.")}
     if absent := sorted(kept - reader.sections(next(iter(trained)))) if kept else []:
         raise CheckpointError(

@@ -26,7 +26,8 @@ from hone.learner.engines.protocol import StepInfo
 from hone.learner.engines.sleep import Sleeper, own_memory, tensors_in
 from hone.learner.mixture import expert_blocks
 from hone.learner.model import CriticModel, PolicyModel
-from hone.learner.optim import Training, adamw
+from hone.learner.muon import Muon
+from hone.learner.optim import Training, optimiser
 from hone.learner.published import Layer
 
 NOISE: tuple[tuple[str, type[Warning]], ...] = (
@@ -77,6 +78,7 @@ class DeepSpeedEngine:
         self.engine: Any = module
         mark_trained(module, training is not None)
         self.optimiser: torch.optim.Optimizer | None = None
+        own_memory(module)
         self.device = next(module.parameters()).device
         self.bad_losses = torch.zeros((), device=self.device)
         self.sleeper, self.average = Sleeper(self.device), None
@@ -85,11 +87,13 @@ class DeepSpeedEngine:
         if self.stage == 3 and (blocks := expert_blocks(module)):
             # Whole at a time: gathered expert by expert, ranks that route differently would wait for one another for ever.
             _import().utils.set_z3_leaf_modules(module, blocks)
-        optimiser = None if training is None else adamw(module.named_weights(), training.config.adam)
+        chosen = None if training is None else optimiser(module.named_weights(), training.config)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimisers prints the memory in use, whatever the log level
             settings = zero_settings.settings(ds, training, whole_below=WHOLE_BELOW)
-            self.engine, *_ = _import().initialize(model=module, optimizer=optimiser, config=settings)
-        self.optimiser = optimiser
+            self.engine, *_ = _import().initialize(model=module, optimizer=chosen, config=settings)
+        self.optimiser = chosen
+        if isinstance(chosen, Muon) and self.stage > 0:
+            chosen.lay_out(zero_state.matrices(self.engine.optimizer, self._held(), self.stage))
         if training is not None:
             self.skips = Skips(role=role, bound=training.config.max_skipped_steps)
             self.scaler = self.engine.optimizer.loss_scaler if ds.param_dtype == "fp16" else None
@@ -111,7 +115,8 @@ class DeepSpeedEngine:
         if self.scaler is not None:
             clean = self.scaler.cur_iter - self.scaler.last_overflow_iter - 1
             scale = {"loss_scale": int(self.scaler.cur_scale), "loss_scale_clean": clean}
-        return {"steps": self.steps, "skipped_in_a_row": self.skips.in_a_row, **scale}
+        muon = int(self.training.config.optim == "muon")
+        return {"steps": self.steps, "muon": muon, "skipped_in_a_row": self.skips.in_a_row, **scale}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the loss's gradient; see `Engine`."""
@@ -130,8 +135,7 @@ class DeepSpeedEngine:
         assert self.training is not None and self.optimiser is not None, f"{self.role} is frozen"
         lr, bad_losses = self.training.lr(self.steps), int(self.bad_losses)
         self.bad_losses.zero_()
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
+        self.training.set_lr(self.optimiser, self.steps)
         # Stage 0 leaves the whole gradient on every rank and updates whatever it is; the others look at the norm.
         norm = self._whole_norm() if self.stage == 0 else None
         mendable = self.scaler is not None and self.scaler.cur_scale > self.scaler.min_scale and not bad_losses
@@ -199,12 +203,13 @@ class DeepSpeedEngine:
 
     def sleep(self) -> int:
         """See `Engine`. DeepSpeed's own `offload_states` knows neither frozen models nor stage 0; see docs/decisions/0016."""
-        own_memory(self.module)
         parameters, gradients = zero_state.parameter_memory(self.module)
         kept: list[object] = [gradients, self.average and self.average.flats]
+        buckets: dict[Any, Any] = {}
         if self.optimiser is not None:
+            buckets = vars(self.engine.optimizer).get("ipg_buckets", {})
             kept += [vars(self.engine.optimizer), dict(self.optimiser.state)]
-        return self.sleeper.sleep(parameters, tensors_in(kept))
+        return self.sleeper.sleep(parameters, tensors_in(kept), tensors_in([vars(bucket) for bucket in buckets.values()]))
 
     def wake(self, *, training: bool) -> int:
         """See `Engine`."""

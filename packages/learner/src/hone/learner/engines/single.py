@@ -16,7 +16,7 @@ from hone.learner.engines.loss_scale import LossScale, Skips
 from hone.learner.engines.protocol import StepInfo
 from hone.learner.engines.sleep import Sleeper, own_memory, tensors_in
 from hone.learner.model import CriticModel, PolicyModel
-from hone.learner.optim import Training, adamw
+from hone.learner.optim import Training, optimiser
 from hone.learner.published import Layer
 
 
@@ -34,6 +34,7 @@ class SingleEngine:
         self.module, self.role, self.training = module, role, training
         self.steps, self.finite = 0, True
         mark_trained(module, training is not None)
+        own_memory(module)
         device = next(module.parameters()).device
         self.sleeper, self.average = Sleeper(device), None
         self.grad_accum_dtype = grad_accum_dtype
@@ -43,9 +44,8 @@ class SingleEngine:
             self.sums: list[Tensor | None] = [None] * len(named)
             self.loss_scale = LossScale() if any(parameter.dtype == torch.float16 for _, parameter in named) else None
             self.skips = Skips(role=role, bound=training.config.max_skipped_steps)
-            self.optimiser = adamw(
-                ((name, master) for (name, _), (_, master) in zip(named, self.masters, strict=True)), training.config.adam
-            )
+            masters = ((name, master) for (name, _), (_, master) in zip(named, self.masters, strict=True))
+            self.optimiser = optimiser(masters, training.config)
             if training.ema_beta is not None:
                 self.average = Average([master for _, master in self.masters], beta=training.ema_beta)
 
@@ -59,7 +59,8 @@ class SingleEngine:
         if self.training is None:
             return {"steps": self.steps}
         scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.scale, "loss_scale_clean": self.loss_scale.clean}
-        return {"steps": self.steps, "skipped_in_a_row": self.skips.in_a_row, **scale}
+        muon = int(self.training.config.optim == "muon")
+        return {"steps": self.steps, "muon": muon, "skipped_in_a_row": self.skips.in_a_row, **scale}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the loss's gradient; every call is alike here."""
@@ -92,8 +93,7 @@ class SingleEngine:
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=False)
         clip_grads_with_norm_(masters, self.training.config.max_norm, norm)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
+        self.training.set_lr(self.optimiser, self.steps)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self._renew_parameters()
@@ -145,7 +145,6 @@ class SingleEngine:
 
     def sleep(self) -> int:
         """See `Engine`."""
-        own_memory(self.module)
         parameters = [one.detach() for one in self.module.parameters()]
         kept = [] if self.training is None else [self.masters, self.sums, dict(self.optimiser.state), self.average and self.average.flats]
         gradients = [one.grad for one in self.module.parameters()]

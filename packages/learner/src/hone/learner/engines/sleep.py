@@ -20,20 +20,20 @@ class Nap:
         self._device = device
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._asleep: dict[int, tuple[UntypedStorage, int, int]] = {}
+        self._scratch: list[tuple[UntypedStorage, int]] = []
 
     def __bool__(self) -> bool:
         return bool(self._asleep)
 
-    def lay_down(self, tensors: Iterable[Tensor]) -> int:
-        """Puts the storages of `tensors` to sleep, those on the device that are not yet; returns the bytes that were moved.
+    def lay_down(self, tensors: Iterable[Tensor], scratch: Iterable[Tensor] = ()) -> int:
+        """Puts the storages of `tensors` to sleep, those on the device; returns the bytes that were moved.
 
-        Nothing may use a tensor of them until `wake`. Raises ValueError for memory that is not torch's own to give up.
+        `scratch` gives up its memory, too, but has nothing to keep. Nothing may use a tensor of either until `wake`. Raises
+        ValueError for memory that is not torch's own to give up.
         """
         assert not self._asleep, "wake up first"
-        found = {
-            one._cdata: one for tensor in tensors if (one := tensor.untyped_storage()).device.type == self._device.type and one.nbytes()
-        }
-        places, end = {}, 0
+        found, places, end = self._storages(tensors), {}, 0
+        self._scratch = [(one, one.nbytes()) for key, one in self._storages(scratch).items() if key not in found and one.resizable()]
         for key, storage in found.items():
             if not storage.resizable():
                 raise ValueError(f"{storage.nbytes()} bytes of a model lie in memory mapped from a file, which cannot be given up")
@@ -45,7 +45,7 @@ class Nap:
             self._buffer[places[key] : places[key] + size].copy_(_bytes(storage), non_blocking=True)
             self._asleep[key] = (storage, places[key], size)
         self._wait()
-        for storage in found.values():
+        for storage in (*found.values(), *(one for one, _ in self._scratch)):
             storage.resize_(0)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # else torch keeps what was freed, and no other process could have it
@@ -53,6 +53,9 @@ class Nap:
 
     def wake(self) -> int:
         """Every storage as it was, bit for bit; returns the bytes that were moved."""
+        for storage, size in self._scratch:
+            storage.resize_(size)
+        self._scratch = []
         for storage, place, size in self._asleep.values():
             storage.resize_(size)
             _bytes(storage).copy_(self._buffer[place : place + size], non_blocking=True)
@@ -69,6 +72,10 @@ class Nap:
         _, place, size = entry
         host = self._buffer[place : place + size].view(tensor.dtype)
         return host.as_strided(tensor.shape, tensor.stride(), host.storage_offset() + tensor.storage_offset())
+
+    def _storages(self, tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return {one._cdata: one for one in storages if one.device.type == self._device.type and one.nbytes()}
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -87,15 +94,15 @@ class Sleeper:
         """Whether the parameters sleep: no forward pass is possible."""
         return self._asleep[0]
 
-    def sleep(self, parameters: Iterable[Tensor], training: Iterable[Tensor]) -> int:
-        """Puts away what is awake; the bytes that were moved."""
+    def sleep(self, parameters: Iterable[Tensor], training: Iterable[Tensor], scratch: Iterable[Tensor] = ()) -> int:
+        """Puts away what is awake, `scratch` with what is only for training; the bytes that were moved."""
         parameters_asleep, training_asleep = self._asleep
         moved = 0
         if not training_asleep:
             # Where a parameter is its own master it goes with the parameters, which wake first.
             parameters = list(parameters)
             theirs = {one.untyped_storage()._cdata for one in parameters}
-            moved += self._training.lay_down(one for one in training if one.untyped_storage()._cdata not in theirs)
+            moved += self._training.lay_down((one for one in training if one.untyped_storage()._cdata not in theirs), scratch)
         if not parameters_asleep:
             moved += self._parameters.lay_down(parameters)
         self._asleep = (True, True)
@@ -113,7 +120,10 @@ class Sleeper:
 
 
 def own_memory(module: nn.Module) -> None:
-    """Copies what lies in a file's mapped memory, as safetensors leaves it on the CPU, into memory that can be given up."""
+    """Copies what lies in a file's mapped memory, as safetensors leaves it on the CPU, into memory that can be given up.
+
+    Before an engine is made of the module: DeepSpeed's flat buffer of a single parameter is that parameter's own memory.
+    """
     for parameter in module.parameters():
         storage = parameter.untyped_storage()
         if storage.nbytes() and not storage.resizable():
@@ -125,7 +135,7 @@ def _bytes(storage: UntypedStorage) -> Tensor:
 
 
 def tensors_in(thing: object, *, depth: int = 5) -> Iterator[Tensor]:
-    """Every tensor of at least one dimension in containers and in DeepSpeed's own buckets; numbers stay where they are."""
+    """Every tensor of at least one dimension in containers; numbers stay where they are."""
     if isinstance(thing, Tensor):
         if thing.dim():
             yield thing
@@ -135,5 +145,3 @@ def tensors_in(thing: object, *, depth: int = 5) -> Iterator[Tensor]:
         yield from (found for value in thing.values() for found in tensors_in(value, depth=depth - 1))
     elif depth and isinstance(thing, (list, tuple, set)):
         yield from (found for value in thing for found in tensors_in(value, depth=depth - 1))
-    elif depth and type(thing).__name__ in ("IPGBucket", "IPGBucketZ3"):
-        yield from tensors_in(vars(thing), depth=depth - 1)

@@ -21,12 +21,16 @@ STEP = "step"
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """A rank's part of a role: the masters, the optimiser that steps them, and extra sections, each a tensor per master."""
+    """A rank's part of a role: the masters, the optimiser that steps them, and extra sections, each a tensor per master.
+
+    `named` are the parameters the masters are of, where they are not one for one.
+    """
 
     masters: Sequence[Tensor]
     fragments: Sequence[Fragment]
     optimiser: torch.optim.Optimizer
     extra: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    named: Sequence[tuple[str, Tensor]] = ()
 
 
 def pieces(held: Held, written: Iterable[Fragment], *, copy_of: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Piece]:
@@ -80,7 +84,7 @@ def _copy(flat: Tensor, fragment: Fragment, section: str, source: Source) -> Non
 
 def _count(optimiser: torch.optim.Optimizer, steps: int, *, device: torch.device) -> Tensor | int:
     """A step count as this optimiser keeps it; parameters that share a flat tensor share the largest of theirs."""
-    if not type(optimiser).__module__.startswith("torch."):
+    if not type(optimiser).__module__.startswith(("torch.", "hone.")):
         return steps
     on_device = optimiser.defaults.get("fused") or optimiser.defaults.get("capturable")
     return torch.tensor(float(steps), device=device if on_device else "cpu")

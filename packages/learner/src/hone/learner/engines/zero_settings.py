@@ -17,8 +17,14 @@ def stage_of(ds: DeepSpeedConfig) -> int:
     return ds.zero_stage if ds.param_dtype == "fp32" else max(ds.zero_stage, 1)
 
 
-def check(ds: DeepSpeedConfig, *, device: torch.device) -> None:
-    """Raises ValueError for what DeepSpeed cannot do, or not on `device`."""
+def check(ds: DeepSpeedConfig, *, device: torch.device, world_size: int) -> None:
+    """Raises ValueError for what DeepSpeed cannot do, or not on `device` or with so many ranks."""
+    if ds.adam_offload and stage_of(ds) == 0:
+        raise ValueError("--ds.adam-offload needs sharded optimiser states; --ds.zero-stage 1, 2 or 3")
+    if ds.zpg > 1 and (ds.zero_stage != 3 or world_size % ds.zpg):
+        raise ValueError(
+            f"--ds.zpg {ds.zpg} needs --ds.zero-stage 3 and a number of ranks it divides, not stage {ds.zero_stage} of {world_size}"
+        )
     if ds.grad_accum_dtype not in ("fp32", ds.param_dtype):
         raise ValueError(
             f"gradients of {ds.param_dtype} parameters cannot be summed in {ds.grad_accum_dtype}; "
@@ -30,10 +36,18 @@ def check(ds: DeepSpeedConfig, *, device: torch.device) -> None:
 
 def settings(ds: DeepSpeedConfig, training: Training | None, *, whole_below: int) -> dict[str, object]:
     """What `deepspeed.initialize` takes; without `training`, of a frozen model."""
+    zero: dict[str, object] = {
+        "stage": stage_of(ds),
+        "stage3_param_persistence_threshold": whole_below,
+        "overlap_comm": ds.overlap_comm,
+        "zero_hpz_partition_size": ds.zpg,
+    }
+    if ds.adam_offload and training is not None:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     chosen: dict[str, object] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": stage_of(ds), "stage3_param_persistence_threshold": whole_below},
+        "zero_optimization": zero,
         "bf16": {"enabled": ds.param_dtype == "bf16"},
         # AdamW as torch has it; "untested" means that DeepSpeed's own list does not name it.
         "zero_allow_untested_optimizer": True,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hone.learner.checkpoint.pieces import Fragment
 from hone.learner.engines.state import Held
+from hone.learner.muon import Matrix
 
 
 def held(optimiser: Any, named: Sequence[tuple[str, nn.Parameter]], stage: int) -> Held:
@@ -22,11 +23,11 @@ def held(optimiser: Any, named: Sequence[tuple[str, nn.Parameter]], stage: int) 
             Fragment(name=name, shape=tuple(one.shape), start=0, flat=index, offset=0, numel=one.numel())
             for index, (name, one) in enumerate(named)
         ]
-        return Held(masters=[parameter for _, parameter in named], fragments=fragments, optimiser=optimiser)
+        return Held(masters=[parameter for _, parameter in named], fragments=fragments, optimiser=optimiser, named=named)
     names = {id(parameter): name for name, parameter in named}
     if stage == 3:
         fragments = [fragment for name, parameter in named if (fragment := _part(optimiser, name, parameter)).numel > 0]
-        return Held(masters=optimiser.fp32_partitioned_groups_flat, fragments=fragments, optimiser=optimiser.optimizer)
+        return Held(masters=optimiser.fp32_partitioned_groups_flat, fragments=fragments, optimiser=optimiser.optimizer, named=named)
     fragments = [
         Fragment(
             name=names[id(parameter)],
@@ -40,7 +41,7 @@ def held(optimiser: Any, named: Sequence[tuple[str, nn.Parameter]], stage: int) 
         for parameter in group
         if (mapping := parameter._hp_mapping) is not None
     ]
-    return Held(masters=optimiser.single_partition_of_fp32_groups, fragments=fragments, optimiser=optimiser.optimizer)
+    return Held(masters=optimiser.single_partition_of_fp32_groups, fragments=fragments, optimiser=optimiser.optimizer, named=named)
 
 
 @torch.no_grad()
@@ -54,6 +55,18 @@ def renew_parameters(optimiser: Any, stage: int) -> None:
         optimiser.checkpoint_event_epilogue()
     elif stage > 0:
         optimiser.update_lp_params()
+
+
+def matrices(optimiser: Any, held: Held, stage: int) -> dict[Tensor, list[Matrix]]:
+    """Of every flat master, the parameters of two dimensions it is made of, in DeepSpeed's order, which is that of all ranks."""
+    groups = optimiser.fp16_groups if stage == 3 else optimiser.bit16_groups
+    names = {id(parameter): name for name, parameter in held.named}
+    parts = {fragment.name: fragment for fragment in held.fragments}
+    found: dict[Tensor, list[Matrix]] = {}
+    for flat, group in zip(held.masters, groups, strict=True):
+        shapes = [(parts.get(names[id(one)]), tuple(one.ds_shape if stage == 3 else one.shape)) for one in group]
+        found[flat] = [Matrix(shape=(shape[0], shape[1]), part=part) for part, shape in shapes if len(shape) == 2]
+    return found
 
 
 def parameter_memory(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
