@@ -89,6 +89,7 @@ RENAMED = {
     "param_dtype": "ds.param_dtype",
     "value_head_prefix": "ds.value_head_prefix",
     "normalize_reward": "ds.normalize_reward",
+    "use_liger_kernel": "ds.use_liger_kernel",
     "reward.normalize_enable": "ds.normalize_reward",
     "gradient_checkpointing": "actor.gradient_checkpointing_enable",
     "actor_learning_rate": "actor.adam.lr",

@@ -103,3 +103,5 @@ class DeepSpeedConfig:
     """Name of the value, reward or process head in its checkpoint, unless the checkpoint says it itself."""
     normalize_reward: bool = False
     """Scores and values of a reward model, and of a critic that began as one, less the mean and over the deviation in its configuration."""
+    use_liger_kernel: bool = False
+    """Liger's Triton kernels for norms, rotary embeddings and gated MLPs; on CUDA, where the package is installed."""

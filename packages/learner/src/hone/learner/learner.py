@@ -27,6 +27,7 @@ from hone.learner.context import Piece, cut_rows, piece_of
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
 from hone.learner.heads import statistics_of
+from hone.learner.liger import apply_liger, check_liger
 from hone.learner.logprobs import Slopes
 from hone.learner.model import CriticModel, hidden_size, load_critic, load_policy
 from hone.learner.model_files import check_ring, copy_tokenizer, resolve
@@ -95,6 +96,8 @@ class Learner:
         if backend == "single" and world_size != 1:
             raise ValueError(f"the single-process engine has one rank, not {world_size}; choose the deepspeed backend for more")
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        if ds.use_liger_kernel:
+            check_liger(self.device)
         self.rank, self.world_size, self.backend, self.max_tokens = rank, world_size, backend, max_tokens
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
@@ -270,6 +273,8 @@ class Learner:
             )
         else:
             module = load_policy(name, dtype=dtype, device=self.device, gradient_checkpointing=recompute)
+        if ds.use_liger_kernel:
+            apply_liger(module.backbone if isinstance(module, CriticModel) else module.causal_lm, name=name)
         if self.wire is not None:
             check_cut(module, name, wire=self.wire, head_stride=self.head_stride)
         if self.backend == "single":
