@@ -16,6 +16,7 @@ LONGEST = 400
 DOORS = {
     "vllm": {"rollout/engines/vllm.py", "rollout/weight_sync/plugin.py"},
     "deepspeed": {"learner/engines/deepspeed.py"},
+    "liger_kernel": {"learner/liger.py"},
     "ray": {"launch/cluster.py", "launch/remote.py"},
 }
 # Security floors: older releases have known remote-code or credential defects.

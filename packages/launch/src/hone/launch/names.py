@@ -105,6 +105,7 @@ RENAMED = {
     "target_modules": "ds.lora.target_modules",
     "load_in_4bit": "ds.load_in_4bit",
     "normalize_reward": "ds.normalize_reward",
+    "use_liger_kernel": "ds.use_liger_kernel",
     "reward.normalize_enable": "ds.normalize_reward",
     "gradient_checkpointing": "actor.gradient_checkpointing_enable",
     "actor_learning_rate": "actor.adam.lr",

@@ -167,3 +167,5 @@ class DeepSpeedConfig:
     """Adapters of every model that trains."""
     load_in_4bit: bool = False
     """Hold the weights of linear layers in 4 bits (nf4 of bitsandbytes), frozen below adapters; for frozen models, too."""
+    use_liger_kernel: bool = False
+    """Liger's Triton kernels for norms, rotary embeddings and gated MLPs; on CUDA, where the package is installed."""

@@ -29,6 +29,7 @@ from hone.learner.context import Piece, cut_rows, piece_of
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
 from hone.learner.heads import statistics_of
+from hone.learner.liger import apply_liger, check_liger
 from hone.learner.logprobs import Slopes
 from hone.learner.mixture import FIGURES, Balance, check_mixture, heard_by
 from hone.learner.model import CriticModel, PolicyModel, hidden_size, load_critic, load_policy
@@ -68,6 +69,8 @@ class Learner:
         if backend == "single" and (ds.adam_offload or ds.zpg > 1 or ds.overlap_comm):
             raise ValueError("--ds.adam-offload, --ds.zpg and --ds.overlap-comm are DeepSpeed's; choose the deepspeed backend")
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        if ds.use_liger_kernel:
+            check_liger(self.device)
         self.rank, self.world_size, self.backend, self.max_tokens = rank, world_size, backend, max_tokens
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         check_settings(ds)
@@ -273,6 +276,8 @@ class Learner:
         else:
             module = load_policy(name, **loading)
         check_mixture(module.adaptable()[0].base_model, name, coef=self.aux_loss_coefs[role])
+        if ds.use_liger_kernel:
+            apply_liger(module.backbone if isinstance(module, CriticModel) else module.causal_lm, name=name)
         if self.wire is not None:
             check_cut(module, name, wire=self.wire, head_stride=self.head_stride)
         if self.backend == "single":

@@ -32,8 +32,8 @@ from hone.learner.over_logits import OverLogits
 from hone.learner.published import Layer, Named, adapted, layers, parameters_of
 from hone.learner.quantised import in_four_bits, settle
 
-CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
-"""Logits that exist at once [numbers]: in fp32 128 MiB on a CPU, in bf16 256 MiB on a GPU, where larger products pay."""
+CHUNK_LOGITS = {"cpu": 5 * 2**23, "cuda": 2**27}
+"""Logits that exist at once [numbers]: in fp32 160 MiB on a CPU, in bf16 256 MiB on a GPU, where larger products pay."""
 PROBE_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest mean log-probability difference [nats] to transformers' own forward that rounding explains."""
 
