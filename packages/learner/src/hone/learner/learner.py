@@ -40,7 +40,7 @@ from hone.learner.over_logits import OverLogits, TopLogp
 from hone.learner.packing import Shard
 from hone.learner.per_token import PerToken, PolicyLoss
 from hone.learner.ring_probe import check_cut
-from hone.learner.roles import DTYPES, LABELLED, RoleSpec, StepResult, ValueLoss, made_of
+from hone.learner.roles import DTYPES, LABELLED, Figures, RoleSpec, StepResult, ValueLoss, made_of
 
 
 class Learner:
@@ -154,10 +154,10 @@ class Learner:
     def evaluate_offline(self, role: str, shard: Shard, algo: Offline) -> dict[str, float]:
         """Figures (this rank's share of them) that `update_offline` would report, without a step."""
         self._awake(role)
-        loss, totals = self._offline(role, algo), {}
+        loss, figures = self._offline(role, algo), Figures()
         for index in range(len(shard.micro_batches)):
-            _add_figures(totals, loss(self._micro_batch(shard, index)), filler=index in shard.fillers)
-        return self._told(totals)
+            figures.add(loss(self._micro_batch(shard, index)), filler=index in shard.fillers)
+        return figures.told(self.wire)
 
     def update_policy(self, role: str, shard: Shard, algo: PolicyLoss | LogpLoss[Any]) -> StepResult:
         """One optimiser step over all micro-batches of a shard, Scored or of labelled rows (`hone.algos.offline`) as `algo` reads them.
@@ -351,7 +351,7 @@ class Learner:
         if not isinstance(shard.batch, LABELLED):
             raise ValueError(f"{role} can only be updated on a Scored batch or labelled rows; judge the {type(shard.batch).__name__} first")
         engine = self._awake(role, training=True)
-        totals: dict[str, Tensor] = {}
+        figures = Figures()
         balance = self._balance(role, shard)
         with dropout_awake(engine.module), heard_by(engine.module, balance.hear) if balance else contextlib.nullcontext():
             for index in range(len(shard.micro_batches)):
@@ -359,17 +359,11 @@ class Learner:
                 if balance is not None:
                     loss += balance.loss(filler=index in shard.fillers)
                 engine.backward(loss.total, last=index == len(shard.micro_batches) - 1)
-                _add_figures(totals, loss, filler=index in shard.fillers)
+                figures.add(loss, filler=index in shard.fillers)
         info = engine.step()
         if balance is not None and self.rank == 0:
-            totals |= balance.busiest()
-        return StepResult(metrics=self._told(totals), grad_norm=info.grad_norm, lr=info.lr, applied=info.applied)
-
-    def _told(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
-        """Figures as numbers; of a ring, whose ranks all have those of the whole rows, the first one tells."""
-        if not totals or (self.wire is not None and self.wire.rank):
-            return {}
-        return dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))  # waits for the device once
+            figures.sums |= balance.busiest()
+        return StepResult(metrics=figures.told(self.wire), grad_norm=info.grad_norm, lr=info.lr, applied=info.applied)
 
     @torch.no_grad()
     def _balance(self, role: str, shard: Shard) -> Balance | None:
@@ -402,12 +396,5 @@ class Learner:
             if isinstance(value := getattr(part, field.name), Tensor)
         }
         if index in shard.fillers:
-            for name in ("action_mask", "weights", "row_weights"):
-                if name in moved:
-                    moved[name] = torch.zeros_like(moved[name])
+            moved |= {name: torch.zeros_like(moved[name]) for name in ("action_mask", "weights", "row_weights") if name in moved}
         return dataclasses.replace(part, **moved)
-
-
-def _add_figures(totals: dict[str, Tensor], loss: Loss, *, filler: bool) -> None:
-    for name, value in {} if filler else loss.metrics.items():
-        totals[name] = totals.get(name, 0) + value.detach()

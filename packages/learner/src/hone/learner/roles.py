@@ -1,7 +1,7 @@
 """What a learner is asked to host, and what it answers of a step."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ from hone.algos.batch import Scored
 from hone.algos.offline import Demonstrations, Judgements, Pairs, Steps, Taught
 from hone.algos.protocol import Loss
 from hone.algos.ranges import Range
+from hone.learner.attention.wire import Wire
 from hone.learner.checkpoint import role_files
 from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefConfig
 
@@ -61,3 +62,21 @@ class StepResult:
     lr: float
     applied: bool = True
     """False for a step that was left out because a loss or the norm was not finite; see `Engine.step`."""
+
+
+@dataclass(kw_only=True)
+class Figures:
+    """The figures of a step, added up over this rank's micro-batches, on the device."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Loss, *, filler: bool) -> None:
+        """A micro-batch's; a filler has none."""
+        for name, value in {} if filler else loss.metrics.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+    def told(self, wire: Wire | None) -> dict[str, float]:
+        """As numbers; of a ring, whose ranks all have those of the whole rows, the first one tells."""
+        if not self.sums or (wire is not None and wire.rank):
+            return {}
+        return dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))  # waits for the device once
