@@ -28,15 +28,12 @@ class Nap:
     def lay_down(self, tensors: Iterable[Tensor], scratch: Iterable[Tensor] = ()) -> int:
         """Puts the storages of `tensors` to sleep, those on the device; returns the bytes that were moved.
 
-        `scratch` gives up its memory, too, but has nothing to keep. Nothing may use a tensor of either until `wake`. Raises
-        ValueError for memory that is not torch's own to give up.
+        `scratch` gives up its memory, too, but has nothing to keep. Nothing may use a tensor of either until `wake`.
         """
         assert not self._asleep, "wake up first"
         found, places, end = self._storages(tensors), {}, 0
         self._scratch = [(one, one.nbytes()) for key, one in self._storages(scratch).items() if key not in found and one.resizable()]
         for key, storage in found.items():
-            if not storage.resizable():
-                raise ValueError(f"{storage.nbytes()} bytes of a model lie in memory mapped from a file, which cannot be given up")
             places[key], end = end, end + storage.nbytes() + -storage.nbytes() % ALIGNMENT
         if self._buffer.numel() < end:
             self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
@@ -75,7 +72,8 @@ class Nap:
 
     def _storages(self, tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
         storages = [tensor.untyped_storage() for tensor in tensors]
-        return {one._cdata: one for one in storages if one.device.type == self._device.type and one.nbytes()}
+        # On the CPU NumPy may share it (a weight that was fingerprinted): then it stays, where giving it up would free nothing anyway.
+        return {one._cdata: one for one in storages if one.device.type == self._device.type and one.nbytes() and one.resizable()}
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
