@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"stage{stage}-muon": {"stage": stage, "dtype": "fp32", "ds": {}, "optim": "muon"} for stage in range(4)},
     "stage2-offload": {"stage": 2, "dtype": "fp32", "ds": {"adam_offload": True, "overlap_comm": True}},
     "stage3-offload": {"stage": 3, "dtype": "fp32", "ds": {"adam_offload": True}},
+    "stage3-param-offload": {"stage": 3, "dtype": "fp32", "ds": {"param_offload": True, "adam_offload": True}},
     "stage3-hpz": {"stage": 3, "dtype": "fp32", "ds": {"zpg": 2, "overlap_comm": True}},
     "stage2-bf16": {"stage": 2, "dtype": "bf16", "ds": {}},
     "stage3-bf16": {"stage": 3, "dtype": "bf16", "ds": {}},
@@ -158,6 +159,7 @@ def test_the_average_golden() -> None:
     [
         ({"grad_accum_dtype": "bf16", "param_dtype": "fp32"}, "gradients of fp32 parameters cannot be summed in bf16"),
         ({"adam_offload": True, "zero_stage": 0, "param_dtype": "fp32"}, "--ds.adam-offload needs sharded optimiser states"),
+        ({"param_offload": True, "zero_stage": 2}, "--ds.param-offload needs sharded parameters"),
         ({"zpg": 2, "zero_stage": 2}, "--ds.zpg 2 needs --ds.zero-stage 3"),
         ({"zpg": 3, "zero_stage": 3}, "a number of ranks it divides, not stage 3 of 4"),
     ],

@@ -262,6 +262,9 @@ def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     if config.ds.adam_offload and config.ds.zero_stage == 0 and params == "fp32":
         what = "ds.adam_offload needs sharded optimiser states, which ds.zero_stage 0 has not"
         yield Problem(what=what, mend="--ds.zero-stage 1, 2 or 3", settings=("ds.adam_offload", "ds.zero_stage"))
+    if config.ds.param_offload and config.ds.zero_stage != 3:
+        what = f"ds.param_offload needs sharded parameters, which ds.zero_stage {config.ds.zero_stage} has not"
+        yield Problem(what=what, mend="--ds.zero-stage 3, or drop --ds.param-offload", settings=("ds.param_offload", "ds.zero_stage"))
     uneven = [group for group in _models(config) if ranks(config, group) % config.ds.zpg]
     if config.ds.zpg > 1 and (config.ds.zero_stage != 3 or uneven):
         what = f"ds.zpg {config.ds.zpg} needs ds.zero_stage 3 and a number of ranks that it divides, in every group"
@@ -272,7 +275,8 @@ def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         if idle and getattr(config, group).optim != "muon":
             what = f"{', '.join(idle)}: {group}.optim adam does not read it"
             yield Problem(what=what, mend=f"--{group}.optim muon, or drop it", settings=(*idle, f"{group}.optim"))
-    theirs = {"ds.adam_offload": config.ds.adam_offload, "ds.zpg": config.ds.zpg > 1, "ds.overlap_comm": config.ds.overlap_comm}
+    offload = {"ds.adam_offload": config.ds.adam_offload, "ds.param_offload": config.ds.param_offload}
+    theirs = {**offload, "ds.zpg": config.ds.zpg > 1, "ds.overlap_comm": config.ds.overlap_comm}
     if config.run.backend == "local" and (asked := tuple(name for name, value in theirs.items() if value)):
         what = f"run.backend local has no DeepSpeed, whose {', '.join(asked)} is"
         yield Problem(what=what, mend="drop it, or --run.backend ray", settings=(*asked, "run.backend"))

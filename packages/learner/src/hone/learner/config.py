@@ -149,6 +149,8 @@ class DeepSpeedConfig:
     """Number format in which gradients of micro-batches are summed: fp32, or that of the parameters."""
     adam_offload: bool = False
     """Hold masters and optimiser states in the host's memory and step them there, with torch's AdamW or Muon; ZeRO stages 1 to 3."""
+    param_offload: bool = False
+    """Hold the parameters' shards in the host's memory, and bring them to the device layer by layer; ZeRO stage 3."""
     zpg: Annotated[int, Range(low=1)] = 1
     """ZeRO++ hpZ: stage 3 keeps a second copy of its shards within so many neighbouring ranks, and gathers from them; 1 is off."""
     overlap_comm: bool = False

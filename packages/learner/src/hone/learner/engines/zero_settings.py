@@ -21,6 +21,8 @@ def check(ds: DeepSpeedConfig, *, device: torch.device, world_size: int) -> None
     """Raises ValueError for what DeepSpeed cannot do, or not on `device` or with so many ranks."""
     if ds.adam_offload and stage_of(ds) == 0:
         raise ValueError("--ds.adam-offload needs sharded optimiser states; --ds.zero-stage 1, 2 or 3")
+    if ds.param_offload and ds.zero_stage != 3:
+        raise ValueError(f"--ds.param-offload needs sharded parameters, which stage {ds.zero_stage} has not; --ds.zero-stage 3")
     if ds.zpg > 1 and (ds.zero_stage != 3 or world_size % ds.zpg):
         raise ValueError(
             f"--ds.zpg {ds.zpg} needs --ds.zero-stage 3 and a number of ranks it divides, not stage {ds.zero_stage} of {world_size}"
@@ -44,6 +46,8 @@ def settings(ds: DeepSpeedConfig, training: Training | None, *, whole_below: int
     }
     if ds.adam_offload and training is not None:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if ds.param_offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     chosen: dict[str, object] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
