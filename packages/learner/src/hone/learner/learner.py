@@ -67,9 +67,7 @@ class Learner:
         if backend == "single" and world_size != 1:
             raise ValueError(f"the single-process engine has one rank, not {world_size}; choose the deepspeed backend for more")
         if backend == "single" and (ds.adam_offload or ds.param_offload or ds.zpg > 1 or ds.overlap_comm):
-            raise ValueError(
-                "--ds.adam-offload, --ds.param-offload, --ds.zpg and --ds.overlap-comm are DeepSpeed's; choose the deepspeed backend"
-            )
+            raise ValueError("offload, --ds.zpg and --ds.overlap-comm are DeepSpeed's; choose the deepspeed backend")
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if ds.use_liger_kernel:
             check_liger(self.device)
