@@ -203,7 +203,7 @@ def select(batch: AnyPacked, rows: Sequence[int]) -> AnyPacked:
     wanted = [first + place for first in rows[::together] for place in range(together)]
     if list(rows) != wanted or any(first % together for first in rows[::together]):
         raise ValueError(
-            f"rows {list(rows)} part {type(batch).__name__}; take {together} neighbours at a time, from a multiple of {together}"
+            f"the {len(rows)} rows part {type(batch).__name__}; take {together} neighbours at a time, from a multiple of {together}"
         )
     row_index = torch.tensor(list(rows), dtype=torch.long)
     cu_seqlens = torch.tensor([0, *accumulate(int(length) for length in batch.lengths[row_index])], dtype=torch.int32)

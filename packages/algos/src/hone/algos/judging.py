@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hone.algos.batch import Batch, Scored, select
-from hone.algos.checks import require_finite
+from hone.algos.checks import MEND_REWARDS, require_finite
 from hone.algos.mismatch import effective_sample_size, mismatch_figures, sample_size_figures
 from hone.algos.protocol import Algorithm
 from hone.algos.ranges import require_valid
@@ -44,12 +44,13 @@ def judge(algo: Algorithm, batch: Batch) -> Scored:
     # The engine's numbers are read wherever the learner's are known; a NaN among them would pass for a rejected token.
     read = algo.needs if batch.old_logp is None else {*algo.needs, "rollout_logp"}
     for name in sorted(read):
-        _require_finite(batch, batch.require(name), name)
+        _require_finite(batch, batch.require(name), name, remedy=MEND_REWARDS if name == "greedy_scores" else MEND_MODEL)
     judged = algo.advantages(batch)
     _require_finite(batch, judged.advantages, f"advantages of {algo.name}", remedy=MEND_SIZE)
     factor = algo.correction.factor(batch)
     advantages = judged.advantages
     if factor is not None:
+        _require_finite(batch, factor, "the correction", remedy="bound it: give algo.correction.high a finite value")
         advantages = scaled_advantages(advantages, factor, batch.action_mask)
         _require_finite(batch, advantages, f"corrected advantages of {algo.name}", remedy=MEND_SIZE)
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}

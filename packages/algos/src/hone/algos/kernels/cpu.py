@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from hone.algos.kernels.threads import in_threads, shares_of_work
+from hone.algos.kernels.threads import entry, in_threads, number_of_thread, number_of_threads, pointer, shares_of_work
 
 # Fused multiply-adds everywhere. Sums over tokens may also be reordered, so that they run in vector lanes.
 _compiled: Any = njit(nogil=True, error_model="numpy", fastmath={"contract"})
@@ -31,15 +31,15 @@ def gae(
 ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"], bool]:
     """`hone.algos.advantages.gae`, row by row and token by token in fp64; within one rounding of fp32 of the plain path."""
     advantages, returns = torch.empty(values.numel()), torch.empty(values.numel())
-    per_token = _arrays(rewards, values, action_mask.view(torch.uint8))
     lambdas = lambd.double() if isinstance(lambd, Tensor) else torch.full_like(bootstrap, lambd)
     per_row = _arrays(cu_seqlens.long(), lambdas, bootstrap)
-    outputs = (advantages.numpy(), returns.numpy())
-    threads = shares_of_work()
-    shares = np.searchsorted(per_row[0], [values.numel() * i // threads for i in range(threads + 1)])
-    shares[0], shares[-1] = 0, bootstrap.numel()
-    broken = np.zeros(threads, dtype=np.int64)
-    in_threads(lambda i: _gae_of_rows(*per_token, *per_row, gamma, shares[i], shares[i + 1], *outputs, broken[i:]), threads)
+    shares = shares_of_work()
+    edges = np.searchsorted(per_row[0], [values.numel() * i // shares for i in range(shares + 1)])
+    broken = np.zeros(shares, dtype=np.int64)
+    outputs = (advantages.numpy(), returns.numpy(), broken)
+    settings = (edges.astype(np.int64), np.array([gamma]))
+    arrays = (*_arrays(rewards, values, action_mask.view(torch.uint8)), *per_row, *settings, *outputs)
+    in_threads(_gae, (values.numel(), bootstrap.numel(), shares), arrays, shares=shares)
     return advantages, returns, not broken.any()
 
 
@@ -60,12 +60,11 @@ def surrogate(
     side. Sums are accumulated in fp64.
     """
     slope = torch.empty(logp.numel())
-    threads = shares_of_work()
-    sums = np.zeros((threads, 3))
-    per_token = _arrays(logp, old_logp, advantages, weights, action_mask.view(torch.uint8), slope)
-    bounds = (np.float32(lowest), np.float32(highest), np.float32(dual_clip))
-    shares = [logp.numel() * i // threads for i in range(threads + 1)]
-    in_threads(lambda i: _surrogate_of_tokens(*per_token, *bounds, shares[i], shares[i + 1], sums[i]), threads)
+    shares = shares_of_work()
+    sums = np.zeros((shares, 3))
+    per_token = _arrays(logp, old_logp, advantages, weights, action_mask.view(torch.uint8))
+    bounds = np.array([lowest, highest, dual_clip], dtype=np.float32)
+    in_threads(_surrogate, (logp.numel(), shares), (*per_token, bounds, slope.numpy(), sums), shares=shares)
     return torch.from_numpy(sums.sum(0)), slope
 
 
@@ -80,10 +79,10 @@ _BLOCK = 128  # tokens whose intermediate numbers stay in the first-level cache
 
 @_compiled
 @no_type_check
-def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, first_row, end_row, advantages, returns, broken):
+def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, first_row, end_row, advantages, returns):
     # Backwards through rows as well as through tokens: the processor then fetches ahead across the ends of rows.
     # Positions are unsigned: a signed one would be checked for Python's negative indices at every access.
-    deltas, values_after = np.empty(_BLOCK), np.empty(_BLOCK + 1)
+    deltas, values_after, broken = np.empty(_BLOCK), np.empty(_BLOCK + 1), 0
     for rows_done in range(end_row - first_row):
         row = end_row - 1 - rows_done
         discount = gamma * lambd[row]
@@ -100,7 +99,7 @@ def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, fir
                 advantage, infinite = _gae_of_run(
                     rewards, values, last, tokens, gamma, discount, advantage, deltas, values_after, advantages, returns
                 )
-                broken[0] += infinite
+                broken += infinite
                 value_after = values_after[tokens]
             else:
                 for k in range(tokens):
@@ -111,11 +110,12 @@ def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, fir
                         value_after = value
                         advantages[t] = advantage
                         returns[t] = advantage + value
-                        broken[0] += not np.isfinite(np.float32(advantage))
+                        broken += not np.isfinite(np.float32(advantage))
                     else:
                         advantages[t] = 0.0
                         returns[t] = 0.0
             end -= tokens
+    return broken
 
 
 @_compiled
@@ -225,3 +225,40 @@ def _exp(x):
     first = _from_bits(np.int32((half + _BIAS) << np.int32(23)))
     second = _from_bits(np.int32((exponent - half + _BIAS) << np.int32(23)))
     return (_ONE + (r + r * r * tail)) * first * second
+
+
+@entry
+@no_type_check
+def _gae(data):
+    job = carray(data, (14,), np.int64)
+    tokens, rows, shares = job[0], job[1], job[2]
+    rewards, values = carray(pointer(job[3]), (tokens,), np.float32), carray(pointer(job[4]), (tokens,), np.float32)
+    mask = carray(pointer(job[5]), (tokens,), np.uint8)
+    cu_seqlens = carray(pointer(job[6]), (rows + 1,), np.int64)
+    lambd, bootstrap = carray(pointer(job[7]), (rows,), np.float64), carray(pointer(job[8]), (rows,), np.float64)
+    edges, gamma = carray(pointer(job[9]), (shares + 1,), np.int64), carray(pointer(job[10]), (1,), np.float64)[0]
+    advantages, returns = carray(pointer(job[11]), (tokens,), np.float32), carray(pointer(job[12]), (tokens,), np.float32)
+    broken = carray(pointer(job[13]), (shares,), np.int64)
+    share = np.int64(number_of_thread())
+    while share < shares:
+        first, end = edges[share], edges[share + 1]
+        broken[share] = _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, first, end, advantages, returns)
+        share += np.int64(number_of_threads())
+
+
+@entry
+@no_type_check
+def _surrogate(data):
+    job = carray(data, (10,), np.int64)
+    tokens, shares = job[0], job[1]
+    logp, old_logp = carray(pointer(job[2]), (tokens,), np.float32), carray(pointer(job[3]), (tokens,), np.float32)
+    advantages, weights = carray(pointer(job[4]), (tokens,), np.float32), carray(pointer(job[5]), (tokens,), np.float32)
+    mask = carray(pointer(job[6]), (tokens,), np.uint8)
+    bounds = carray(pointer(job[7]), (3,), np.float32)
+    slope, sums = carray(pointer(job[8]), (tokens,), np.float32), carray(pointer(job[9]), (shares, 3), np.float64)
+    share = np.int64(number_of_thread())
+    while share < shares:
+        first, end = tokens * share // shares, tokens * (share + 1) // shares
+        per_token = (logp, old_logp, advantages, weights, mask, slope)
+        _surrogate_of_tokens(*per_token, bounds[0], bounds[1], bounds[2], first, end, sums[share])
+        share += np.int64(number_of_threads())
