@@ -48,7 +48,7 @@ def test_groups_are_those_users_know() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_group_baseline_has_a_group_by_default(verb: str) -> None:
-    alone = verb in ("ppo", "vapo", "reinforce", "on_policy_distill")
+    alone = verb in ("ppo", "vapo", "reinforce", "remax", "on_policy_distill")
     assert default_config(verb).rollout.n_samples_per_prompt == (1 if alone else 8)
 
 

@@ -25,11 +25,12 @@ def _nothing(served: ServedHere, source: FingerprintedSource, honest: Callable[.
 
 def _altered(served: ServedHere, source: FingerprintedSource, honest: Callable[..., Any]) -> dict[str, str]:
     """One tensor is damaged on its way."""
-    held = served._model.state_dict()["model.layers.1.mlp.up_proj.weight"]
+    weights = served._engine.held()
+    held = weights["model.layers.1.mlp.up_proj.weight"]
     sent = honest(served, source)
     with torch.no_grad():
         held[0, 0] += 1
-    served._received = {name: local.fingerprint(tensor) for name, tensor in served._model.state_dict().items() if name in sent}
+    served._received = {name: local.fingerprint(tensor) for name, tensor in weights.items() if name in sent}
     return sent
 
 

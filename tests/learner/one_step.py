@@ -187,6 +187,17 @@ def build(model: str, case: dict[str, Any], *, rank: int, port: int) -> Learner:
     )
 
 
+def fused(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's experts, which it has one by one, as transformers' models hold them."""
+    result = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
+    for stem in sorted({name.split(".experts.")[0] for name in weights.keys() - result.keys()}):
+        own = [f"{stem}.experts.{expert}" for expert in range(sum(name.startswith(f"{stem}.experts.") for name in weights) // 3)]
+        gates_and_ups = [torch.cat([weights[f"{one}.gate_proj.weight"], weights[f"{one}.up_proj.weight"]]) for one in own]
+        result[f"{stem}.experts.gate_up_proj"] = torch.stack(gates_and_ups)
+        result[f"{stem}.experts.down_proj"] = torch.stack([weights[f"{one}.down_proj.weight"] for one in own])
+    return result
+
+
 def train(learner: Learner, case: dict[str, Any], known: dict[str, dict[str, Any]], *, rank: int) -> dict[str, Any]:
     """Every step through the learner: gradients, norm, this rank's share of the figures, weights."""
     result = {}
@@ -201,7 +212,7 @@ def train(learner: Learner, case: dict[str, Any], known: dict[str, dict[str, Any
         update = learner.update_critic if role == "critic" else learner.update_policy
         outcome = update(role, part, algo)
         engine.step = own_step
-        weights = {name: tensor.detach().clone() for name, tensor in learner.weights(role)}
+        weights = fused({name: tensor.detach().clone() for name, tensor in learner.weights(role)})
         result[step] = {"gradients": seen, "norm": outcome.grad_norm, "metrics": outcome.metrics, "weights": weights}
     return result
 
