@@ -32,7 +32,7 @@ WHO_AM_I = f"hone-test-{secrets.token_hex(8)}"
 
 
 def program(source: str, *, stdin: bytes = b"", limits: Limits = SHORT) -> Outcome:
-    return sandbox.run([sandbox.interpreter(), "-I", "/work/main.py"], files={"main.py": source}, stdin=stdin, limits=limits)
+    return sandbox.run([sandbox.interpreter(), "-I", "/box/main.py"], files={"main.py": source}, stdin=stdin, limits=limits)
 
 
 def said(source: str, *, limits: Limits = SHORT) -> str:
@@ -66,15 +66,15 @@ def test_a_program_has_its_files_its_input_and_a_place_to_write() -> None:
         "import os, sys, helper, math\nopen('note', 'w').write('kept')\nopen('/tmp/x', 'w').write('y')\n"
         "print(helper.x, sys.stdin.read(), open('note').read(), os.getcwd(), os.getuid(), sorted(os.environ))\nsys.exit(3)"
     )
-    files = {"main.py": "import sys; sys.path.insert(0, '/work')\n" + source, "helper.py": "x = 7"}
-    outcome = sandbox.run([sandbox.interpreter(), "-I", "/work/main.py"], files=files, stdin=b"in", limits=SHORT)
-    assert outcome.stdout == b"7 in kept /work 65534 ['HOME', 'LANG', 'PATH', 'PYTHONHASHSEED', 'TMPDIR']\n"
+    files = {"main.py": "import sys; sys.path.insert(0, '/box')\n" + source, "helper.py": "x = 7"}
+    outcome = sandbox.run([sandbox.interpreter(), "-I", "/box/main.py"], files=files, stdin=b"in", limits=SHORT)
+    assert outcome.stdout == b"7 in kept /box 65534 ['HOME', 'LANG', 'PATH', 'PYTHONHASHSEED', 'TMPDIR']\n"
     assert (outcome.exit, outcome.stderr, outcome.was_stopped) == (3, b"", "")
 
 
 def test_nothing_is_kept_between_runs() -> None:
-    said("open('/tmp/left', 'w').write('x'); open('/work/left', 'w').write('x')")
-    assert said("import os; print(os.listdir('/tmp'), os.listdir('/work'))") == "[] ['main.py']\n"
+    said("open('/tmp/left', 'w').write('x'); open('/box/left', 'w').write('x')")
+    assert said("import os; print(os.listdir('/tmp'), os.listdir('/box'))") == "[] ['main.py']\n"
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_files_of_the_machine_are_not_there(secret: Path) -> None:
     places = [
         "/etc/passwd",
         "/etc/shadow",
-        "/root/.netrc",
+        str(Path.home() / ".netrc"),
         "/proc/1/root/etc/passwd",
         "/home",
         "/var",
@@ -182,7 +182,7 @@ def test_a_fork_bomb_ends_at_its_limit() -> None:
     assert (
         program("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n", limits=Limits(wall_s=1.5)).was_stopped == "time"
     )
-    nothing_left("/work/main.py")
+    nothing_left("/box/main.py")
 
 
 def test_time_memory_output_and_disk_end_at_their_limits() -> None:
@@ -195,13 +195,13 @@ def test_time_memory_output_and_disk_end_at_their_limits() -> None:
     assert flood.was_stopped == "output"
     assert len(flood.stdout) <= SHORT.output_bytes
     fill = (
-        "import errno\ntry:\n    for n in range(1000):\n        with open(f'/work/{n}', 'wb') as file: file.write(bytes(8 * 2**20))\n"
+        "import errno\ntry:\n    for n in range(1000):\n        with open(f'/box/{n}', 'wb') as file: file.write(bytes(8 * 2**20))\n"
         "except OSError as error: print(errno.errorcode[error.errno])\n"
     )
     assert said(fill) == "ENOSPC\n"
     large = "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    assert "OSError" in said(f"{large}with open('/work/x', 'wb') as file: file.seek(2**40); file.write(b'x')")
-    many = "try:\n    for n in range(100_000): open(f'/work/{n}', 'w').close()\nexcept OSError as error: print(error.errno)"
+    assert "OSError" in said(f"{large}with open('/box/x', 'wb') as file: file.seek(2**40); file.write(b'x')")
+    many = "try:\n    for n in range(100_000): open(f'/box/{n}', 'w').close()\nexcept OSError as error: print(error.errno)"
     assert said(many) == "28\n"
 
 
@@ -218,7 +218,7 @@ def test_a_reader_that_is_killed_takes_the_cell_along() -> None:
     source = "import os\nos.execv('/bin/sleep', ['sleep', '3000.9'])"
     code = (
         "from hone.rollout.rewards import sandbox\n"
-        f"sandbox.run([sandbox.interpreter(), '-I', '/work/main.py'], files={{'main.py': {source!r}}}, limits=sandbox.Limits(wall_s=100))"
+        f"sandbox.run([sandbox.interpreter(), '-I', '/box/main.py'], files={{'main.py': {source!r}}}, limits=sandbox.Limits(wall_s=100))"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as reader:
         end = time.monotonic() + 60
@@ -276,7 +276,7 @@ source += "        if os.fork() == 0: os.execv('/bin/sleep', ['sleep', '4000.1']
 source += "except OSError: print('forks', n)\\n"
 source += "try: socket.create_connection(('127.0.0.1', {port}), 2); print('CONNECTED')\\nexcept OSError: print('refused')\\n"
 source += "try: open('/usr/x', 'w'); print('WROTE')\\nexcept OSError: print('read-only')\\n"
-outcome = sandbox.run([sandbox.interpreter(), "-I", "/work/main.py"], files={{"main.py": source}})
+outcome = sandbox.run([sandbox.interpreter(), "-I", "/box/main.py"], files={{"main.py": source}})
 print(outcome.stdout.decode(), outcome.stderr.decode(), outcome.was_stopped)
 """
 

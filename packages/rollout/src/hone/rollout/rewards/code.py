@@ -26,7 +26,7 @@ _BLOCK = re.compile(r"```(?:python|py|python3)?[ \t]*\r?\n(.*?)```", re.DOTALL |
 # Arguments come on standard input, the result leaves as the last line of standard output.
 _CALL = """
 import json, sys
-sys.path.insert(0, "/work")
+sys.path.insert(0, "/box")
 asked = json.load(sys.stdin)
 import solution
 found = getattr(solution, asked["name"], None) or getattr(solution.Solution(), asked["name"])
@@ -100,10 +100,10 @@ def read_tests(label: object) -> Tests:
 def _run(program: str, function: str | None, given: Any, limits: sandbox.Limits) -> sandbox.Outcome:
     start = [sandbox.interpreter(), "-I"]
     if function is None:
-        return sandbox.run([*start, "/work/solution.py"], files={"solution.py": program}, stdin=given.encode(), limits=limits)
+        return sandbox.run([*start, "/box/solution.py"], files={"solution.py": program}, stdin=given.encode(), limits=limits)
     asked = json.dumps({"name": function, "arguments": given}).encode()
     files = {"solution.py": program, "call.py": _CALL}
-    return sandbox.run([*start, "/work/call.py"], files=files, stdin=asked, limits=limits)
+    return sandbox.run([*start, "/box/call.py"], files=files, stdin=asked, limits=limits)
 
 
 def _as_expected(stdout: bytes, expected: Any, *, of_call: bool) -> bool:

@@ -79,7 +79,7 @@ def own_user_namespace(uid: int, gid: int) -> None:
 
 
 def new_root(spec: dict[str, Any]) -> None:
-    """A small tmpfs as root, the old one at /old, the readable parts bound below /new, the files in /new/work."""
+    """A small tmpfs as root, the old one at /old, the readable parts bound below /new, the files in /new/box."""
     mount("none", "/", None, _REC | _PRIVATE)
     mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, "mode=755,size=1m")
     os.mkdir("/tmp/new")
@@ -94,10 +94,10 @@ def new_root(spec: dict[str, Any]) -> None:
     for name in ("null", "zero", "full", "random", "urandom"):
         bind(f"/old/dev/{name}", f"/new/dev/{name}", device=True)
     os.mkdir("/new/proc")
-    for place in ("/new/work", "/new/tmp"):
+    for place in ("/new/box", "/new/tmp"):
         os.mkdir(place)
         os.chmod(place, 0o777)
-    write_files(spec, "/new/work")
+    write_files(spec, "/new/box")
 
 
 def write_files(spec: dict[str, Any], directory: str) -> None:
@@ -109,12 +109,12 @@ def write_files(spec: dict[str, Any], directory: str) -> None:
 
 
 def landlock() -> None:
-    """Reading everywhere (there is only what was bound), writing in /work, /tmp and /dev/null, no TCP, no signals outward."""
+    """Reading everywhere (there is only what was bound), writing in /box, /tmp and /dev/null, no TCP, no signals outward."""
     version = checked(LIBC.syscall(_LANDLOCK_CREATE, None, 0, 1), "this kernel has no Landlock")
     rights = (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15
     attributes = struct.pack("QQQ", rights, 3, 3)[: 24 if version >= 6 else 16 if version >= 4 else 8]
     rules = checked(LIBC.syscall(_LANDLOCK_CREATE, attributes, len(attributes), 0), "landlock_create_ruleset")
-    for path, allowed in (("/", _READ), ("/work", rights), ("/tmp", rights), ("/dev/null", _FILE_WRITE & rights | 4)):
+    for path, allowed in (("/", _READ), ("/box", rights), ("/tmp", rights), ("/dev/null", _FILE_WRITE & rights | 4)):
         place = os.open(path, os.O_PATH)
         checked(LIBC.syscall(_LANDLOCK_ADD, rules, 1, struct.pack("=Qi", allowed, place), 0), f"landlock_add_rule {path}")
         os.close(place)
@@ -143,7 +143,7 @@ def limit(spec: dict[str, Any]) -> None:
 
 def become(spec: dict[str, Any], status: int) -> None:
     """Run the program in this process."""
-    os.chdir("/work")
+    os.chdir("/box")
     os.set_inheritable(status, False)
     keep = {0, 1, 2, status}
     for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
@@ -152,7 +152,7 @@ def become(spec: dict[str, Any], status: int) -> None:
                 os.close(descriptor)
             except OSError:
                 continue  # the one that listed them
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/work", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/box", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
     os.execve(spec["command"][0], spec["command"], environment)
 
 
@@ -224,7 +224,7 @@ def main() -> None:
         spec = json.load(file)
     try:
         if spec["tier"] == "inner":
-            write_files(spec, "/work")
+            write_files(spec, "/box")
             limit(spec)
             become(spec, status)
         namespaces(spec, status)

@@ -201,6 +201,6 @@ def _bubblewrap(spec: Mapping[str, object]) -> list[str]:
     for path, target in links.items():
         words += ["--symlink", target, path]
     words += ["--proc", "/proc", "--dev", "/dev"]
-    for place in ("/work", "/tmp"):
+    for place in ("/box", "/tmp"):
         words += ["--size", str(spec["disk_bytes"]), "--tmpfs", place]
-    return [*words, "--chdir", "/work", "--"]
+    return [*words, "--chdir", "/box", "--"]
