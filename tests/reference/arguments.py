@@ -75,6 +75,7 @@ VALUES: dict[str, Callable[..., Tensor]] = {
     "action_mask": lambda size: torch.arange(size) % 3 != 1,
     "group": lambda size: torch.arange(size) % 2,
     "greedy_scores": lambda size: torch.arange(size) / 2,
+    "lambd": lambda size: 1 / (1.0 + torch.arange(size)),
     "scores": lambda size: (torch.arange(size) % 2).float(),
     "step_ends": lambda size: torch.arange(size) % 3 == 2,
     "sums": lambda size: torch.tensor([1.0, 2.0]),

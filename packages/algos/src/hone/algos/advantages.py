@@ -37,11 +37,9 @@ def gae(
     t' is the row's next action token. After the last one V is zero, or `bootstrap` (the value of the state a row was
     cut off in; zero for rows that ended). `lambd` is one number, or one per row. Returns (advantages, returns), neither
     whitened. Large fp32 input takes a native path where there is one (`hone.algos.kernels`).
-    Reference: arXiv 1506.02438 eq 16. Raises ValueError for a reward, a value on the mask or a bootstrap that is not finite, and for a
-    lambda outside [0, 1].
+    Reference: arXiv 1506.02438 eq 16. Raises ValueError for a reward, a value on the mask, a lambda or a bootstrap
+    that is not finite.
     """
-    if isinstance(lambd, Tensor) and not bool(((lambd >= 0) & (lambd <= 1)).all()):
-        raise ValueError(f"gae: lambd goes from {float(lambd.min())} to {float(lambd.max())}; every row's must lie in [0, 1]")
     if bootstrap is None:
         bootstrap = torch.zeros(cu_seqlens.numel() - 1, dtype=torch.float64, device=values.device)
     kernels = kernels_for(rewards, values)
@@ -51,6 +49,8 @@ def gae(
     if not finite:
         require_finite("gae", "rewards", rewards, action_mask, remedy=MEND_REWARDS)
         require_finite("gae", "values", values, action_mask, remedy="go back to an earlier checkpoint of the critic")
+        if isinstance(lambd, Tensor):
+            require_finite("gae", "lambd", lambd, remedy="give every row one in [0, 1]")
         require_finite("gae", "bootstrap", bootstrap, remedy="go back to an earlier checkpoint of the critic")
     return advantages, returns
 
