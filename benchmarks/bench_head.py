@@ -1,5 +1,6 @@
 """The language model's head: ours beside OpenRLHF's own functions on full fp32 logits; time, and the most memory held at once.
 
+Log-probabilities alone, and with entropies, which our policy update always takes and OpenRLHF's where `entropy_coef` is set.
 T packed tokens, H hidden size, V vocabulary. Every token but a row's first is scored, which is our worst case: leaving
 prompts out saves us their share and saves the full form nothing. The roof is the matrix products that cannot be avoided, on
 the same numbers: one for results, three with gradients (6 T H V operations).
@@ -36,13 +37,15 @@ def with_peak_bytes(function: Callable[[], list[Tensor | None]]) -> tuple[list[T
     return results, peak
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the peer's torch.compile looks
 @pytest.mark.parametrize("mode", ["forward", "told_slopes", "any_loss"])
+@pytest.mark.parametrize("entropies", [False, True], ids=["logp", "logp_and_entropy"])
 @pytest.mark.parametrize("size", SIZES)
-def test_head(benchmark: BenchmarkFixture, size: str, mode: str) -> None:
+def test_head(benchmark: BenchmarkFixture, size: str, entropies: bool, mode: str) -> None:
     """forward: results alone. told_slopes: with gradients of a loss that is a sum over tokens. any_loss: of any other."""
     tokens_count, hidden_size, vocabulary, rows = SIZES[size]
     gradients = mode != "forward"
-    peer_logprobs = openrlhf("models/utils.py", without=("deepspeed",)).log_probs_from_logits
+    utils = openrlhf("models/utils.py", without=("deepspeed",))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens_count, hidden_size, generator=generator).requires_grad_(gradients)
     head_weight = (torch.randn(vocabulary, hidden_size, generator=generator) / hidden_size**0.5).requires_grad_(gradients)
@@ -50,13 +53,20 @@ def test_head(benchmark: BenchmarkFixture, size: str, mode: str) -> None:
     bounds = torch.arange(0, tokens_count + 1, tokens_count // rows)
     scored = torch.ones(tokens_count, dtype=torch.bool)
     scored[bounds[:-1]] = False
-    pull = torch.randn(tokens_count, generator=generator)  # stands for the loss's gradient
+    # These stand for the loss's gradient.
+    pull = torch.randn(tokens_count, generator=generator)
+    pull_entropy = torch.randn(tokens_count, generator=generator) if entropies else None
 
-    def results(logp: Tensor) -> list[Tensor | None]:
-        return [logp.detach(), *(torch.autograd.grad((pull * logp).sum(), (hidden, head_weight)) if gradients else ())]
+    def results(logp: Tensor, entropy: Tensor | None) -> list[Tensor | None]:
+        loss = (pull * logp).sum() + (0 if pull_entropy is None else (pull_entropy * entropy).sum())
+        told = [logp.detach()] if entropy is None else [logp.detach(), entropy.detach()]
+        return [*told, *(torch.autograd.grad(loss, (hidden, head_weight)) if gradients else ())]
+
+    def slopes(logp: Tensor, entropy: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        return pull[positions], None if pull_entropy is None else pull_entropy[positions]
 
     def ours() -> list[Tensor | None]:
-        logp, _ = token_logprobs(
+        logp, entropy = token_logprobs(
             hidden,
             head_weight,
             tokens,
@@ -64,16 +74,16 @@ def test_head(benchmark: BenchmarkFixture, size: str, mode: str) -> None:
             scored,
             temperature=TEMPERATURE,
             chunk_tokens=CHUNK_LOGITS["cpu"] // vocabulary,
-            with_entropy=False,
-            slopes=(lambda logp, entropy, positions: (pull[positions], None)) if mode == "told_slopes" else None,
+            with_entropy=entropies,
+            slopes=slopes if mode == "told_slopes" else None,
         )
-        return results(logp)
+        return results(logp, entropy)
 
     def peer() -> list[Tensor | None]:
         logits = linear(hidden, head_weight).float()
         logits.div_(TEMPERATURE)  # as its Actor does
-        logp = peer_logprobs(logits, tokens.roll(-1)).roll(1)
-        return results(logp * scored)
+        logp = utils.log_probs_from_logits(logits, tokens.roll(-1)).roll(1)
+        return results(logp * scored, utils.compute_entropy(logits).roll(1) * scored if entropies else None)
 
     def products() -> None:
         with torch.no_grad():
@@ -84,7 +94,7 @@ def test_head(benchmark: BenchmarkFixture, size: str, mode: str) -> None:
 
     (chunked, ours_bytes), (full, peer_bytes) = with_peak_bytes(ours), with_peak_bytes(peer)
     assert_close(chunked, full, rtol=1e-4, atol=1e-4)
-    result_bytes = sum(tensor.nbytes for tensor in full[1:] if tensor is not None)  # both must hold the gradients
+    result_bytes = sum(tensor.nbytes for tensor in full[-2:] if tensor is not None) if gradients else 0  # both must hold the gradients
     del chunked, full
     benchmark.extra_info.update(
         ours_peak_mib=ours_bytes / 2**20,

@@ -1,16 +1,32 @@
 """Chunked log-probabilities and entropies against plain full logits: values, gradients, alignment, and what is never held."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hone.algos.kernels import PLAIN_VARIABLE
 from hone.learner.kernels import tiles
 from hone.learner.logprobs import scored_positions, state_values, token_logprobs
 
 T, H, V = 23, 8, 50
 CU_SEQLENS = torch.tensor([0, 5, 6, 14, 14, 23], dtype=torch.int32)  # a row of one token and an empty one among them
+
+
+@pytest.fixture(autouse=True, params=["plain", "compiled"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every law holds for plain torch and for the compiled loops, which a vocabulary this small would not get."""
+    if request.param == "plain":
+        monkeypatch.setenv(PLAIN_VARIABLE, "1")
+        yield
+        return
+    pytest.importorskip("numba", reason="compiled loops need numba (hone-algos[fast])")
+    monkeypatch.delenv(PLAIN_VARIABLE, raising=False)
+    monkeypatch.setattr(tiles, "COMPILED_VOCABULARY", 1)
+    yield
 
 
 def inputs(seed: int = 0, bias: bool = False) -> dict[str, Tensor | None]:
@@ -307,3 +323,31 @@ def test_values_stand_before_their_token() -> None:
     hidden = torch.arange(10.0, 16.0)[:, None]
     values = state_values(hidden, head, torch.tensor([0, 4, 6]), torch.tensor([True, False, True, True, True, True]))
     assert_close(values, torch.tensor([0.0, 0.0, 11.0, 12.0, 0.0, 14.0]))
+
+
+def test_compiled_loops_leave_a_broken_row_to_itself_and_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    epilogue_cpu = pytest.importorskip("hone.learner.kernels.epilogue_cpu", reason="compiled loops need numba (hone-algos[fast])")
+    monkeypatch.delenv(PLAIN_VARIABLE, raising=False)
+    monkeypatch.setattr(tiles, "COMPILED_VOCABULARY", 1)
+    asked = []
+    for name in ("reduce", "pull_"):
+        plain = getattr(epilogue_cpu, name)
+        monkeypatch.setattr(epilogue_cpu, name, lambda *given, name=name, plain=plain, **more: asked.append(name) or plain(*given, **more))
+    whole, broken = inputs(), inputs()
+    with torch.no_grad():
+        broken["hidden"][9] = torch.nan
+        broken["hidden"][15] = torch.inf
+    results = []
+    for given in (whole, broken):
+        settings = {"cu_seqlens": CU_SEQLENS, "temperature": 0.7, "chunk_tokens": 4, "with_entropy": True}
+        logp, entropy = token_logprobs(**{**given, "action_mask": torch.ones(T, dtype=torch.bool)}, **settings)
+        (logp.sum() + 0.5 * entropy.sum()).backward()
+        results.append((logp, entropy, given["hidden"].grad))
+    (logp, entropy, by_hidden), (poisoned_logp, poisoned_entropy, by_poisoned) = results
+    sound = torch.ones(T, dtype=torch.bool)
+    sound[[10, 16]] = False  # what the broken states predict
+    assert torch.equal(poisoned_logp[sound], logp[sound]) and torch.equal(poisoned_entropy[sound], entropy[sound])
+    assert not poisoned_logp[~sound].isfinite().any() and not poisoned_entropy[~sound].isfinite().any()
+    sound = torch.ones(T, dtype=torch.bool)
+    sound[[9, 15]] = False
+    assert torch.equal(by_poisoned[sound], by_hidden[sound]) and set(asked) == {"reduce", "pull_"}

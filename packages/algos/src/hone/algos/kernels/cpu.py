@@ -7,15 +7,13 @@ from typing import Any, no_type_check
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 from torch import Tensor
 
+from hone.algos.kernels.exponential import compiled, exp
 from hone.algos.kernels.threads import entry, in_threads, number_of_thread, number_of_threads, pointer, shares_of_work
 
-# Fused multiply-adds everywhere. Sums over tokens may also be reordered, so that they run in vector lanes.
-_compiled: Any = njit(nogil=True, error_model="numpy", fastmath={"contract"})
+# Sums over tokens may also be reordered, so that they run in vector lanes.
 _compiled_sums: Any = njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 
@@ -77,7 +75,7 @@ _ZERO, _ONE, _INFINITE = np.float32(0), np.float32(1), np.float32(np.inf)
 _BLOCK = 128  # tokens whose intermediate numbers stay in the first-level cache
 
 
-@_compiled
+@compiled
 @no_type_check
 def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, first_row, end_row, advantages, returns):
     # Backwards through rows as well as through tokens: the processor then fetches ahead across the ends of rows.
@@ -118,7 +116,7 @@ def _gae_of_rows(rewards, values, mask, cu_seqlens, lambd, bootstrap, gamma, fir
     return broken
 
 
-@_compiled
+@compiled
 @no_type_check
 def _gae_of_run(rewards, values, last, tokens, gamma, discount, advantage, deltas, values_after, advantages, returns):
     # The run's tokens from its end, k = 0 the last. All but the middle loop becomes vector instructions; the middle one
@@ -164,7 +162,7 @@ def _surrogate_of_tokens(logp, old_logp, advantages, weights, mask, slope, lowes
         difference = difference if live else _ZERO
         advantage = advantages[t] if live else _ZERO
         weight = weights[t] if live else _ZERO
-        ratio = _exp(difference)
+        ratio = exp(difference)
         upper = highest if advantage > _ZERO else dual_clip
         upper = upper if advantage != _ZERO else _INFINITE
         lower = lowest if advantage < _ZERO else _ZERO
@@ -180,51 +178,6 @@ def _surrogate_of_tokens(logp, old_logp, advantages, weights, mask, slope, lowes
         clipped += np.float64(weight if at_bound else _ZERO)
         kl -= np.float64(weight * difference)
     sums[0], sums[1], sums[2] = total, clipped, kl
-
-
-@intrinsic
-@no_type_check
-def _bits_of(_typing, number):
-    def lower(_context, builder, _signature, arguments):
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.int32(types.float32), lower
-
-
-@intrinsic
-@no_type_check
-def _from_bits(_typing, bits):
-    def lower(_context, builder, _signature, arguments):
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.int32), lower
-
-
-_LOWEST, _HIGHEST = np.float32(-104.0), np.float32(89.0)  # beyond these exp is 0 and inf in fp32
-_LOG2_E = np.float32(1.44269504)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2; multiples of the first are exact
-_ROUNDER = np.float32(1.5 * 2**23)  # adding it leaves the nearest integer in the low bits
-_ROUNDER_BITS, _BIAS = np.int32(0x4B400000), np.int32(127)
-_C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / n) for n in (2, 6, 24, 120, 720, 5040))
-
-
-@_compiled
-@no_type_check
-def _exp(x):
-    # exp(x) = 2^n exp(r), n the integer nearest to x / ln 2, |r| <= ln 2 / 2: there the series to r^7 is exact to fp32. The
-    # C library's is called number by number, which takes several times as long. NaN stays NaN: it passes both comparisons.
-    x = _HIGHEST if x > _HIGHEST else x
-    x = _LOWEST if x < _LOWEST else x
-    rounded = x * _LOG2_E + _ROUNDER
-    n = rounded - _ROUNDER
-    r = x - n * _LN2_HIGH - n * _LN2_LOW
-    tail = _C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * (_C6 + r * _C7))))
-    # In two factors, since 2^n itself overflows, or is no normal number, before the product does.
-    exponent = np.int32(_bits_of(rounded) - _ROUNDER_BITS)
-    half = np.int32(exponent >> np.int32(1))
-    first = _from_bits(np.int32((half + _BIAS) << np.int32(23)))
-    second = _from_bits(np.int32((exponent - half + _BIAS) << np.int32(23)))
-    return (_ONE + (r + r * r * tail)) * first * second
 
 
 @entry

@@ -22,8 +22,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hone.algos.kernels import PLAIN_VARIABLE
+
 TILE_LOGITS = 2**20
 """Logits of one tile on a CPU [numbers]: 4 MiB in fp32, which its caches hold."""
+COMPILED_VOCABULARY = 8192
+"""Vocabulary from which compiled loops (two seconds in every process) take a tile's statistics and gradients on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,8 @@ def _reduced(projection: Projection, logits: Tensor, column: Tensor, *, with_ent
     """Per token over a tile: max z, sum exp(z - max), sum exp(z - max) (z - max) (0 unless asked for), and z of `column`."""
     if (epilogue := _epilogue(logits)) is not None:
         return epilogue.reduce(logits, column, temperature=projection.temperature, softcap=projection.softcap)
+    if (compiled := _compiled_epilogue(projection, logits)) is not None:
+        return compiled.reduce(logits, column, temperature=projection.temperature, with_entropy=with_entropy)
     exponents = projection.tempered(logits)
     top = exponents.amax(1)
     gathered = exponents.gather(1, column[:, None]).squeeze(1)
@@ -180,16 +186,21 @@ def _pull(
     if (epilogue := _epilogue(logits)) is not None:
         settings = {"temperature": projection.temperature, "softcap": projection.softcap}
         return epilogue.pull_(logits, column, found.logp, found.log_norm, slope, found.entropy, entropy_slope, **settings)
+    # 1 - p of a confident token would drown in the rounding of log Z, and all of it in the weights' format.
+    at_target = slope * torch.expm1(found.logp).neg_()
+    if entropy_slope is not None:
+        assert found.entropy is not None
+        at_target -= entropy_slope * found.logp.exp() * (found.logp + found.entropy)
+    if (compiled := _compiled_epilogue(projection, logits)) is not None:
+        slopes = (slope, found.entropy, entropy_slope)
+        return compiled.pull_(logits, column, at_target, found.log_norm, *slopes, temperature=projection.temperature)
     tempered = projection.tempered(logits)
     bend = None if projection.softcap is None else (tempered * (projection.temperature / projection.softcap)).square_().neg_().add_(1)
     log_probabilities = tempered.sub_(found.log_norm[:, None])
-    # 1 - p of a confident token would drown in the rounding of log Z, and all of it in the weights' format.
-    at_target = slope * torch.expm1(found.logp).neg_()
     if entropy_slope is None:
         pull = log_probabilities.exp_().mul_(slope.neg()[:, None])
     else:
         assert found.entropy is not None
-        at_target -= entropy_slope * found.logp.exp() * (found.logp + found.entropy)
         probabilities = log_probabilities.exp()
         pull = log_probabilities.add_(found.entropy[:, None]).mul_(entropy_slope[:, None]).add_(slope[:, None]).mul_(probabilities).neg_()
     place = column.clamp(min=0)[:, None]
@@ -211,6 +222,23 @@ def _epilogue(logits: Tensor) -> ModuleType | None:
     """The Triton kernels, where they run: on CUDA, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1)."""
     runs = logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     return _triton_epilogue() if runs and logits.dtype != torch.float64 else None
+
+
+def _compiled_epilogue(projection: Projection, logits: Tensor) -> ModuleType | None:
+    """The loops for a CPU, for fp32 without a softcap, where numba is installed and the vocabulary pays for compiling them."""
+    suited = logits.device.type == "cpu" and logits.dtype == torch.float32 and projection.softcap is None and logits.is_contiguous()
+    if not suited or projection.weight.shape[0] < COMPILED_VOCABULARY or os.environ.get(PLAIN_VARIABLE):
+        return None
+    return _numba_epilogue()
+
+
+@functools.cache
+def _numba_epilogue() -> ModuleType | None:
+    if find_spec("numba") is None:
+        return None
+    from hone.learner.kernels import epilogue_cpu
+
+    return epilogue_cpu
 
 
 @functools.cache
