@@ -51,9 +51,8 @@ def pull_(
 ) -> Float[Tensor, "c b"]:
     """`logits` overwritten by d loss / d logits: `at_target` / temperature at `column`, unless that is -1; else by the slopes."""
     rows, width = logits.shape
-    with_entropy = entropy is not None and entropy_slope is not None
-    spread, push = (entropy, entropy_slope) if with_entropy else (slope, slope)
-    numbers = (rows, width, shares := shares_of_work(), int(with_entropy))
+    spread, push = (slope, slope) if entropy is None or entropy_slope is None else (entropy, entropy_slope)
+    numbers = (rows, width, shares := shares_of_work(), int(entropy_slope is not None))
     per_row = [tensor.detach().contiguous().numpy() for tensor in (column, at_target, log_norm, slope, spread, push)]
     in_threads(_pull, numbers, (logits.detach().numpy(), *per_row, np.array([temperature], dtype=np.float32)), shares=shares)
     return logits
