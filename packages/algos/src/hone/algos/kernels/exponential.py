@@ -43,7 +43,7 @@ _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / n) for n in (2, 6, 24, 120, 720, 
 @compiled
 @no_type_check
 def exp(x):
-    """exp(x), fp32; NaN stays NaN."""
+    """The exponential of an fp32 number; NaN stays NaN."""
     # exp(x) = 2^n exp(r), n the integer nearest to x / ln 2, |r| <= ln 2 / 2: there the series to r^7 is exact to fp32. The
     # C library's is called number by number, which takes several times as long. NaN stays NaN: it passes both comparisons.
     x = _HIGHEST if x > _HIGHEST else x
