@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -73,6 +75,7 @@ def test_ctrl_c_once_finishes_the_step_saves_the_model_and_leaves_no_process(
 
 def test_a_killed_engine_ends_the_run_with_its_name_and_leaves_no_process(tmp_path: Path, hone_cache: Path) -> None:
     arguments = ["grpo", *ENGINE, "--train.max-steps", "500", "--ds.zero-stage", "3", "--actor.num-gpus-per-node", "2"]
+    arguments += ["--vllm.max-replacements", "0"]
     with started(arguments, tmp_path / "run") as run:
         run.wait_for(lambda: len(run.metrics()) >= 2 and run.core() is not None)
         core = run.core()
@@ -89,6 +92,42 @@ def test_a_killed_engine_ends_the_run_with_its_name_and_leaves_no_process(tmp_pa
     kept = tmp_path / "run" / "checkpoints" / f"failed_in_step_{len(run.metrics()) + 1}"
     AutoModelForCausalLM.from_pretrained(kept)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["verb"] == "grpo"
+
+
+def test_an_engine_that_is_killed_and_one_that_hangs_are_replaced_and_the_run_goes_on(tmp_path: Path, hone_cache: Path) -> None:
+    # Two engines, so that calls go on elsewhere: first one core is killed, then one is stopped, which no exit tells of.
+    arguments = ["grpo", *ENGINE, "--vllm.num-engines", "2", "--vllm.health-timeout-s", "8", "--train.max-steps", "400"]
+    directory = tmp_path / "run"
+
+    def events(kind: str) -> list[dict[str, Any]]:
+        return [event for event in read_events(directory)[0] if event["kind"] == kind]
+
+    def replaced(times: int) -> bool:
+        return len(events("engine_replaced")) >= times
+
+    with started(arguments, directory) as run:
+        for times, struck in enumerate((signal.SIGKILL, signal.SIGSTOP), start=1):
+            steps = len(run.metrics())
+            run.wait_for(lambda steps=steps: len(run.metrics()) >= steps + 2 and run.core() is not None)
+            core = run.core()
+            assert core is not None
+            core.send_signal(struck)
+            run.wait_for(lambda times=times: replaced(times))
+        steps = len(run.metrics())
+        run.wait_for(lambda: len(run.metrics()) >= steps + 3)
+        run.interrupt()
+        output = run.finish()
+    assert run.process.returncode == 130, output
+    assert run.survivors() == []
+    lost = [event["error"] for event in events("engine_lost")]
+    assert len(lost) == 2 and all(error.startswith("engine engine-") for error in lost), lost
+    assert "was replaced; it has the current weights" in output
+    metrics = run.metrics()
+    assert all(step["mismatch/logp_abs_diff_mean"] <= 1e-4 for step in metrics)
+    # Whatever was drawn anew was drawn by the weights of its step: nothing lost, nothing twice, nothing stale.
+    assert all(step["staleness/version_lag_max"] == 0 for step in metrics)
+    totals = replay(read_events(directory)[0]).verify()
+    assert totals.open == 0 and totals.trained == 32 * len(metrics)
 
 
 def test_ctrl_c_twice_ends_at_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

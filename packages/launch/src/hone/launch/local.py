@@ -15,7 +15,7 @@ from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.observe.progress import READY
 from hone.launch.parts import Assembly, Plan
-from hone.launch.publish import Publisher
+from hone.launch.publish import Publisher, Standing
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import Learner
 from hone.learner.model_files import resolve
@@ -160,9 +160,10 @@ def build(plan: Plan) -> Assembly:
     source = FingerprintedSource(_Weights(learner))
     runner = asyncio.Runner()
     publisher = Publisher(
-        engines=[served],
+        served=lambda: Standing([served]),
         policy=group,
         send=lambda: served.receive(source),
+        connect=lambda engines: None,
         runner=runner,
         vocabulary=plan.vocabulary,
         tolerance=tolerance(str(dtype).removeprefix("torch."), config.vllm.sync_tolerance),

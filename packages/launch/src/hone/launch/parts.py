@@ -62,8 +62,7 @@ class Plan:
     `models` maps role -> model directory or hub id, for the roles this run has; `scratch` is a short path for Ray's own files, there
     until every process has ended; `optimiser_steps` is the length of the
     learning-rate schedule; `vocabulary` the number of token ids the tokenizer knows, `hidden_size` the policy's;
-    `on_start(role, state)` hears of what is
-    being brought up.
+    `on_start(role, state)` hears of what is being brought up, `on_event(kind, **fields)` of what must be written down.
     """
 
     config: PolicyGradientConfig
@@ -78,6 +77,7 @@ class Plan:
     scratch: Path
     on_start: Callable[[str, str], None]
     on_phase: Callable[[str, float | None], None]
+    on_event: Callable[..., None]
 
     def cut(self) -> dict[str, int | None]:
         """How batches are cut into micro-batches: what `packing.shards` takes."""

@@ -72,6 +72,7 @@ def make_plan(
     scratch: Path,
     on_start: Callable[[str, str], None],
     on_phase: Callable[[str, float | None], None],
+    on_event: Callable[..., None],
 ) -> Plan:
     """The roles this algorithm needs, how long their schedules are, and how prompts become judged samples."""
     models = models_of(config, model)
@@ -107,4 +108,5 @@ def make_plan(
         scratch=scratch,
         on_start=on_start,
         on_phase=on_phase,
+        on_event=on_event,
     )

@@ -7,61 +7,114 @@ learner; `hone.rollout.weight_sync` compares versions, fingerprints and canaries
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from hone.algos.batch import Batch
 from hone.launch.parts import RoleGroup
+from hone.rollout.errors import EngineLost
 from hone.rollout.weight_sync.protocol import Sent, ServedEngine, Synced, sync
 from hone.rollout.weight_sync.verify import Canary, canary_tokens
 
 CANARY_TOKENS = 24
 
 
+@runtime_checkable
+class Served(Protocol):
+    """The engines that are to be brought up to date: `rollout.fleet.Fleet`, or `Standing`."""
+
+    async def settled(self) -> Sequence[ServedEngine]:
+        """Those that serve, when no replacement is under way any more."""
+        ...
+
+    def lost(self, error: EngineLost) -> None:
+        """One of them was found dead."""
+        ...
+
+
+class Standing:
+    """Engines that nobody replaces."""
+
+    def __init__(self, engines: Sequence[ServedEngine]) -> None:
+        self._engines = engines
+
+    async def settled(self) -> Sequence[ServedEngine]:
+        """All of them."""
+        return self._engines
+
+    def lost(self, error: EngineLost) -> None:
+        """Ends the run."""
+        raise error
+
+
 class Publisher:
     """`publisher(version)` brings the policy to every engine and returns the sync's figures; raises StaleWeights.
 
-    `send` runs the sending end on every rank of the policy's group and returns the fingerprints it sent.
+    `send` runs the sending end on every rank of the policy's group and returns the fingerprints it sent; `connect` points that
+    end at the engines it is given, whenever they are others than before. An engine that dies in between is the fleet's to
+    replace, and the update is begun anew with all of them.
     """
 
     def __init__(
         self,
         *,
-        engines: Sequence[ServedEngine],
+        served: Callable[[], Served],
         policy: RoleGroup,
         send: Callable[[], dict[str, str]],
+        connect: Callable[[Sequence[Any]], None],
         runner: asyncio.Runner,
         vocabulary: int,
         tolerance: float,
         seed: int,
     ) -> None:
-        self._engines, self._policy, self._send, self._runner = engines, policy, send, runner
+        self._served, self._policy, self._send, self._connect, self._runner = served, policy, send, connect, runner
         self._tokens = canary_tokens(vocabulary, seed, CANARY_TOKENS)
         self._tolerance = tolerance
         self._previous: dict[str, Canary] = {}
+        self._connected: Sequence[ServedEngine] = ()
+        self._version = 0
+        self._alone = asyncio.Lock()
 
     def __call__(self, version: int) -> dict[str, float]:
         """Publish, verify, measure."""
         start = time.monotonic()
-        synced = self._runner.run(self._publish(version))
+        self._version = version
+        synced = self._runner.run(self._publish())
         self._previous = synced.canaries
         return {"perf/sync_ms": 1000 * (time.monotonic() - start), "sync/canary_abs_diff_max": synced.gap}
 
-    async def _publish(self, version: int) -> Synced:
-        # The weights are final already: the learner answers for them while the engines are still pausing.
-        answering = asyncio.create_task(asyncio.to_thread(self._policy.logp, "policy", _one_row(self._tokens)))
+    async def bring_up(self, engine: ServedEngine) -> None:
+        """Bring the weights that the others serve to an engine that was just started. Raises EngineError."""
+        await self._brought([engine])
 
-        async def send() -> Sent:
-            # One after the other: both are collectives, and every rank must meet them in the same order.
-            logp = await answering
-            return Sent(fingerprints=await asyncio.to_thread(self._send), canary_logp=logp[1:].tolist())
+    async def _publish(self) -> Synced:
+        served = self._served()
+        while True:
+            try:
+                return await self._brought(await served.settled())
+            except EngineLost as error:
+                served.lost(error)
 
-        try:
-            return await sync(
-                self._engines, version=version, send=send, canary=self._tokens, tolerance=self._tolerance, previous=self._previous
-            )
-        finally:
-            answering.cancel()
+    async def _brought(self, engines: Sequence[ServedEngine]) -> Synced:
+        async with self._alone:
+            if [id(engine) for engine in engines] != [id(engine) for engine in self._connected]:
+                self._connected = ()
+                await asyncio.to_thread(self._connect, engines)
+                self._connected = engines
+            # The weights are final already: the learner answers for them while the engines are still pausing.
+            answering = asyncio.create_task(asyncio.to_thread(self._policy.logp, "policy", _one_row(self._tokens)))
+
+            async def send() -> Sent:
+                # One after the other: both are collectives, and every rank must meet them in the same order.
+                logp = await answering
+                return Sent(fingerprints=await asyncio.to_thread(self._send), canary_logp=logp[1:].tolist())
+
+            settings = {"canary": self._tokens, "tolerance": self._tolerance, "previous": self._previous}
+            try:
+                return await sync(engines, version=self._version, send=send, **settings)
+            finally:
+                await asyncio.gather(answering, return_exceptions=True)  # a thread cannot be cancelled, and the ranks answer in order
 
 
 def _one_row(tokens: Sequence[int]) -> Batch:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import psutil
 import ray
 import ray.exceptions
 import torch
@@ -21,11 +22,13 @@ from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards, unshard
 from hone.learner.roles import StepResult
-from hone.rollout.errors import EngineError
+from hone.rollout.errors import EngineError, EngineLost
 from hone.rollout.types import Completion, Request
 from hone.rollout.weight_sync import trainer
-from hone.rollout.weight_sync.protocol import FanOut
+from hone.rollout.weight_sync.protocol import FanOut, Trainer
 
+STARTING_S = 1800.0
+"""How long an engine gets to import vLLM and load its model [s]: a large one from a slow disk takes many minutes."""
 CLOSING_S = 20.0
 """How long an engine gets to end its processes by itself [s]."""
 
@@ -66,6 +69,7 @@ class LearnerRank:
 
     def __init__(self, *, rank: int, world_size: int, threads: int) -> None:
         self._rank, self._world_size, self._threads = rank, world_size, threads
+        self._trainer: Trainer | None = None
 
     def rendezvous(self) -> tuple[str, int]:
         """Address and a free port of this process's machine, where the group's ranks will meet."""
@@ -79,14 +83,17 @@ class LearnerRank:
         torch.set_num_threads(self._threads)
         self._learner = Learner(rank=self._rank, world_size=self._world_size, **settings)
 
-    def connect(self, backend: str, engines: Sequence[ActorHandle], role: str, ranks_per_engine: int) -> None:
-        """Open the sending end of the weight sync towards the engines."""
-        client = FanOut([EngineClient(engine) for engine in engines], ranks_per_engine=ranks_per_engine)
+    def connect(self, backend: str, engines: Mapping[str, ActorHandle], role: str, ranks_per_engine: int) -> None:
+        """Open the sending end of the weight sync towards these engines and no others, by name."""
+        if self._trainer is not None:
+            self._trainer.close()
+        client = FanOut([EngineClient(name, engine) for name, engine in engines.items()], ranks_per_engine=ranks_per_engine)
         workers = ranks_per_engine * len(engines)
         self._trainer = trainer(backend, client=client, source=_Weights(self._learner, role), rank=self._rank, workers=workers)
 
     def send(self) -> dict[str, str]:
         """Send the weights; collective over the group. Returns the fingerprint of every tensor."""
+        assert self._trainer is not None, "send before connect"
         return self._trainer.send_weights()
 
     def call(self, method: str, *args: Any, **options: Any) -> Any:
@@ -95,26 +102,34 @@ class LearnerRank:
 
 
 class EngineClient:
-    """vLLM's four weight-transfer calls on one engine actor; synchronous, as its trainers want them."""
+    """vLLM's four weight-transfer calls on one engine actor; synchronous, as its trainers want them. Each raises EngineLost."""
 
-    def __init__(self, engine: ActorHandle) -> None:
-        self._engine = engine
+    def __init__(self, name: str, engine: ActorHandle) -> None:
+        self._name, self._engine = name, engine
+
+    def _call(self, method: str, *args: Any) -> None:
+        try:
+            ray.get(getattr(self._engine, method).remote(*args))
+        except ray.exceptions.RayTaskError as error:
+            raise unwrapped(error) from error
+        except ray.exceptions.RayActorError as error:
+            raise EngineLost(self._name, f"died during {method}: {error}") from error
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Open the engine's end of the transport."""
-        ray.get(self._engine.init_weight_transfer_engine.remote(init_info))
+        self._call("init_weight_transfer_engine", init_info)
 
     def start_weight_update(self) -> None:
         """Begin an update."""
-        ray.get(self._engine.start_weight_update.remote())
+        self._call("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         """Receive and load what `update_info` describes."""
-        ray.get(self._engine.update_weights.remote(update_info))
+        self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """End the update."""
-        ray.get(self._engine.finish_weight_update.remote(weight_version))
+        self._call("finish_weight_update", weight_version)
 
 
 class RemoteEngine:
@@ -122,13 +137,19 @@ class RemoteEngine:
 
     def __init__(self, name: str, handle: ActorHandle) -> None:
         self.name, self.handle = name, handle
+        self._core: list[int] = []
 
     def wait(self) -> None:
         """Return when the engine serves; raises EngineError when it could not start."""
         try:
-            ray.get(self.handle.check_health.remote())
+            ray.get(self.handle.check_health.remote(), timeout=STARTING_S)
+            self._core = ray.get(self.handle.pids.remote())
         except ray.exceptions.RayTaskError as error:
             raise unwrapped(error) from error
+        except ray.exceptions.GetTimeoutError as error:
+            raise EngineError(
+                f"engine {self.name} did not start within {STARTING_S:g} s; its output is in the run directory's logs/"
+            ) from error
         except ray.exceptions.RayActorError as error:
             raise EngineError(f"engine {self.name} did not start: {error}\n  its output is in the run directory's logs/") from error
 
@@ -138,6 +159,17 @@ class RemoteEngine:
             ray.get(self.handle.shutdown.remote(), timeout=CLOSING_S)
         except ray.exceptions.RayError:
             ray.kill(self.handle)
+
+    def kill(self) -> None:
+        """End whatever is left of it at once. A core that is stopped does not notice the end of its parent, so it is ended here too."""
+        ray.kill(self.handle)
+        for process in psutil.Process().children(recursive=True):
+            if process.pid in self._core:
+                process.kill()
+
+    async def check_health(self) -> None:
+        """Returns when the engine's core answers; raises EngineLost where it is dead."""
+        await self._call("check_health")
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Draw all samples of one prompt."""
@@ -177,7 +209,7 @@ class RemoteEngine:
         except ray.exceptions.RayTaskError as error:
             raise unwrapped(error) from error
         except ray.exceptions.RayActorError as error:
-            raise EngineError(f"engine {self.name} died during {method}: {error}\n  its output is in the run directory's logs/") from error
+            raise EngineLost(self.name, f"died during {method}: {error}\n  its output is in the run directory's logs/") from error
 
 
 class RemoteGroup:
@@ -200,7 +232,7 @@ class RemoteGroup:
 
     def connect(self, backend: str, engines: Sequence[RemoteEngine], *, ranks_per_engine: int) -> None:
         """Open the policy's end of the weight sync towards the engines."""
-        handles = [engine.handle for engine in engines]
+        handles = {engine.name: engine.handle for engine in engines}
         get([rank.connect.remote(backend, handles, "policy", ranks_per_engine) for rank in self.ranks], who=self._who)
 
     def send(self) -> dict[str, str]:

@@ -75,6 +75,14 @@ def _batches(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend=f"--train.batch-size {rings} or more, or fewer ranks", settings=names)
 
 
+def _fleet(resolved: Resolved, _: int) -> Iterator[Problem]:
+    vllm = resolved.config.vllm
+    if vllm.min_engines > vllm.num_engines:
+        what = f"the run needs {vllm.min_engines} engines at least and has {vllm.num_engines}"
+        mend = f"--vllm.min-engines {vllm.num_engines} or fewer, or more --vllm.num-engines"
+        yield Problem(what=what, mend=mend, settings=("vllm.min_engines", "vllm.num_engines"))
+
+
 def _groups(resolved: Resolved, _: int) -> Iterator[Problem]:
     n = resolved.config.rollout.n_samples_per_prompt
     if n < 2 and compares_samples(resolved.config.algo):
@@ -327,6 +335,7 @@ def _typed(source: str) -> bool:
 
 RULES: tuple[Rule, ...] = (
     _batches,
+    _fleet,
     _groups,
     _lengths,
     _rings,

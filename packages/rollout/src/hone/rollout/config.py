@@ -40,6 +40,12 @@ class VLLMConfig:
     """Key-value cache of an engine where there is no GPU [GiB]."""
     enforce_eager: bool = True
     """Skip graph capture and compilation: minutes less at start, slower decoding on a GPU."""
+    max_replacements: Annotated[int, Range(low=0)] = 3
+    """Engines that died or hung and are replaced in a run; after that the run goes on with fewer, or ends."""
+    min_engines: Annotated[int, Range(low=1)] = 1
+    """Engines below which the run ends with exit code 7, what was learnt kept."""
+    health_timeout_s: Annotated[float, Range(low=0, open_low=True)] = 60.0
+    """Deadline of a health probe [s]; an engine that misses it counts as hung and is replaced."""
     sync_backend: Literal["auto", "shared_memory", "ipc", "nccl"] = "auto"
     """How weights travel to the engines; auto: shared_memory without GPUs, ipc on a shared GPU, nccl across GPUs."""
     sync_tolerance: Annotated[float, Range(low=0, open_low=True)] | None = None

@@ -9,6 +9,17 @@ class EngineError(Exception):
     """An engine died, hung, or refused a request; names the engine and the requests."""
 
 
+class EngineLost(EngineError):
+    """An engine's process died or hangs: whatever was asked of it can be asked of another. `engine` is its name."""
+
+    def __init__(self, engine: str, what: str) -> None:
+        super().__init__(engine, what)
+        self.engine = engine
+
+    def __str__(self) -> str:
+        return "engine {} {}".format(*self.args)
+
+
 class StaleWeights(EngineError):
     """After an update an engine does not serve the weights it was sent; names the engine and what is stale."""
 

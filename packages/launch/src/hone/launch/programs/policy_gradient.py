@@ -49,6 +49,14 @@ from hone.rollout.agents.loading import Agent, load
 from hone.rollout.rewards import judges
 from hone.rollout.types import Prompt
 
+NOTES = {
+    "engine_lost": "{error}",
+    "engine_replaced": "{engine} was replaced; it has the current weights and serves",
+    "replacement_failed": "a replacement of {engine} failed: {error}",
+    "engine_retired": "{engine} is not replaced any more (--vllm.max-replacements)",
+    "calls_reissued": "asked again elsewhere: {requests}",
+}
+"""What befalls engines, by the kind of its event, as the display says it."""
 BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
 
 
@@ -240,6 +248,7 @@ class Session:
             scratch=self._scratch,
             on_start=self._display.startup,
             on_phase=self._display.phase,
+            on_event=self._happened,
         )
         return build(plan)
 
@@ -288,6 +297,11 @@ class Session:
         self._directory.append_event(kind, **fields)
         if kind == "checkpoint_failed":
             self._display.note(f"the checkpoint of step {fields['step']} was not written ({fields['error']}); training goes on")
+
+    def _happened(self, kind: str, **fields: Any) -> None:
+        """What befell an engine: written down and shown."""
+        self._directory.append_event(kind, **fields)
+        self._display.note(NOTES[kind].format(**fields))
 
     def _issued(self, source: Callable[[], Iterator[list[Prompt]]]) -> Iterator[list[Prompt]]:
         """The prompts of each step, entered into the ledger as they are drawn."""

@@ -29,6 +29,12 @@ class ScriptedEngine:
         await asyncio.sleep(self.delay_s(requests[0]))
         return [self._completion(request, version) for request in requests]
 
+    async def check_health(self) -> None:
+        """A script is always well."""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
     async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
         """`logp` for every token but the first."""
         return [self.logp] * (len(tokens) - 1)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from hone.rollout.config import VLLMConfig
-from hone.rollout.errors import EngineError, StaleWeights
+from hone.rollout.errors import EngineError, EngineLost, StaleWeights
 from hone.rollout.types import Completion, Request
 
 # vLLM's label of the weights an engine starts with; ours is version 0.
@@ -190,8 +190,8 @@ class VLLMEngine:
         return list(dict.fromkeys(name for worker in answers for name in worker))
 
     async def check_health(self) -> None:
-        """EngineError when the engine core is dead."""
-        await self._asked("at a health check", self._llm.check_health())
+        """Returns when the engine core and its workers have answered; EngineLost when the core is dead. One that hangs never answers."""
+        await self._asked("at a health check", self._llm.collective_rpc("hone_alive"))
 
     def pids(self) -> list[int]:
         """Process ids of the engine core."""
@@ -232,9 +232,10 @@ class VLLMEngine:
             for process in self._processes:
                 process.join(1)  # so that its exit code is known
             codes = ", ".join(f"pid {process.pid} exit code {process.exitcode}" for process in self._processes)
-            return EngineError(
-                f"engine {self.name}: its vLLM core died {when} ({codes}; -9 is mostly the machine out of memory); the cause stands in "
-                "its log; lower vllm.kv-cache-gib or vllm.gpu-memory-utilization, or give it more memory, and start again"
+            return EngineLost(
+                self.name,
+                f"lost its vLLM core {when} ({codes}; -9 is mostly the machine out of memory); the cause stands in its log; where it "
+                "happens again, lower vllm.kv-cache-gib or vllm.gpu-memory-utilization, or give it more memory",
             )
         return EngineError(f"engine {self.name} failed {when}: {type(error).__name__}: {_first_line(error)}")
 

@@ -199,6 +199,9 @@ class WorkerExtension:
     weight_transfer_engine: Any
     model_runner: Any
 
+    def hone_alive(self) -> None:
+        """Nothing: that it was called is the answer."""
+
     def hone_fingerprints(self) -> dict[str, str]:
         """What the last update received, by checkpoint name."""
         return self.weight_transfer_engine.received

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from hone.rollout.errors import StaleWeights
+from hone.rollout.errors import EngineLost, StaleWeights
 from hone.rollout.weight_sync.verify import Canary, verify
 
 
@@ -105,17 +105,26 @@ class Synced:
 class FanOut:
     """Several engines as one Client: every call goes to all of them at once and ends when the last has answered.
 
-    At once, because nccl's rendezvous waits for all of its ranks; engine i takes the ranks after those of engine i - 1.
+    At once, because nccl's rendezvous waits for all of its ranks; engine i takes the ranks after those of engine i - 1. An engine
+    that is lost on the way is left out, so that the others end their update whole; `finish_weight_update` then raises EngineLost.
     """
 
     def __init__(self, clients: Sequence[Client], *, ranks_per_engine: int) -> None:
         self._clients = clients
         self._ranks_per_engine = ranks_per_engine
+        self._lost: dict[int, EngineLost] = {}
 
     def _each(self, call: Callable[[int, Client], None]) -> None:
+        left = {index: client for index, client in enumerate(self._clients) if index not in self._lost}
         with ThreadPoolExecutor(max_workers=len(self._clients)) as pool:
-            for answer in [pool.submit(call, index, client) for index, client in enumerate(self._clients)]:
-                answer.result()
+            answers = {index: pool.submit(call, index, client) for index, client in left.items()}
+            for index, answer in answers.items():
+                try:
+                    answer.result()
+                except EngineLost as error:
+                    self._lost[index] = error
+        if len(self._lost) == len(self._clients):
+            raise next(iter(self._lost.values()))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Open every engine's end; nccl's `rank_offset` is shifted by the ranks of the engines before."""
@@ -137,6 +146,8 @@ class FanOut:
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """End the update on every engine."""
         self._each(lambda _, client: client.finish_weight_update(weight_version))
+        if self._lost:
+            raise next(iter(self._lost.values()))
 
 
 async def sync(
