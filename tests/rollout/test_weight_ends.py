@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hone.rollout.errors import EngineError
+from hone.rollout.errors import EngineError, EngineLost
 from hone.rollout.weight_sync import trainer
 from hone.rollout.weight_sync.protocol import FanOut
 from hone.rollout.weight_sync.shared_memory import SharedMemoryTrainer
@@ -181,6 +181,36 @@ def test_several_engines_take_each_call_at_once_and_nccl_ranks_in_turn() -> None
     client.update_weights({})
     client.finish_weight_update()
     assert [engine.calls for engine in engines] == [[f"init at {first} of 5", "start", "update", "finish"] for first in (1, 3)]
+
+
+class Dying:
+    """A client whose engine is lost at one of the calls."""
+
+    def __init__(self, name: str, *, at: str = "") -> None:
+        self.name, self.at, self.calls = name, at, []
+
+    def __getattr__(self, method: str) -> Any:
+        def call(*_: Any) -> None:
+            self.calls.append(method)
+            if method == self.at:
+                raise EngineLost(self.name, f"died during {method}")
+
+        return call
+
+
+@pytest.mark.parametrize("at", ["start_weight_update", "update_weights", "finish_weight_update"])
+def test_an_engine_lost_in_an_update_does_not_leave_the_others_half_loaded(at: str) -> None:
+    dying, sound = Dying("engine-0", at=at), Dying("engine-1")
+    client = FanOut([dying, sound], ranks_per_engine=1)
+    client.start_weight_update()
+    client.update_weights({})
+    with pytest.raises(EngineLost, match="engine engine-0 died"):
+        client.finish_weight_update()
+    assert sound.calls == ["start_weight_update", "update_weights", "finish_weight_update"]
+    assert dying.calls[-1] == at  # it is not asked again
+    alone = FanOut([Dying("engine-0", at="update_weights")], ranks_per_engine=1)
+    with pytest.raises(EngineLost, match="died during update_weights"):
+        alone.update_weights({})
 
 
 def test_vllms_own_receivers_record_what_reaches_the_model() -> None:

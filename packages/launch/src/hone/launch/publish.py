@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from hone.algos.batch import Batch
-from hone.launch.parts import RoleGroup
 from hone.rollout.errors import EngineLost
 from hone.rollout.weight_sync.protocol import Sent, ServedEngine, Synced, sync
 from hone.rollout.weight_sync.verify import Canary, canary_tokens
@@ -30,6 +30,15 @@ class Served(Protocol):
 
     def lost(self, error: EngineLost) -> None:
         """One of them was found dead."""
+        ...
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """Whose weights are published: a role group, of which one question is asked."""
+
+    def logp(self, role: str, batch: Batch) -> Tensor:
+        """Log-probabilities [nats] of every action token, [T]."""
         ...
 
 
@@ -60,7 +69,7 @@ class Publisher:
         self,
         *,
         served: Callable[[], Served],
-        policy: RoleGroup,
+        policy: Answering,
         send: Callable[[], dict[str, str]],
         connect: Callable[[Sequence[Any]], None],
         runner: asyncio.Runner,
