@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
+from hone.launch.sent import Sent, sent
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards, unshard
@@ -98,7 +99,8 @@ class LearnerRank:
 
     def call(self, method: str, *args: Any, **options: Any) -> Any:
         """A method of the learner."""
-        return getattr(self._learner, method)(*args, **options)
+        given = [arg.shard() if isinstance(arg, Sent) else arg for arg in args]
+        return getattr(self._learner, method)(*given, **options)
 
 
 class EngineClient:
@@ -241,7 +243,7 @@ class RemoteGroup:
 
     def _sharded(self, method: str, role: str, batch: Batch, *args: Any) -> tuple[list[Shard], list[Any]]:
         cut = shards(batch, ranks=len(self.ranks) // self._ring, **self._cut)
-        stored = [ray.put(shard) for shard in cut]
+        stored = [ray.put(sent(shard)) for shard in cut]
         references = [rank.call.remote(method, role, stored[index // self._ring], *args) for index, rank in enumerate(self.ranks)]
         return cut, references
 
