@@ -1,8 +1,8 @@
 """From sampled responses to what a learner rank holds: packed arrays beside the forms that other controllers send.
 
-1,024 samples of log-normal lengths, as an engine hands them over. Ours: trajectories, packed, planned into micro-batches, one put
-into Ray's object store, read by a rank in another process. The peers: a list of dictionaries of tensors, one per sample; and OpenRLHF's padded
-tensors. A call ends when the rank has summed what it was sent, so that it did read it.
+1,024 samples of log-normal lengths, as an engine hands them over. Ours: trajectories, packed, planned into micro-batches, one
+put into Ray's object store, read by a rank in another process. The peers: a list of dictionaries of tensors, one per sample; and
+OpenRLHF's padded tensors. A call ends when the rank has summed what it was sent, so that it did read it.
 """
 
 import math
