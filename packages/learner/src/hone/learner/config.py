@@ -173,3 +173,8 @@ class DeepSpeedConfig:
     """Hold the weights of linear layers in 4 bits (nf4 of bitsandbytes), frozen below adapters; for frozen models, too."""
     use_liger_kernel: bool = False
     """Liger's Triton kernels for norms, rotary embeddings and gated MLPs; on CUDA, where the package is installed."""
+
+    @property
+    def ranks_per_shard(self) -> int:
+        """Consecutive ranks that work on the same micro-batches: a ring, of ranks or of groups that hold one model."""
+        return self.ring_attn_size * self.tensor_parallel_size

@@ -88,7 +88,7 @@ class Learner:
         tensor = group_of(rank=rank, world_size=world_size, size=ds.tensor_parallel_size)
         self.parallel = None if tensor is None else ModelParallel(tensor, rank=rank, world_size=world_size)
         self.wire = group_of(rank=rank, world_size=world_size, size=ds.ring_attn_size, stride=ds.tensor_parallel_size)
-        self.tells = rank % (ds.ring_attn_size * ds.tensor_parallel_size) == 0
+        self.tells = rank % ds.ranks_per_shard == 0
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             self.engines = {role: self._engine(role, spec, ds) for role, spec in roles.items()}
