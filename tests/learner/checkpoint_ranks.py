@@ -35,8 +35,18 @@ ALGO = PPO(kl=KLPenalty(init_coef=0.0))
 
 def update(learner: Learner, *, seed: int) -> list[StepResult]:
     """One optimiser step of policy and critic."""
-    part = shards(score(make_batch(LENGTHS), seed=seed), ranks=learner.world_size, max_tokens=MAX_TOKENS)[learner.rank]
+    part = shards(score(make_batch(LENGTHS), seed=seed), ranks=copies(learner), max_tokens=MAX_TOKENS)[own(learner)]
     return [learner.update_policy("policy", part, ALGO), learner.update_critic("critic", part, ALGO)]
+
+
+def copies(learner: Learner) -> int:
+    """Ranks, or groups of ranks that hold one model, that share a step's rows among them."""
+    return learner.world_size if learner.parallel is None else learner.parallel.copies
+
+
+def own(learner: Learner) -> int:
+    """Which of them the calling rank is of."""
+    return learner.rank * copies(learner) // learner.world_size
 
 
 def drawn_update(learner: Learner) -> list[StepResult]:
@@ -86,7 +96,7 @@ def save(learner: Learner, root: Path, number: int) -> Path:
 def resume_case(build: Any, root: Path) -> dict[str, Any]:
     """Two steps, a save, two steps; and the same two steps from the checkpoint. What differs, by the name of what was compared."""
     learner: Learner = build()
-    seed_all(100 + learner.rank)
+    seed_all(100 + own(learner))
     for _ in range(2):
         drawn_update(learner)
     path = save(learner, root, 2)
@@ -122,7 +132,7 @@ def cross_case(build: Any, path: Path) -> dict[str, Any]:
     for role in ROLES:
         reader = RoleReader(path, role)
         for piece in learner.engines[role].pieces():
-            saved = reader.read(piece.section, piece.name, start=piece.start, numel=piece.values.numel())
+            saved = reader.read(piece.section, piece.name, start=piece.start, numel=piece.values.numel(), columns=piece.columns)
             wrong += [] if torch.equal(saved, piece.values) else [f"{role}/{piece.key}"]
         for name, weight in learner.weights(role):
             wrong += [] if torch.equal(reader.whole("master", name).to(weight.dtype), weight) else [f"{role}/weight/{name}"]
@@ -151,7 +161,8 @@ def main(spec_file: str, rank: int) -> None:
             }
             if case["stage"] is None:
                 return make_learner(roles, **common)
-            return make_learner(roles, backend="deepspeed", stage=case["stage"], port=next(ports), **common)
+            settings = {"stage": case["stage"], "tensor_parallel_size": case["tensor"]}
+            return make_learner(roles, backend="deepspeed", port=next(ports), **settings, **common)
 
         return build
 
