@@ -25,7 +25,7 @@ from hone.learner.engines import deepspeed
 from hone.learner.learner import Learner
 from hone.learner.packing import shards
 from hone.learner.roles import StepResult
-from tests.learner.tiny import make_batch, make_learner, score
+from tests.learner.tiny import copies, make_batch, make_learner, own, score
 
 LENGTHS = [7, 12, 3, 20, 9, 5, 16, 11, 2]
 MAX_TOKENS = 21
@@ -37,16 +37,6 @@ def update(learner: Learner, *, seed: int) -> list[StepResult]:
     """One optimiser step of policy and critic."""
     part = shards(score(make_batch(LENGTHS), seed=seed), ranks=copies(learner), max_tokens=MAX_TOKENS)[own(learner)]
     return [learner.update_policy("policy", part, ALGO), learner.update_critic("critic", part, ALGO)]
-
-
-def copies(learner: Learner) -> int:
-    """Ranks, or groups of ranks that hold one model, that share a step's rows among them."""
-    return learner.world_size if learner.parallel is None else learner.parallel.copies
-
-
-def own(learner: Learner) -> int:
-    """Which of them the calling rank is of."""
-    return learner.rank * copies(learner) // learner.world_size
 
 
 def drawn_update(learner: Learner) -> list[StepResult]:

@@ -145,7 +145,7 @@ class DeepSpeedEngine:
         """Clips and updates; see `Engine`."""
         assert self.training is not None and self.optimiser is not None, f"{self.role} is frozen"
         # Every rank of a tensor-parallel group has counted the same losses.
-        lr, bad_losses = self.training.lr(self.steps), int(self.bad_losses) * self._copies // distributed.get_world_size()
+        lr, bad_losses = self.training.lr(self.steps), math.ceil(int(self.bad_losses) * self._copies / distributed.get_world_size())
         self.bad_losses.zero_()
         self.training.set_lr(self.optimiser, self.steps)
         # Stage 0 leaves the whole gradient on every rank and updates whatever it is; the others look at the norm.
