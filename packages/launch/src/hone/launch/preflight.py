@@ -75,6 +75,10 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
         what = f"data.max_len {config.data.max_len} is more than the built-in model's {longest} positions"
         names = ("data.max_len", "actor.model_name_or_path")
         yield Problem(what=what, mend=f"--data.max-len {longest} or less, or --recipe laptop", settings=names)
+    heads, parts = BuiltinModel().key_value_heads, config.ds.tensor_parallel_size
+    if config.actor.model_name_or_path is None and heads % parts:
+        what = f"ds.tensor_parallel_size {parts} does not divide the built-in model's {heads} key heads"
+        yield Problem(what=what, mend=f"a divisor of {heads}", settings=("ds.tensor_parallel_size", "actor.model_name_or_path"))
     seen: dict[str, str] = {}
     for group in ("actor", "critic", "ref"):
         path = getattr(config, group).model_name_or_path
