@@ -72,6 +72,26 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ),
         ("ppo --actor.num-gpus-per-node 3 --ds.ring-attn-size 2", "do not fall into rings of 2: actor 3, critic 3, ref 3", "that divides"),
         ("grpo --run.backend local --ds.ring-attn-size 2", "do not fall into rings of 2: actor 1, ref 1", "that divides"),
+        (
+            "ppo --actor.num-gpus-per-node 3 --ds.tensor-parallel-size 2",
+            "do not fall into models over 2 ranks: actor 3, critic 3, ref 3",
+            "that divides",
+        ),
+        (
+            "grpo --actor.num-gpus-per-node 2 --ds.tensor-parallel-size 2 --ds.ring-attn-size 2",
+            "do not fall into models over 2 ranks in rings of 2: actor 2, ref 2",
+            "that divides",
+        ),
+        (
+            "grpo --actor.num-gpus-per-node 2 --ds.tensor-parallel-size 2 --ds.lora.rank 8",
+            "ds.lora.rank is not there yet for a model over 2 ranks",
+            "--ds.lora.rank 0, or --ds.tensor-parallel-size 1",
+        ),
+        (
+            "grpo --actor.num-gpus-per-node 2 --ds.tensor-parallel-size 2 --actor.optim muon",
+            "actor.optim is not there yet for a model over 2 ranks",
+            "--actor.optim adam",
+        ),
         ("ppo --ds.load-in-4bit", "ds.lora.rank 0 adds no adapters: nothing would train", "--ds.lora.rank 16"),
         ("grpo --ds.load-in-4bit --ds.lora.rank 8 --ds.zero-stage 3", "only make sense whole", "--ds.zero-stage 2"),
         ("ppo --ds.lora.target-modules q_proj", "ds.lora.target_modules without adapters does nothing", "--ds.lora.rank 16"),

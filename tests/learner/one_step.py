@@ -160,8 +160,9 @@ class Weights:
     def sections(self, name: str) -> frozenset[str]:
         return frozenset({MASTER})
 
-    def read(self, section: str, name: str, *, start: int, numel: int) -> Tensor:
-        return self.weights[name].flatten()[start : start + numel]
+    def read(self, section: str, name: str, *, start: int, numel: int, columns: tuple[int, int] | None = None) -> Tensor:
+        whole = self.weights[name]
+        return (whole if columns is None else whole[:, columns[0] : columns[1]]).flatten()[start : start + numel]
 
 
 def role_of(step: str) -> str:
@@ -176,7 +177,9 @@ def build(model: str, case: dict[str, Any], *, rank: int, port: int) -> Learner:
     plain = case["stage"] is None
     return Learner(
         roles={role: RoleSpec(kind=role, model=model, config=config, total_steps=100) for role, config in configs.items()},
-        ds=DeepSpeedConfig(zero_stage=case["stage"] or 0, param_dtype="fp32", ring_attn_size=case["ring"]),
+        ds=DeepSpeedConfig(
+            zero_stage=case["stage"] or 0, param_dtype="fp32", ring_attn_size=case["ring"], tensor_parallel_size=case["tensor"]
+        ),
         backend="single" if plain else "deepspeed",
         rank=rank,
         world_size=case["ranks"],
@@ -204,7 +207,8 @@ def train(learner: Learner, case: dict[str, Any], known: dict[str, dict[str, Any
     for step, algo in STEPS.items():
         role, unit = role_of(step), 2 if step == "dpo" else 1
         packing = {name: unit * value for name, value in PACKINGS[case["packing"]].items()}
-        part = shards(known[step]["batch"], ranks=case["ranks"] // case["ring"], **packing)[rank // case["ring"]]
+        sharing = case["ring"] * case["tensor"]
+        part = shards(known[step]["batch"], ranks=case["ranks"] // sharing, **packing)[rank // sharing]
         engine, seen = learner.engines[role], {}
         engine.restore(Weights(known[step]["start"]))
         own_step = engine.step

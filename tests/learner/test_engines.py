@@ -31,6 +31,10 @@ CASES: dict[str, dict[str, Any]] = {
     "stage3-hpz": {"stage": 3, "dtype": "fp32", "ds": {"zpg": 2, "overlap_comm": True}},
     "stage2-bf16": {"stage": 2, "dtype": "bf16", "ds": {}},
     "stage3-bf16": {"stage": 3, "dtype": "bf16", "ds": {}},
+    "stage0-tensor": {"stage": 0, "dtype": "fp32", "ds": {"tensor_parallel_size": 2}},
+    "stage2-tensor-offload": {"stage": 2, "dtype": "fp32", "ds": {"tensor_parallel_size": 2, "adam_offload": True, "overlap_comm": True}},
+    "stage3-tensor-offload": {"stage": 3, "dtype": "fp32", "ds": {"tensor_parallel_size": 2, "param_offload": True, "adam_offload": True}},
+    "stage2-tensor-bf16": {"stage": 2, "dtype": "bf16", "ds": {"tensor_parallel_size": 2}},
 }
 SINGLE = ("single", "single-bf16", "single-muon")
 

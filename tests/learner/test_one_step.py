@@ -4,6 +4,8 @@ Every loss (SFT, PPO with its critic, GRPO, GSPO, DPO) on every kind of model (L
 in fp32, against transformers and torch in fp64. The options are covered pairwise, not as a full product: for any two of
 model, ranks and ring, ZeRO stage, packing, recomputation, every combination of their values is in `CASES` (a test counts them),
 and each case takes all six steps from the same weights. 768 combinations would take hours to say what 24 say in minutes.
+Models over two ranks (tensor parallelism) have a table of their own, in which each dense kind of model meets each layout of ranks, and
+each of both meets every ZeRO stage but one.
 """
 
 import itertools
@@ -22,7 +24,7 @@ from tests.learner.one_step import MODELS, PACKINGS, STEPS
 from tests.learner.tiny import save_config
 
 # model, (ranks, ring), ZeRO stage (none: the engine of one process), packing, recomputation
-TABLE = [
+TABLE: list[tuple[str, tuple[int, int], int | None, str, bool]] = [
     ("llama", (1, 1), 3, "tight", False),
     ("llama", (2, 1), 2, "whole", True),
     ("llama", (2, 2), 0, "one by one", False),
@@ -52,11 +54,25 @@ TABLE = [
     ("moe", (1, 1), None, "tight", False),
     ("tied", (1, 1), None, "whole", True),
 ]
+# the same, of models over two ranks each: (ranks, ring of such pairs)
+TENSOR_TABLE: list[tuple[str, tuple[int, int], int, str, bool]] = [
+    ("llama", (2, 1), 0, "whole", False),
+    ("llama", (4, 1), 3, "tight", True),
+    ("llama", (4, 2), 2, "one by one", False),
+    ("qwen3", (2, 1), 1, "two rows", True),
+    ("qwen3", (4, 1), 0, "one by one", False),
+    ("qwen3", (4, 2), 3, "whole", True),
+    ("tied", (2, 1), 3, "one by one", True),
+    ("tied", (4, 1), 2, "two rows", False),
+    ("tied", (4, 2), 1, "tight", True),
+]
 CASES = {
-    f"{model}, {ranks} ranks, ring {ring}, {'no ZeRO' if stage is None else f'ZeRO {stage}'}, {packing}{', recompute' * recompute}": {
-        **{"model": model, "ranks": ranks, "ring": ring, "stage": stage, "packing": packing, "recompute": recompute}
+    f"{model}, {ranks} ranks, ring {ring}{', model over 2' * (tensor > 1)}, {'no ZeRO' if stage is None else f'ZeRO {stage}'}, {packing}"
+    f"{', recompute' * recompute}": {
+        **{"model": model, "ranks": ranks, "ring": ring, "tensor": tensor, "stage": stage, "packing": packing, "recompute": recompute}
     }
-    for model, (ranks, ring), stage, packing, recompute in TABLE
+    for tensor, table in ((1, TABLE), (2, TENSOR_TABLE))
+    for model, (ranks, ring), stage, packing, recompute in table
 }
 pytestmark = pytest.mark.timeout(900)
 

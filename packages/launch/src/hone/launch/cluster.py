@@ -213,6 +213,7 @@ def learner_ranks(
         ranks,
         cut=plan.cut(),
         ring=plan.config.ds.ring_attn_size,
+        tensor_parallel=plan.config.ds.tensor_parallel_size,
         settings={
             "roles": {role: specs[role] for role in group.roles},
             "ds": plan.config.ds,

@@ -93,6 +93,7 @@ RENAMED = {
     "overlap_comm": "ds.overlap_comm",
     "enable_ema": "train.enable_ema",
     "ema_beta": "train.ema_beta",
+    "ds_tensor_parallel_size": "ds.tensor_parallel_size",
     "ring_attn_size": "ds.ring_attn_size",
     "ring_head_stride": "ds.ring_attn_head_stride",
     "bf16": "ds.param_dtype",

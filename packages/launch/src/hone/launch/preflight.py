@@ -19,7 +19,7 @@ from hone.launch.errors import ENVIRONMENT, USAGE, Problem, exit_code
 from hone.launch.model_directory import faults, numbers_in, stated
 from hone.launch.resolve import Resolved
 from hone.launch.schema import shown
-from hone.learner.model_files import check_ring
+from hone.learner.model_files import check_ring, check_tensor_parallel
 
 STATE_BYTES = 12
 """Of a parameter in a checkpoint: its master and Adam's two moments, each in fp32."""
@@ -75,6 +75,10 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
         what = f"data.max_len {config.data.max_len} is more than the built-in model's {longest} positions"
         names = ("data.max_len", "actor.model_name_or_path")
         yield Problem(what=what, mend=f"--data.max-len {longest} or less, or --recipe laptop", settings=names)
+    heads, parts = BuiltinModel().key_value_heads, config.ds.tensor_parallel_size
+    if config.actor.model_name_or_path is None and heads % parts:
+        what = f"ds.tensor_parallel_size {parts} does not divide the built-in model's {heads} key heads"
+        yield Problem(what=what, mend=f"a divisor of {heads}", settings=("ds.tensor_parallel_size", "actor.model_name_or_path"))
     seen: dict[str, str] = {}
     for group in ("actor", "critic", "ref"):
         path = getattr(config, group).model_name_or_path
@@ -84,13 +88,18 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
             for problem in problems:
                 yield Problem(what=problem.what, mend=problem.mend, code=problem.code, settings=(f"{group}.model_name_or_path",))
             if not problems and Path(path).expanduser().is_dir():
-                yield from _head_stride(config, str(Path(path).expanduser()))
+                yield from _heads(config, str(Path(path).expanduser()))
 
 
-def _head_stride(config: PolicyGradientConfig, directory: str) -> Iterator[Problem]:
-    size, stride = config.ds.ring_attn_size, config.ds.ring_attn_head_stride
+def _heads(config: PolicyGradientConfig, directory: str) -> Iterator[Problem]:
+    size, stride, parts = config.ds.ring_attn_size, config.ds.ring_attn_head_stride, config.ds.tensor_parallel_size
     try:
-        check_ring(directory, world_size=size, size=size, head_stride=stride)
+        check_tensor_parallel(directory, size=parts)
+    except ValueError as error:
+        yield replace(stated(error, otherwise="--ds.tensor-parallel-size 1"), code=USAGE, settings=("ds.tensor_parallel_size",))
+        return
+    try:
+        check_ring(directory, world_size=size, size=size, head_stride=stride, tensor_parallel_size=parts)
     except ValueError as error:
         yield replace(stated(error, otherwise="--ds.ring-attn-head-stride 1"), code=USAGE, settings=("ds.ring_attn_head_stride",))
 

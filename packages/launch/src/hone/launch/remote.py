@@ -217,11 +217,21 @@ class RemoteEngine:
 class RemoteGroup:
     """A group of learner ranks behind the RoleGroup protocol; `cut` is what `shards` takes, `settings` what the Learner does.
 
-    Call `wait` before anything else. Every `ring` consecutive ranks share a shard, and each of them returns the whole shard's results.
+    Call `wait` before anything else. Every `ring` times `tensor_parallel` consecutive ranks share a shard, and each of them returns the
+    whole shard's results.
     """
 
-    def __init__(self, name: str, ranks: Sequence[ActorHandle], *, cut: Mapping[str, Any], ring: int, settings: Mapping[str, Any]) -> None:
-        self.name, self.ranks, self._ring = name, list(ranks), ring
+    def __init__(
+        self,
+        name: str,
+        ranks: Sequence[ActorHandle],
+        *,
+        cut: Mapping[str, Any],
+        ring: int,
+        tensor_parallel: int,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.name, self.ranks, self._sharing = name, list(ranks), ring * tensor_parallel
         self._cut = {**cut, "max_tokens": cut["max_tokens"] * ring}
         self._written: dict[int, Outcome] = {}
         self._who = f"a process of group {name!r}"
@@ -242,9 +252,9 @@ class RemoteGroup:
         return get([rank.send.remote() for rank in self.ranks], who=self._who)[0]
 
     def _sharded(self, method: str, role: str, batch: Batch, *args: Any) -> tuple[list[Shard], list[Any]]:
-        cut = shards(batch, ranks=len(self.ranks) // self._ring, **self._cut)
+        cut = shards(batch, ranks=len(self.ranks) // self._sharing, **self._cut)
         stored = [ray.put(sent(shard)) for shard in cut]
-        references = [rank.call.remote(method, role, stored[index // self._ring], *args) for index, rank in enumerate(self.ranks)]
+        references = [rank.call.remote(method, role, stored[index // self._sharing], *args) for index, rank in enumerate(self.ranks)]
         return cut, references
 
     def logp(self, role: str, batch: Batch) -> Tensor:
@@ -257,7 +267,7 @@ class RemoteGroup:
 
     def _per_token(self, method: str, role: str, batch: Batch) -> Tensor:
         cut, references = self._sharded(method, role, batch)
-        return unshard(cut, get(references, who=self._who)[:: self._ring], cu_seqlens=batch.cu_seqlens)
+        return unshard(cut, get(references, who=self._who)[:: self._sharing], cu_seqlens=batch.cu_seqlens)
 
     def update_policy(self, role: str, scored: Scored, algo: Algorithm) -> StepResult:
         """One optimiser step of a policy."""
@@ -271,7 +281,7 @@ class RemoteGroup:
         _, references = self._sharded(method, role, scored, algo)
         results: list[StepResult] = get(references, who=self._who)
         # Figures are weighted sums: they add up over ranks just as they do over micro-batches.
-        # A rank that had only fillers reports none, nor does any but the first of a ring.
+        # A rank that had only fillers reports none, nor does any but the first of those that share a shard.
         names = dict.fromkeys(name for result in results for name in result.metrics)
         metrics = {name: sum(result.metrics.get(name, 0.0) for result in results) for name in names}
         return StepResult(metrics=metrics, grad_norm=results[0].grad_norm, lr=results[0].lr, applied=results[0].applied)

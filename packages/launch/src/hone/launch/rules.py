@@ -68,11 +68,11 @@ def _batches(resolved: Resolved, _: int) -> Iterator[Problem]:
         above = next(size for size in range(train.batch_size, samples + 1) if samples % size == 0)
         mend = f"nearest --train.batch-size {below} or {above}"
         yield Problem(what=f"train.batch_size {train.batch_size} does not divide {made}", mend=mend, settings=names)
-    rings = max(1, ranks(resolved.config) // resolved.config.ds.ring_attn_size)
-    if train.batch_size < rings:
-        what = f"{rings} learner ranks share an optimiser step of {train.batch_size} samples: some would have none"
+    shares = max(1, ranks(resolved.config) // resolved.config.ds.ranks_per_shard)
+    if train.batch_size < shares:
+        what = f"{shares} learner ranks share an optimiser step of {train.batch_size} samples: some would have none"
         names = ("train.batch_size", "actor.num_nodes", "actor.num_gpus_per_node")
-        yield Problem(what=what, mend=f"--train.batch-size {rings} or more, or fewer ranks", settings=names)
+        yield Problem(what=what, mend=f"--train.batch-size {shares} or more, or fewer ranks", settings=names)
 
 
 def _fleet(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -115,6 +115,31 @@ def _rings(resolved: Resolved, _: int) -> Iterator[Problem]:
         what = "ds.ring_attn_head_stride without a ring does nothing"
         mend = "raise --ds.ring-attn-size, or drop --ds.ring-attn-head-stride"
         yield Problem(what=what, mend=mend, settings=("ds.ring_attn_head_stride", "ds.ring_attn_size"))
+
+
+def _tensor_parallel(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config = resolved.config
+    ds, name = config.ds, "ds.tensor_parallel_size"
+    size = ds.tensor_parallel_size
+    if size == 1:
+        return
+    if uneven := [group for group in _models(config) if ranks(config, group) % ds.ranks_per_shard]:
+        told = ", ".join(f"{group} {ranks(config, group)}" for group in uneven)
+        rings = "" if ds.ring_attn_size == 1 else f" in rings of {ds.ring_attn_size}"
+        what = f"learner ranks do not fall into models over {size} ranks{rings}: {told}"
+        names = (name, *(f"{group}.{setting}" for group in uneven for setting in ("num_nodes", "num_gpus_per_node")))
+        yield Problem(what=what, mend="a --ds.tensor-parallel-size that divides the ranks of each, or more ranks", settings=names)
+    muon = [group for group in ("actor", "critic") if f"{group}.optim" in resolved.sources and getattr(config, group).optim == "muon"]
+    for setting, chosen, mend in (
+        ("ds.lora.rank", ds.lora.rank > 0, "--ds.lora.rank 0"),
+        ("ds.load_in_4bit", ds.load_in_4bit, "drop --ds.load-in-4bit"),
+        ("ds.use_liger_kernel", ds.use_liger_kernel, "drop --ds.use-liger-kernel"),
+        ("ds.zpg", ds.zpg > 1, "--ds.zpg 1"),
+        *((f"{group}.optim", True, f"--{group}.optim adam") for group in muon),
+    ):
+        if chosen:
+            what = f"{setting} is not there yet for a model over {size} ranks"
+            yield Problem(what=what, mend=f"{mend}, or --ds.tensor-parallel-size 1", settings=(setting, name))
 
 
 def _models_in_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -339,6 +364,7 @@ RULES: tuple[Rule, ...] = (
     _groups,
     _lengths,
     _rings,
+    _tensor_parallel,
     _models_in_parts,
     _penalty,
     _teacher,

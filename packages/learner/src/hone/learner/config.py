@@ -157,6 +157,8 @@ class DeepSpeedConfig:
     """Reduce gradients while backward goes on; more buffers, the same numbers."""
     enable_sleep: bool = False
     """Keep on the device only the role that computes: between phases parameters, gradients and optimiser states go to the host."""
+    tensor_parallel_size: Annotated[int, Range(low=1)] = 1
+    """Consecutive ranks that hold one model together and share every micro-batch: heads, MLP columns and vocabulary are cut among them."""
     ring_attn_size: Annotated[int, Range(low=1)] = 1
     """Consecutive ranks that share every micro-batch, long rows cut among them; it may hold this many times the tokens of one rank."""
     ring_attn_head_stride: Annotated[int, Range(low=1)] | None = None
@@ -171,3 +173,8 @@ class DeepSpeedConfig:
     """Hold the weights of linear layers in 4 bits (nf4 of bitsandbytes), frozen below adapters; for frozen models, too."""
     use_liger_kernel: bool = False
     """Liger's Triton kernels for norms, rotary embeddings and gated MLPs; on CUDA, where the package is installed."""
+
+    @property
+    def ranks_per_shard(self) -> int:
+        """Consecutive ranks that work on the same micro-batches: a ring, of ranks or of groups that hold one model."""
+        return self.ring_attn_size * self.tensor_parallel_size

@@ -13,7 +13,6 @@ from hone.algos.batch import Scored
 from hone.algos.offline import Demonstrations, Judgements, Pairs, Steps, Taught
 from hone.algos.protocol import Loss
 from hone.algos.ranges import Range
-from hone.learner.attention.wire import Wire
 from hone.learner.checkpoint import role_files
 from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefConfig
 
@@ -75,8 +74,8 @@ class Figures:
         for name, value in {} if filler else loss.metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def told(self, wire: Wire | None) -> dict[str, float]:
-        """As numbers; of a ring, whose ranks all have those of the whole rows, the first one tells."""
-        if not self.sums or (wire is not None and wire.rank):
+    def told(self) -> dict[str, float]:
+        """As numbers."""
+        if not self.sums:
             return {}
         return dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))  # waits for the device once
