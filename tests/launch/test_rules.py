@@ -56,6 +56,9 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ("ppo --ds.param-offload", "ds.param_offload needs sharded parameters, which ds.zero_stage 2 has not", "--ds.zero-stage 3"),
         ("ppo --ds.zpg 2 --ds.zero-stage 3", "ds.zpg 2 needs ds.zero_stage 3 and a number of ranks that it divides", "or drop --ds.zpg"),
         ("ppo --actor.muon.momentum 0.9", "actor.muon.momentum: actor.optim adam does not read it", "--actor.optim muon"),
+        ("ppo --ds.deepcompile --ds.adam-offload", "ds.deepcompile keeps on the device what ds.adam_offload holds", "drop either"),
+        ("ppo --ds.deepcompile --ds.lora.rank 4", "ds.deepcompile is for whole models", "--ds.lora.rank 0"),
+        ("ppo --ds.deepcompile --ds.zero-stage 3", "there is no GPU here", "--ds.zero-stage 2, or drop --ds.deepcompile"),
         (
             "ppo --run.backend local --ds.zero-stage 0 --ds.overlap-comm",
             "run.backend local has no DeepSpeed, whose ds.overlap_comm is",

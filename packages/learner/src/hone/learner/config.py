@@ -155,6 +155,8 @@ class DeepSpeedConfig:
     """ZeRO++ hpZ: stage 3 keeps a second copy of its shards within so many neighbouring ranks, and gathers from them; 1 is off."""
     overlap_comm: bool = False
     """Reduce gradients while backward goes on; more buffers, the same numbers."""
+    deepcompile: bool = False
+    """Compile the transformers that train: on CUDA from ZeRO 1 on with the ranks' transfers in the graph, else by torch alone."""
     enable_sleep: bool = False
     """Keep on the device only the role that computes: between phases parameters, gradients and optimiser states go to the host."""
     ring_attn_size: Annotated[int, Range(low=1)] = 1

@@ -66,8 +66,8 @@ class Learner:
     ) -> None:
         if backend == "single" and world_size != 1:
             raise ValueError(f"the single-process engine has one rank, not {world_size}; choose the deepspeed backend for more")
-        if backend == "single" and (ds.adam_offload or ds.param_offload or ds.zpg > 1 or ds.overlap_comm):
-            raise ValueError("offload, --ds.zpg and --ds.overlap-comm are DeepSpeed's; choose the deepspeed backend")
+        if backend == "single" and (ds.adam_offload or ds.param_offload or ds.zpg > 1 or ds.overlap_comm or ds.deepcompile):
+            raise ValueError("offload, --ds.zpg, --ds.overlap-comm and --ds.deepcompile are DeepSpeed's; choose the deepspeed backend")
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if ds.use_liger_kernel:
             check_liger(self.device)
@@ -88,7 +88,7 @@ class Learner:
         if backend == "deepspeed":
             from hone.learner.engines import deepspeed, zero_settings
 
-            zero_settings.check(ds, device=self.device, world_size=world_size)
+            zero_settings.check(ds, device=self.device, world_size=world_size, trained=sum(spec.trained for spec in roles.values()))
             deepspeed.join(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port, device=self.device)
         self.wire = ring_of(rank=rank, world_size=world_size, size=ds.ring_attn_size)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):

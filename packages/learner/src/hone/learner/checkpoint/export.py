@@ -32,6 +32,7 @@ ONE_PROCESS = {
     "param_offload": False,
     "zpg": 1,
     "overlap_comm": False,
+    "deepcompile": False,
 }
 """What spreads a model over ranks, as one process has it."""
 Settings = TypeVar("Settings")

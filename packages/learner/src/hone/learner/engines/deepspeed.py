@@ -19,7 +19,7 @@ from torch.nn.utils import get_total_norm
 from hone.learner.adapters import mark_trained
 from hone.learner.checkpoint.pieces import Piece, Source, share
 from hone.learner.config import DeepSpeedConfig
-from hone.learner.engines import state, zero_settings, zero_state
+from hone.learner.engines import compiled, state, zero_settings, zero_state
 from hone.learner.engines.ema import SECTION, Average
 from hone.learner.engines.loss_scale import Skips
 from hone.learner.engines.protocol import StepInfo
@@ -89,11 +89,13 @@ class DeepSpeedEngine:
             _import().utils.set_z3_leaf_modules(module, blocks)
         chosen = None if training is None else optimiser(module.named_weights(), training.config)
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimisers prints the memory in use, whatever the log level
-            settings = zero_settings.settings(ds, training, whole_below=WHOLE_BELOW)
+            settings = zero_settings.settings(ds, training, whole_below=WHOLE_BELOW, device=self.device)
             self.engine, *_ = _import().initialize(model=module, optimizer=chosen, config=settings)
         self.optimiser = chosen
         if isinstance(chosen, Muon) and self.stage > 0:
             chosen.lay_out(zero_state.matrices(self.engine.optimizer, self._held(), self.stage))
+        if ds.deepcompile and training is not None:
+            compiled.compile_transformer(self.engine, module)
         if training is not None:
             self.skips = Skips(role=role, bound=training.config.max_skipped_steps)
             self.scaler = self.engine.optimizer.loss_scaler if ds.param_dtype == "fp16" else None
