@@ -53,6 +53,12 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ("ppo --ds.grad-accum-dtype bf16", "gradients of fp32 parameters cannot be summed in bf16", "--ds.grad-accum-dtype fp32"),
         ("ppo --ds.param-dtype fp16", "ds.param_dtype fp16 needs a GPU here", "--ds.param-dtype fp32"),
         ("ppo --ds.adam-offload --ds.zero-stage 0", "ds.adam_offload needs sharded optimiser states", "--ds.zero-stage 1, 2 or 3"),
+        ("ppo --ds.cpu-adam deepspeed", "steps what is offloaded, and ds.adam_offload is off", "add --ds.adam-offload"),
+        (
+            "ppo --ds.cpu-adam deepspeed --ds.adam-offload --actor.optim muon",
+            "is AdamW alone, and actor.optim is muon",
+            "--ds.cpu-adam torch",
+        ),
         ("ppo --ds.param-offload", "ds.param_offload needs sharded parameters, which ds.zero_stage 2 has not", "--ds.zero-stage 3"),
         ("ppo --ds.zpg 2 --ds.zero-stage 3", "ds.zpg 2 needs ds.zero_stage 3 and a number of ranks that it divides", "or drop --ds.zpg"),
         ("ppo --actor.muon.momentum 0.9", "actor.muon.momentum: actor.optim adam does not read it", "--actor.optim muon"),

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from hone.algos.algorithms import GRPO, GSPO, PPO
@@ -32,7 +33,7 @@ from hone.algos.offline import weighed_demonstrations, weighed_pairs
 from hone.algos.protocol import Outputs
 from hone.algos.reduce import Reduction
 from hone.learner.checkpoint.pieces import MASTER
-from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig
+from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, LoraConfig
 from hone.learner.engines import deepspeed
 from hone.learner.learner import Learner
 from hone.learner.packing import shards
@@ -46,7 +47,10 @@ MODELS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=False),
     "moe": Qwen3MoeConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False),
     "tied": Qwen3Config(**SHAPE, tie_word_embeddings=True),
+    "adapters": LlamaConfig(**SHAPE, tie_word_embeddings=False),
 }
+LORA = LoraConfig(rank=3, alpha=6)
+"""Of the model called "adapters", whose own weights stand still: beside every linear layer W but the head, W + alpha / rank B A."""
 ROWS = [7, 40, 1, 30, 9, 5, 16, 11, 2]
 PAIRS = [7, 12, 9, 5, 16, 11, 2, 30, 6, 4]
 """Rows of the steps that learn from rewards or demonstrations, and of pairs; one has no action token, one is longer than some caps."""
@@ -103,15 +107,16 @@ def reference(model: str, dtype: torch.dtype) -> dict[str, Any]:
     head = nn.Linear(SHAPE["hidden_size"], 1, bias=False, dtype=dtype)
     # Not zero, as a fresh head is: nothing would reach the layers below it.
     head.weight.data = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    critic = {f"model.{name}": one for name, one in backbone.named_parameters()} | {"score.weight": head.weight}
-    named = {"policy": dict(policy.named_parameters()), "critic": critic}
+    make = Adapted if Path(model).name == "adapters" else Plain
+    parts = {"policy": make(policy, prefix=""), "critic": make(backbone, prefix="model.")}
+    named = {"policy": parts["policy"].trained(), "critic": {**parts["critic"].trained(), "score.weight": head.weight}}
 
     def tokens_under_policy(row: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        distribution = (policy(input_ids=row[None], use_cache=False).logits[0, :-1] / temperature).log_softmax(-1)
+        distribution = (parts["policy"](row).logits[0, :-1] / temperature).log_softmax(-1)
         return distribution.gather(1, row[1:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
 
     def values(row: Tensor) -> tuple[Tensor]:
-        return (head(backbone(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1])[:, 0],)
+        return (head(parts["critic"](row).last_hidden_state[0, :-1])[:, 0],)
 
     def logp_of(rows: Packed) -> Tensor:
         with torch.no_grad():
@@ -136,11 +141,57 @@ def reference(model: str, dtype: torch.dtype) -> dict[str, Any]:
         found = {name: one.grad.clone() for name, one in own.items()}
         norm = float(nn.utils.clip_grad_norm_(own.values(), SETTINGS["max_norm"]))
         adamw_of(own).step()
-        weights = {name: one.detach().clone() for name, one in own.items()}
+        weights = parts[role].weights() | ({"score.weight": head.weight.detach().clone()} if role == "critic" else {})
         metrics = {name: float(value) for name, value in loss.metrics.items()}
         told = {"batch": batch, "start": {name: one.float() for name, one in start[role].items()}}
         result[step] = {**told, "gradients": found, "norm": norm, "metrics": metrics, "weights": weights}
     return result
+
+
+class Plain:
+    """A transformers model, all of which trains; its weights are called `prefix` and its own names."""
+
+    def __init__(self, model: nn.Module, *, prefix: str) -> None:
+        self.model, self.prefix = model, prefix
+
+    def __call__(self, row: Tensor) -> Any:
+        return self.model(input_ids=row[None], use_cache=False)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {f"{self.prefix}{name}": one for name, one in self.model.named_parameters()}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: one.detach().clone() for name, one in self.trained().items()}
+
+
+class Adapted(Plain):
+    """The same with adapters by their formula: W + alpha / rank B A is put in W's place for every call."""
+
+    def __init__(self, model: nn.Module, *, prefix: str) -> None:
+        super().__init__(model, prefix=prefix)
+        generator = torch.Generator().manual_seed(7)
+        self.own: dict[str, nn.Parameter] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                for kind, shape in {"A": (LORA.rank, layer.in_features), "B": (layer.out_features, LORA.rank)}.items():
+                    drawn = torch.randn(shape, generator=generator) * 0.1
+                    self.own[f"{name}.lora_{kind}.weight"] = nn.Parameter(drawn.to(layer.weight.dtype))
+
+    def merged(self) -> dict[str, Tensor]:
+        """The weights that have adapters, with them."""
+        layers = [name.removesuffix(".lora_A.weight") for name in self.own if ".lora_A." in name]
+        product = {name: self.own[f"{name}.lora_B.weight"] @ self.own[f"{name}.lora_A.weight"] for name in layers}
+        return {f"{name}.weight": self.model.get_parameter(f"{name}.weight") + LORA.alpha / LORA.rank * product[name] for name in layers}
+
+    def __call__(self, row: Tensor) -> Any:
+        return functional_call(self.model, self.merged(), (), {"input_ids": row[None], "use_cache": False})
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {f"{self.prefix}{name}": one for name, one in self.own.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        whole = dict(self.model.named_parameters()) | self.merged()
+        return {f"{self.prefix}{name}": one.detach().clone() for name, one in whole.items()}
 
 
 def adamw_of(own: dict[str, nn.Parameter]) -> torch.optim.AdamW:
@@ -173,10 +224,10 @@ def build(model: str, case: dict[str, Any], *, rank: int, port: int) -> Learner:
         "policy": ActorConfig(**SETTINGS, gradient_checkpointing_enable=case["recompute"]),
         "critic": CriticConfig(**SETTINGS, gradient_checkpointing_enable=case["recompute"]),
     }
-    plain = case["stage"] is None
+    plain, lora = case["stage"] is None, LORA if case["model"] == "adapters" else LoraConfig()
     return Learner(
         roles={role: RoleSpec(kind=role, model=model, config=config, total_steps=100) for role, config in configs.items()},
-        ds=DeepSpeedConfig(zero_stage=case["stage"] or 0, param_dtype="fp32", ring_attn_size=case["ring"]),
+        ds=DeepSpeedConfig(zero_stage=case["stage"] or 0, param_dtype="fp32", ring_attn_size=case["ring"], lora=lora),
         backend="single" if plain else "deepspeed",
         rank=rank,
         world_size=case["ranks"],
@@ -242,7 +293,7 @@ def run_rank(root: Path, name: str, case: dict[str, Any], rank: int, port: int) 
 
 def main(root: Path) -> None:
     """All jobs, as many at a time as make `RANKS_AT_ONCE` processes. A case that fails leaves its ranks' logs and no results."""
-    from tests.learner.test_ranks import free_port
+    from tests.learner.processes import free_port
 
     spec = json.loads((root / "jobs.json").read_text())
     deepspeed._import()

@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     }
     spec = {"model": save_model(root / "model", "qwen3-tied"), "results": str(root / "results"), "cases": cases}
     (root / "spec.json").write_text(json.dumps(spec))
-    run_ranks("tests.learner.compiled_ranks", root / "spec.json", root=root, ranks=2, timeout_s=580)
+    run_ranks("tests.learner.settings_ranks", root / "spec.json", root=root, ranks=2, timeout_s=580)
     return [torch.load(root / f"results-{rank}.pt") for rank in range(2)]
 
 

@@ -270,6 +270,12 @@ def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     if config.ds.adam_offload and config.ds.zero_stage == 0 and params == "fp32":
         what = "ds.adam_offload needs sharded optimiser states, which ds.zero_stage 0 has not"
         yield Problem(what=what, mend="--ds.zero-stage 1, 2 or 3", settings=("ds.adam_offload", "ds.zero_stage"))
+    if config.ds.cpu_adam == "deepspeed" and not config.ds.adam_offload:
+        what = "ds.cpu_adam deepspeed steps what is offloaded, and ds.adam_offload is off"
+        yield Problem(what=what, mend="add --ds.adam-offload, or drop it", settings=("ds.cpu_adam", "ds.adam_offload"))
+    if config.ds.cpu_adam == "deepspeed" and (muons := [group for group in ("actor", "critic") if getattr(config, group).optim == "muon"]):
+        what = f"ds.cpu_adam deepspeed is AdamW alone, and {muons[0]}.optim is muon, which steps with torch"
+        yield Problem(what=what, mend="--ds.cpu-adam torch", settings=("ds.cpu_adam", f"{muons[0]}.optim"))
     if config.ds.param_offload and config.ds.zero_stage != 3:
         what = f"ds.param_offload needs sharded parameters, which ds.zero_stage {config.ds.zero_stage} has not"
         yield Problem(what=what, mend="--ds.zero-stage 3, or drop --ds.param-offload", settings=("ds.param_offload", "ds.zero_stage"))

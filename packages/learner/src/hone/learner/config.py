@@ -148,7 +148,9 @@ class DeepSpeedConfig:
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format in which gradients of micro-batches are summed: fp32, or that of the parameters."""
     adam_offload: bool = False
-    """Hold masters and optimiser states in the host's memory and step them there, with torch's AdamW or Muon; ZeRO stages 1 to 3."""
+    """Hold masters and optimiser states in the host's memory and step them there; ZeRO stages 1 to 3."""
+    cpu_adam: Literal["torch", "deepspeed"] = "torch"
+    """Whose AdamW steps what is offloaded: torch's fused one, or DeepSpeed's, built by a C++ compiler at its first use (minutes)."""
     param_offload: bool = False
     """Hold the parameters' shards in the host's memory, and bring them to the device layer by layer; ZeRO stage 3."""
     zpg: Annotated[int, Range(low=1)] = 1

@@ -21,6 +21,8 @@ def check(ds: DeepSpeedConfig, *, device: torch.device, world_size: int, trained
     """Raises ValueError for what DeepSpeed cannot do, or not on `device`, with so many ranks or `trained` models in each."""
     if ds.adam_offload and stage_of(ds) == 0:
         raise ValueError("--ds.adam-offload needs sharded optimiser states; --ds.zero-stage 1, 2 or 3")
+    if ds.cpu_adam == "deepspeed" and not ds.adam_offload:
+        raise ValueError("--ds.cpu-adam deepspeed steps what is offloaded to the host; add --ds.adam-offload, or drop it")
     if ds.param_offload and ds.zero_stage != 3:
         raise ValueError(f"--ds.param-offload needs sharded parameters, which stage {ds.zero_stage} has not; --ds.zero-stage 3")
     if ds.zpg > 1 and (ds.zero_stage != 3 or world_size % ds.zpg):
@@ -34,8 +36,13 @@ def check(ds: DeepSpeedConfig, *, device: torch.device, world_size: int, trained
             f"gradients of {ds.param_dtype} parameters cannot be summed in {ds.grad_accum_dtype}; "
             f"--ds.grad-accum-dtype fp32 or {ds.param_dtype}"
         )
-    if ds.param_dtype == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if ds.param_dtype == "fp16" and not has_fp16(device):
         raise ValueError("this processor has no fp16 arithmetic, and DeepSpeed asks for it; --ds.param-dtype fp32, or bf16")
+
+
+def has_fp16(device: torch.device) -> bool:
+    """Whether DeepSpeed takes the device for one with fp16 arithmetic: of processors few are."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def _check_compiled(ds: DeepSpeedConfig, *, cuda: bool, trained: int) -> None:
