@@ -27,7 +27,7 @@ class AdamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    """Muon, for the matrices of numbered layers; everything else is AdamW's, with its own settings."""
+    """Muon, for the matrices of numbered layers, each expert's by itself; everything else is AdamW's, with its own settings."""
 
     lr: Annotated[float, Range(low=0, high=1, open_high=True)] = 0.02
     """Peak learning rate, in units of the spectral norm."""
