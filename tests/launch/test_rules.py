@@ -84,12 +84,6 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ("ppo --ds.load-in-4bit", "ds.lora.rank 0 adds no adapters: nothing would train", "--ds.lora.rank 16"),
         ("grpo --ds.load-in-4bit --ds.lora.rank 8 --ds.zero-stage 3", "only make sense whole", "--ds.zero-stage 2"),
         ("ppo --ds.lora.target-modules q_proj", "ds.lora.target_modules without adapters does nothing", "--ds.lora.rank 16"),
-        (
-            "ppo --critic.aux-loss-coef 0.01 --actor.num-gpus-per-node 2 --critic.num-gpus-per-node 2 --ref.num-gpus-per-node 2 "
-            "--ds.ring-attn-size 2",
-            "critic.aux_loss_coef over a ring",
-            "--ds.ring-attn-size 1",
-        ),
         ("ppo --ds.ring-attn-head-stride 2", "ds.ring_attn_head_stride without a ring does nothing", "raise --ds.ring-attn-size"),
         (
             "ppo --actor.num-gpus-per-node 2 --ds.ring-attn-size 2 --train.max-tokens-per-gpu 200 --data.max-len 500",

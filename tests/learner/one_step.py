@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from hone.algos.algorithms import GRPO, GSPO, PPO
 from hone.algos.algorithms.dpo import DPO
@@ -30,12 +31,13 @@ from hone.algos.algorithms.sft import SFT
 from hone.algos.algorithms.terms import Clip, KLPenalty
 from hone.algos.batch import Packed
 from hone.algos.offline import weighed_demonstrations, weighed_pairs
-from hone.algos.protocol import Outputs
+from hone.algos.protocol import Loss, Outputs
 from hone.algos.reduce import Reduction
 from hone.learner.checkpoint.pieces import MASTER
 from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, LoraConfig
 from hone.learner.engines import deepspeed
 from hone.learner.learner import Learner
+from hone.learner.mixture import FIGURES
 from hone.learner.packing import shards
 from hone.learner.roles import RoleSpec
 from tests.learner.ring_ranks import gradients
@@ -73,6 +75,8 @@ STEPS: dict[str, Any] = {
 """One optimiser step of each, all from the same weights and a fresh optimiser; the last is the critic's, all others the policy's."""
 ADAM = AdamConfig(lr=0.5, eps=1.0, weight_decay=0.01)
 SETTINGS: dict[str, Any] = {"adam": ADAM, "lr_scheduler": "constant", "lr_warmup_ratio": 0.0, "max_norm": 0.5}
+BALANCE = 0.2
+"""Weight of the load-balancing loss of the mixture of experts."""
 RANKS_AT_ONCE = 4
 
 
@@ -130,11 +134,14 @@ def reference(model: str, dtype: torch.dtype) -> dict[str, Any]:
         for name, one in own.items():
             one.data.copy_(start[role][name])
         batch = batch_of(step, logp_of)
+        parts[role].heard.clear()
         if role == "critic":
             loss = algo.value_loss(one_by_one(batch, values)[0], batch)
         else:
             logp, entropy = one_by_one(batch, lambda row, batch=batch: tokens_under_policy(row, batch.temperature))
             loss = algo.loss(Outputs(logp=logp, entropy=entropy), batch)
+        if "moe" in Path(model).name:
+            loss += parts[role].balance(FIGURES[role][0])
         for one in own.values():
             one.grad = None
         loss.total.backward()
@@ -153,9 +160,20 @@ class Plain:
 
     def __init__(self, model: nn.Module, *, prefix: str) -> None:
         self.model, self.prefix = model, prefix
+        self.routed = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
+        self.heard: list[tuple[Tensor, ...]] = []
 
     def __call__(self, row: Tensor) -> Any:
-        return self.model(input_ids=row[None], use_cache=False)
+        output = self.model(input_ids=row[None], use_cache=False, **self.routed)
+        if self.routed:
+            self.heard.append(output.router_logits)
+        return output
+
+    def balance(self, figure: str) -> Loss:
+        """Transformers' own load-balancing loss over all rows that were heard."""
+        logits = tuple(torch.cat(layer) for layer in zip(*self.heard, strict=True))
+        loss = load_balancing_loss_func(logits, EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"])
+        return Loss(total=BALANCE * loss, metrics={figure: loss.detach()})
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {f"{self.prefix}{name}": one for name, one in self.model.named_parameters()}
@@ -220,10 +238,8 @@ def role_of(step: str) -> str:
 
 
 def build(model: str, case: dict[str, Any], *, rank: int, port: int) -> Learner:
-    configs = {
-        "policy": ActorConfig(**SETTINGS, gradient_checkpointing_enable=case["recompute"]),
-        "critic": CriticConfig(**SETTINGS, gradient_checkpointing_enable=case["recompute"]),
-    }
+    settings = SETTINGS | {"gradient_checkpointing_enable": case["recompute"], "aux_loss_coef": BALANCE * (case["model"] == "moe")}
+    configs = {"policy": ActorConfig(**settings), "critic": CriticConfig(**settings)}
     plain, lora = case["stage"] is None, LORA if case["model"] == "adapters" else LoraConfig()
     return Learner(
         roles={role: RoleSpec(kind=role, model=model, config=config, total_steps=100) for role, config in configs.items()},

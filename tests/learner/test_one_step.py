@@ -1,10 +1,10 @@
 """The proof of the learner: one optimiser step is the same however it is cut, and the same as plain torch takes, a row at a time.
 
-Every loss (SFT, PPO with its critic, GRPO, GSPO, DPO) on every kind of model (Llama, Qwen3, a mixture of experts, tied embeddings,
-adapters beside frozen weights), in fp32, against transformers and torch in fp64, where an adapter is W + alpha / rank B A as it is
-written, so merged and unmerged are one. The options are covered pairwise, not as a full product: for any two of model, ranks and
-ring, ZeRO stage, packing, recomputation, every combination of their values is in `CASES` (a test counts them), and each case takes
-all six steps from the same weights. 960 combinations would take hours to say what 30 say in minutes.
+Every loss (SFT, PPO with its critic, GRPO, GSPO, DPO) on every kind of model (Llama, Qwen3, a mixture of experts with its balancing
+loss, tied embeddings, adapters beside frozen weights), in fp32, against transformers and torch in fp64, where an adapter is
+W + alpha / rank B A as it is written: merged and unmerged are one. The options are covered pairwise, not as a full product: for any
+two of model, ranks and ring, ZeRO stage, packing, recomputation, every combination of their values is in `CASES` (a test counts
+them), and each case takes all six steps from the same weights. 960 combinations would take hours to say what 30 say in minutes.
 """
 
 import itertools

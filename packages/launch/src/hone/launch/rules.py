@@ -129,15 +129,6 @@ def _models_in_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
     if not ds.lora.rank and (idle := [name for name in adapters if _typed(resolved.sources[name])]):
         what = f"{', '.join(idle)} without adapters does nothing"
         yield Problem(what=what, mend="--ds.lora.rank 16, or drop it", settings=(*idle, "ds.lora.rank"))
-    balanced = [group for group in ("actor", "critic") if f"{group}.aux_loss_coef" in resolved.sources and _coef(config, group)]
-    if balanced and ds.ring_attn_size > 1:
-        what = f"{balanced[0]}.aux_loss_coef over a ring is not there yet"
-        names = (f"{balanced[0]}.aux_loss_coef", "ds.ring_attn_size")
-        yield Problem(what=what, mend="--ds.ring-attn-size 1, or drop the balancing loss", settings=names)
-
-
-def _coef(config: PolicyGradientConfig, group: str) -> float:
-    return getattr(config, group).aux_loss_coef
 
 
 def _penalty(resolved: Resolved, _: int) -> Iterator[Problem]:

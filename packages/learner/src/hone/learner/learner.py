@@ -75,8 +75,6 @@ class Learner:
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         check_settings(ds)
         self.aux_loss_coefs = {role: getattr(spec.config, "aux_loss_coef", 0.0) for role, spec in roles.items()}
-        if ds.ring_attn_size > 1 and any(self.aux_loss_coefs.values()):
-            raise ValueError("a load-balancing loss over a ring is not there yet; --ds.ring-attn-size 1, or aux-loss-coef 0")
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
         self.sleeps = ds.enable_sleep
         self.kinds = {role: spec.kind for role, spec in roles.items()}
@@ -372,7 +370,8 @@ class Learner:
         if not coef:
             return None
         module = self.engines[role].module
-        balance = Balance(module.adaptable()[0].config, coef=coef, figures=FIGURES.get(role, FIGURES["policy"]), device=self.device)
+        known = {"coef": coef, "figures": FIGURES.get(role, FIGURES["policy"]), "device": self.device, "wire": self.wire}
+        balance = Balance(module.adaptable()[0].config, **known)
         for index in range(len(shard.micro_batches)):
             part = self._micro_batch(shard, index)
             part = dataclasses.replace(part, action_mask=torch.zeros_like(part.action_mask))  # the head has nothing to do
