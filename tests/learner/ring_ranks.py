@@ -80,8 +80,8 @@ def build(
 
 
 def gradients(learner: Learner, role: str) -> dict[str, torch.Tensor]:
-    """The summed gradient of every parameter, in full, after the step's last backward."""
-    named = learner.engines[role].module.named_weights()
+    """The summed gradient of every parameter that trains, in full, after the step's last backward."""
+    named = [(name, parameter) for name, parameter in learner.engines[role].module.named_weights() if parameter.requires_grad]
     if learner.backend == "single" or learner.engines[role].stage == 0:
         return {name: whole(parameter, parameter.grad) for name, parameter in named if parameter.grad is not None}
     from deepspeed.utils import safe_get_full_grad

@@ -91,6 +91,7 @@ RENAMED = {
     "adam_offload": "ds.adam_offload",
     "zpg": "ds.zpg",
     "overlap_comm": "ds.overlap_comm",
+    "deepcompile": "ds.deepcompile",
     "enable_ema": "train.enable_ema",
     "ema_beta": "train.ema_beta",
     "ds_tensor_parallel_size": "ds.tensor_parallel_size",

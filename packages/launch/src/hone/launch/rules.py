@@ -154,15 +154,6 @@ def _models_in_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
     if not ds.lora.rank and (idle := [name for name in adapters if _typed(resolved.sources[name])]):
         what = f"{', '.join(idle)} without adapters does nothing"
         yield Problem(what=what, mend="--ds.lora.rank 16, or drop it", settings=(*idle, "ds.lora.rank"))
-    balanced = [group for group in ("actor", "critic") if f"{group}.aux_loss_coef" in resolved.sources and _coef(config, group)]
-    if balanced and ds.ring_attn_size > 1:
-        what = f"{balanced[0]}.aux_loss_coef over a ring is not there yet"
-        names = (f"{balanced[0]}.aux_loss_coef", "ds.ring_attn_size")
-        yield Problem(what=what, mend="--ds.ring-attn-size 1, or drop the balancing loss", settings=names)
-
-
-def _coef(config: PolicyGradientConfig, group: str) -> float:
-    return getattr(config, group).aux_loss_coef
 
 
 def _penalty(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -295,9 +286,25 @@ def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     if config.ds.adam_offload and config.ds.zero_stage == 0 and params == "fp32":
         what = "ds.adam_offload needs sharded optimiser states, which ds.zero_stage 0 has not"
         yield Problem(what=what, mend="--ds.zero-stage 1, 2 or 3", settings=("ds.adam_offload", "ds.zero_stage"))
+    if config.ds.cpu_adam == "deepspeed" and not config.ds.adam_offload:
+        what = "ds.cpu_adam deepspeed steps what is offloaded, and ds.adam_offload is off"
+        yield Problem(what=what, mend="add --ds.adam-offload, or drop it", settings=("ds.cpu_adam", "ds.adam_offload"))
+    if config.ds.cpu_adam == "deepspeed" and (muons := [group for group in ("actor", "critic") if getattr(config, group).optim == "muon"]):
+        what = f"ds.cpu_adam deepspeed is AdamW alone, and {muons[0]}.optim is muon, which steps with torch"
+        yield Problem(what=what, mend="--ds.cpu-adam torch", settings=("ds.cpu_adam", f"{muons[0]}.optim"))
     if config.ds.param_offload and config.ds.zero_stage != 3:
         what = f"ds.param_offload needs sharded parameters, which ds.zero_stage {config.ds.zero_stage} has not"
         yield Problem(what=what, mend="--ds.zero-stage 3, or drop --ds.param-offload", settings=("ds.param_offload", "ds.zero_stage"))
+    if config.ds.deepcompile and (offloaded := [name for name in ("ds.adam_offload", "ds.param_offload") if getattr(config.ds, name[3:])]):
+        what = f"ds.deepcompile keeps on the device what {offloaded[0]} holds on the host"
+        yield Problem(what=what, mend="drop either", settings=("ds.deepcompile", *offloaded))
+    if config.ds.deepcompile and (config.ds.lora.rank or config.ds.load_in_4bit):
+        yield Problem(
+            what="ds.deepcompile is for whole models", mend="drop it, or --ds.lora.rank 0", settings=("ds.deepcompile", "ds.lora.rank")
+        )
+    if config.ds.deepcompile and config.ds.zero_stage == 3 and not gpus and not _cluster(config):
+        what = "ds.deepcompile knows the gathers of ds.zero_stage 3 on CUDA only, and there is no GPU here"
+        yield Problem(what=what, mend="--ds.zero-stage 2, or drop --ds.deepcompile", settings=("ds.deepcompile", "ds.zero_stage"))
     uneven = [group for group in _models(config) if ranks(config, group) % config.ds.zpg]
     if config.ds.zpg > 1 and (config.ds.zero_stage != 3 or uneven):
         what = f"ds.zpg {config.ds.zpg} needs ds.zero_stage 3 and a number of ranks that it divides, in every group"
@@ -309,7 +316,7 @@ def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
             what = f"{', '.join(idle)}: {group}.optim adam does not read it"
             yield Problem(what=what, mend=f"--{group}.optim muon, or drop it", settings=(*idle, f"{group}.optim"))
     offload = {"ds.adam_offload": config.ds.adam_offload, "ds.param_offload": config.ds.param_offload}
-    theirs = {**offload, "ds.zpg": config.ds.zpg > 1, "ds.overlap_comm": config.ds.overlap_comm}
+    theirs = {**offload, "ds.zpg": config.ds.zpg > 1, "ds.overlap_comm": config.ds.overlap_comm, "ds.deepcompile": config.ds.deepcompile}
     if config.run.backend == "local" and (asked := tuple(name for name, value in theirs.items() if value)):
         what = f"run.backend local has no DeepSpeed, whose {', '.join(asked)} is"
         yield Problem(what=what, mend="drop it, or --run.backend ray", settings=(*asked, "run.backend"))

@@ -13,15 +13,12 @@ from hone.learner.roles import RoleSpec
 def check_combinations(
     roles: Mapping[str, RoleSpec], ds: DeepSpeedConfig, *, backend: Literal["deepspeed", "single"], world_size: int
 ) -> None:
-    """Raises ValueError for what the backend, a ring, or a model over several ranks cannot do."""
+    """Raises ValueError for what the backend, or a model over several ranks, cannot do."""
     if backend == "single" and world_size != 1:
         raise ValueError(f"the single-process engine has one rank, not {world_size}; choose the deepspeed backend for more")
-    if backend == "single" and (ds.adam_offload or ds.param_offload or ds.zpg > 1 or ds.overlap_comm):
-        raise ValueError("offload, --ds.zpg and --ds.overlap-comm are DeepSpeed's; choose the deepspeed backend")
+    if backend == "single" and (ds.adam_offload or ds.param_offload or ds.zpg > 1 or ds.overlap_comm or ds.deepcompile):
+        raise ValueError("offload, --ds.zpg, --ds.overlap-comm and --ds.deepcompile are DeepSpeed's; choose the deepspeed backend")
     check_settings(ds)
-    balanced = any(getattr(spec.config, "aux_loss_coef", 0.0) for spec in roles.values())
-    if ds.ring_attn_size > 1 and balanced:
-        raise ValueError("a load-balancing loss over a ring is not there yet; --ds.ring-attn-size 1, or aux-loss-coef 0")
     if ds.tensor_parallel_size > 1:
         _check_tensor_parallel(roles, ds, backend=backend, world_size=world_size)
 
@@ -56,6 +53,7 @@ def _check_tensor_parallel(roles: Mapping[str, RoleSpec], ds: DeepSpeedConfig, *
         (ds.load_in_4bit, "no --ds.load-in-4bit"),
         (ds.use_liger_kernel, "no --ds.use-liger-kernel"),
         (ds.zpg > 1, "--ds.zpg 1"),
+        (ds.deepcompile, "no --ds.deepcompile"),
         (muon, "--*.optim adam, for Muon orthogonalises whole matrices"),
     ):
         if wanted:

@@ -83,7 +83,7 @@ class Learner:
         if backend == "deepspeed":
             from hone.learner.engines import deepspeed, zero_settings
 
-            zero_settings.check(ds, device=self.device, world_size=world_size)
+            zero_settings.check(ds, device=self.device, world_size=world_size, trained=sum(spec.trained for spec in roles.values()))
             deepspeed.join(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port, device=self.device)
         tensor = group_of(rank=rank, world_size=world_size, size=ds.tensor_parallel_size)
         self.parallel = None if tensor is None else ModelParallel(tensor, rank=rank, world_size=world_size)
@@ -372,7 +372,8 @@ class Learner:
         if not coef:
             return None
         module = self.engines[role].module
-        balance = Balance(module.adaptable()[0].config, coef=coef, figures=FIGURES.get(role, FIGURES["policy"]), device=self.device)
+        known = {"coef": coef, "figures": FIGURES.get(role, FIGURES["policy"]), "device": self.device, "wire": self.wire}
+        balance = Balance(module.adaptable()[0].config, **known)
         for index in range(len(shard.micro_batches)):
             part = self._micro_batch(shard, index)
             part = dataclasses.replace(part, action_mask=torch.zeros_like(part.action_mask))  # the head has nothing to do

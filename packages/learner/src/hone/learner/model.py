@@ -161,7 +161,7 @@ def packed_hidden(
         arguments["output_router_logits"] = True
     output = backbone(input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, **arguments)
     if hear is not None:
-        hear(output.router_logits)
+        hear(output.router_logits if piece is None else tuple(logits[: piece.held] for logits in output.router_logits))
     return output.last_hidden_state[0]
 
 

@@ -44,6 +44,11 @@ class RoleSpec:
     labels: int = 2
     """Labels of a process model's head."""
 
+    @property
+    def trained(self) -> bool:
+        """Whether the role learns; else its model is frozen."""
+        return not isinstance(self.config, RefConfig)
+
 
 def made_of(spec: RoleSpec, *, model: Path, ds: DeepSpeedConfig) -> dict[str, Any]:
     """How a role is made, as JSON has it: what `checkpoint.export` makes it from again."""

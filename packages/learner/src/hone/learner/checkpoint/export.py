@@ -30,9 +30,11 @@ ONE_PROCESS = {
     "ring_attn_head_stride": None,
     "enable_sleep": False,
     "adam_offload": False,
+    "cpu_adam": "torch",
     "param_offload": False,
     "zpg": 1,
     "overlap_comm": False,
+    "deepcompile": False,
 }
 """What spreads a model over ranks, as one process has it."""
 Settings = TypeVar("Settings")
