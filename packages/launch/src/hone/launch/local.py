@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from hone.algos.batch import Batch, Scored
+from hone.algos.batch import Attachment, Batch, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.observe.progress import READY
 from hone.launch.parts import Assembly, Plan
@@ -118,9 +118,9 @@ class ServedHere:
         """Every byte can be read back here."""
         return []
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` under the weights served now."""
-        return await self._engine.prompt_logp(tokens)
+        return await self._engine.prompt_logp(tokens, images)
 
 
 class _Weights:
