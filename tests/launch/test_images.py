@@ -1,5 +1,7 @@
 """Images from end to end: what vLLM samples is what the learner scores, after updates too, and whole runs on prompts with images."""
 
+import asyncio
+import base64
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hone.algos.algorithms import DrGRPO
 from hone.algos.batch import Attachment, Batch, SamplerContract
+from hone.launch.cli import main
+from hone.launch.observe.run_directory import read_metrics
 from hone.learner.learner import Learner
 from hone.learner.packing import shards
 from hone.rollout.engines.vllm import VLLMEngine
@@ -19,6 +23,7 @@ from hone.rollout.errors import EngineError
 from hone.rollout.types import Completion, Request
 from hone.rollout.weight_sync import trainer
 from hone.rollout.weight_sync.protocol import Sent, Synced, sync
+from tests.launch.conftest import write_reward, write_rows
 from tests.learner.test_vision import SMALL, TALL, WIDE, Row, batch_of
 from tests.learner.tiny import make_learner, score
 from tests.rollout.conftest import DirectClient, Loop, start
@@ -82,8 +87,6 @@ class Seeing:
         expected = self.logp(batch_of([(canary, images, len(canary) - 1)], temperature=1.0))[1:].tolist()
 
         async def send() -> Sent:
-            import asyncio
-
             return Sent(fingerprints=await asyncio.to_thread(sender.send_weights), canary_logp=expected)
 
         try:
@@ -146,3 +149,47 @@ def test_ids_that_the_model_would_not_see_as_they_are_stop_the_run(seeing: Seein
     claimed = Attachment(start=image.start, count=image.count + 1, data=image.data)
     with pytest.raises(EngineError, match=r"fed the model 10 ids in request wrong:0 which are not the 11 of the prompt"):
         seeing.loop.run(seeing.engine.generate(asked("wrong", (longer, (claimed,)))[:1]))
+
+
+LOOK = """assert len(queries) == 1
+assert "<|vision_start|>" in prompts[0] or "no picture" in prompts[0]
+return {"rewards": [float(len(set(queries[0][len(prompts[0]):])) / 20)], "scores": [0.5]}"""
+
+
+def write_prompts(directory: Path) -> Path:
+    """Image rows of every layout, and one without."""
+    (directory / "small.png").write_bytes(SMALL)
+    (directory / "wide.png").write_bytes(WIDE)
+    uri = "data:image/png;base64," + base64.b64encode(TALL).decode()
+    rows: list[dict[str, object]] = [
+        {"input": "what is it?", "images": ["small.png"]},
+        {"input": "this <image> or that <image>?", "images": [{"path": "wide.png"}, {"bytes": base64.b64encode(SMALL).decode()}]},
+        {"input": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "tall?"}]}]},
+        {"input": "no picture here", "images": []},
+    ]
+    return write_rows(directory / "rows.jsonl", rows)
+
+
+def arguments(directory: Path, run: Path, *more: str) -> list[str]:
+    model, rows = save_vision_model(directory / "model"), write_prompts(directory)
+    reward = write_reward(directory / "reward.py", LOOK)
+    own = ["--actor.model-name-or-path", model, "--data.prompt-dataset", str(rows), "--reward.remote-url", str(reward)]
+    keys = ["--data.apply-chat-template", "--data.max-len", "128", "--rollout.max-new-tokens", "8", "--train.max-steps", "2"]
+    sizes = ["--rollout.batch-size", "4", "--rollout.n-samples-per-prompt", "2", "--train.batch-size", "8", "--train.num-episodes", "2"]
+    return [*own, *keys, *sizes, "--ds.param-dtype", "fp32", "--actor.adam.lr", "1e-2", "--run.dir", str(run), *more]
+
+
+def assert_learnt(run: Path, model: str) -> None:
+    steps, _ = read_metrics(run)
+    assert len(steps) == 2
+    for step in steps:
+        assert step["mismatch/logp_abs_diff_mean"] <= 1e-4 and step["sync/canary_abs_diff_max"] <= 1e-3
+    before, after = (AutoModelForImageTextToText.from_pretrained(place).state_dict() for place in (model, run / "model"))
+    moved = [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
+    assert any(".visual." in name for name in moved) and any(".language_model." in name for name in moved)
+    assert AutoProcessor.from_pretrained(run / "model").image_processor.size == AutoProcessor.from_pretrained(model).image_processor.size
+
+
+def test_a_run_in_this_process_learns_from_prompts_with_images(tmp_path: Path) -> None:
+    assert main(["grpo", *arguments(tmp_path, tmp_path / "run", "--run.backend", "local")]) == 0
+    assert_learnt(tmp_path / "run", str(tmp_path / "model"))

@@ -106,6 +106,7 @@ def make_plan(
         source=prompts.steps,
         logs=logs,
         scratch=scratch,
+        canary_images=prompts.with_images,
         on_start=on_start,
         on_phase=on_phase,
         on_event=on_event,
