@@ -14,16 +14,19 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hone.algos.algorithms import DrGRPO
 from hone.algos.batch import Attachment, Batch, SamplerContract
+from hone.datasets.tokenizer import SEEING
 from hone.launch.cli import main
 from hone.launch.observe.run_directory import read_metrics
 from hone.learner.learner import Learner
 from hone.learner.packing import shards
+from hone.learner.vision import FAMILIES
 from hone.rollout.engines.vllm import VLLMEngine
 from hone.rollout.errors import EngineError
 from hone.rollout.types import Completion, Request
 from hone.rollout.weight_sync import trainer
 from hone.rollout.weight_sync.protocol import Sent, Synced, sync
 from tests.launch.conftest import write_reward, write_rows
+from tests.launch.running import started
 from tests.learner.test_vision import SMALL, TALL, WIDE, Row, batch_of
 from tests.learner.tiny import make_learner, score
 from tests.rollout.conftest import DirectClient, Loop, start
@@ -42,6 +45,16 @@ def asked(name: str, shown: tuple[list[int], tuple[Attachment, ...]], *, length:
         Request(request_id=f"{name}:{one.seed}", tokens=tuple(shown[0]), max_new_tokens=length, contract=one, images=shown[1])
         for one in contracts
     ]
+
+
+@dataclass
+class Weights:
+    """The policy's weights as a stream that can be run again."""
+
+    learner: Learner
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.learner.weights("policy")
 
 
 @dataclass
@@ -79,11 +92,7 @@ class Seeing:
         client = DirectClient(self.engine, self.loop)
         self.version += 1
 
-        class Weights:
-            def __iter__(inner) -> Iterator[tuple[str, torch.Tensor]]:
-                return self.learner.weights("policy")
-
-        sender = trainer("shared_memory", client=client, source=Weights(), rank=0, workers=1)
+        sender = trainer("shared_memory", client=client, source=Weights(self.learner), rank=0, workers=1)
         expected = self.logp(batch_of([(canary, images, len(canary) - 1)], temperature=1.0))[1:].tolist()
 
         async def send() -> Sent:
@@ -151,6 +160,10 @@ def test_ids_that_the_model_would_not_see_as_they_are_stop_the_run(seeing: Seein
         seeing.loop.run(seeing.engine.generate(asked("wrong", (longer, (claimed,)))[:1]))
 
 
+def test_images_are_read_for_the_models_that_can_be_trained_on_them() -> None:
+    assert SEEING == FAMILIES
+
+
 LOOK = """assert len(queries) == 1
 assert "<|vision_start|>" in prompts[0] or "no picture" in prompts[0]
 return {"rewards": [float(len(set(queries[0][len(prompts[0]):])) / 20)], "scores": [0.5]}"""
@@ -170,13 +183,13 @@ def write_prompts(directory: Path) -> Path:
     return write_rows(directory / "rows.jsonl", rows)
 
 
-def arguments(directory: Path, run: Path, *more: str) -> list[str]:
+def arguments(directory: Path, *more: str) -> list[str]:
     model, rows = save_vision_model(directory / "model"), write_prompts(directory)
     reward = write_reward(directory / "reward.py", LOOK)
     own = ["--actor.model-name-or-path", model, "--data.prompt-dataset", str(rows), "--reward.remote-url", str(reward)]
     keys = ["--data.apply-chat-template", "--data.max-len", "128", "--rollout.max-new-tokens", "8", "--train.max-steps", "2"]
     sizes = ["--rollout.batch-size", "4", "--rollout.n-samples-per-prompt", "2", "--train.batch-size", "8", "--train.num-episodes", "2"]
-    return [*own, *keys, *sizes, "--ds.param-dtype", "fp32", "--actor.adam.lr", "1e-2", "--run.dir", str(run), *more]
+    return [*own, *keys, *sizes, "--ds.param-dtype", "fp32", "--actor.adam.lr", "1e-2", *more]
 
 
 def assert_learnt(run: Path, model: str) -> None:
@@ -191,5 +204,13 @@ def assert_learnt(run: Path, model: str) -> None:
 
 
 def test_a_run_in_this_process_learns_from_prompts_with_images(tmp_path: Path) -> None:
-    assert main(["grpo", *arguments(tmp_path, tmp_path / "run", "--run.backend", "local")]) == 0
+    assert main(["grpo", *arguments(tmp_path, "--run.backend", "local", "--run.dir", str(tmp_path / "run"))]) == 0
+    assert_learnt(tmp_path / "run", str(tmp_path / "model"))
+
+
+def test_a_run_on_ray_with_vllm_and_two_sharded_ranks_learns_from_prompts_with_images(tmp_path: Path) -> None:
+    ranks = ["--actor.num-gpus-per-node", "2", "--ds.zero-stage", "3", "--vllm.kv-cache-gib", "0.125", "--run.threads", "1"]
+    with started(["grpo", *arguments(tmp_path, *ranks)], tmp_path / "run") as run:
+        output = run.finish(limit_s=400)
+        assert run.process.returncode == 0, output
     assert_learnt(tmp_path / "run", str(tmp_path / "model"))
