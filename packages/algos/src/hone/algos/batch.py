@@ -52,6 +52,18 @@ class SamplerContract:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attachment:
+    """What `count` tokens of a row, from its token `start` on, stand for: an image, say, as the bytes of a file.
+
+    It is carried with its row to whoever runs the model; nothing here looks into `data`.
+    """
+
+    start: int
+    count: int
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """One sampled segment: what the policy saw and what it chose, as it was sampled (never tokenised twice).
 
@@ -69,11 +81,15 @@ class Trajectory:
     truncated: bool
     score: float
     contract: SamplerContract
+    attached: tuple[Attachment, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Rows of tokens lying end to end. `ref_logp` is filled by the learner where an algorithm's `needs` asks for it."""
+    """Rows of tokens lying end to end. `ref_logp` is filled by the learner where an algorithm's `needs` asks for it.
+
+    `attached` has a tuple of Attachments for each row, or no entry at all where no row has any.
+    """
 
     # Fields with one entry per row; tensors without an axis belong to the whole step; all others have one entry per token.
     PER_ROW: ClassVar[frozenset[str]] = frozenset()
@@ -86,12 +102,18 @@ class Packed:
     action_mask: Bool[Tensor, " T"]
     temperature: float = 1.0
     ref_logp: Float[Tensor, " T"] | None = None
+    # Not tuple[tuple[Attachment, ...], ...]: tests check annotations by looking at random items, which hypothesis forbids.
+    attached: tuple[typing.Any, ...] = ()
 
     def __post_init__(self) -> None:
         stage = type(self).__name__
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         check_arguments(stage, _specs(type(self)), tensors)
         check_offsets(stage, self.cu_seqlens, tokens=self.tokens.shape[0])
+        if self.attached and len(self.attached) != self.rows:
+            raise ValueError(
+                f"{stage}: attached has {len(self.attached)} entries for {self.rows} rows; give one for each row, or none at all"
+            )
 
     @property
     def rows(self) -> int:
@@ -191,6 +213,7 @@ def pack(trajectories: Sequence[Trajectory]) -> Batch:
         group=torch.tensor([group_of[t.prompt_id] for t in trajectories]),
         truncated=torch.tensor([t.truncated for t in trajectories]),
         temperature=temperatures.pop(),
+        attached=tuple(t.attached for t in trajectories) if any(t.attached for t in trajectories) else (),
     )
 
 
@@ -209,7 +232,9 @@ def select(batch: AnyPacked, rows: Sequence[int]) -> AnyPacked:
     cu_seqlens = torch.tensor([0, *accumulate(int(length) for length in batch.lengths[row_index])], dtype=torch.int32)
     shift = batch.cu_seqlens[row_index] - cu_seqlens[:-1]
     index = torch.arange(int(cu_seqlens[-1])) + shift[rows_of_tokens(cu_seqlens)]
-    changes: dict[str, Tensor] = {"cu_seqlens": cu_seqlens}
+    changes: dict[str, typing.Any] = {"cu_seqlens": cu_seqlens}
+    if batch.attached:
+        changes["attached"] = tuple(batch.attached[row] for row in rows)
     for name in (one.name for one in dataclasses.fields(batch)):
         value = getattr(batch, name)
         if isinstance(value, Tensor) and value.dim() > 0 and name != "cu_seqlens":

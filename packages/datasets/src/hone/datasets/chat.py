@@ -33,8 +33,14 @@ def template_problems(config: DataConfig) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def render(prompts: PromptSet, tokenizer: "transformers.PreTrainedTokenizerBase", *, config: DataConfig) -> list[str]:
-    """The text of every prompt, in order.
+def render(
+    prompts: PromptSet,
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    *,
+    config: DataConfig,
+    processor: "transformers.ProcessorMixin | None" = None,
+) -> list[str]:
+    """The text of every prompt, in order; an image is what the `processor`'s template writes for one.
 
     With a chat template, a plain string becomes one user message. Raises TokenizerError when the tokenizer has no chat
     template, DataError for unsound settings (`template_problems`), and one for all rows the template fails on or drops part of.
@@ -44,7 +50,8 @@ def render(prompts: PromptSet, tokenizer: "transformers.PreTrainedTokenizerBase"
         raise DataError("\n".join(problems))
     if not config.apply_chat_template:
         return [_fill(config.input_template, row.prompt) for row in prompts.rows]
-    if tokenizer.chat_template is None:
+    renderer = tokenizer if processor is None or processor.chat_template is None else processor
+    if renderer.chat_template is None:
         raise TokenizerError(
             f"--data.apply-chat-template is on, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
             "use an instruction-tuned model, put a chat_template.jinja beside the tokenizer, or use --data.input-template"
@@ -52,7 +59,7 @@ def render(prompts: PromptSet, tokenizer: "transformers.PreTrainedTokenizerBase"
     texts: list[str] = []
     bad: list[BadRow] = []
     for row in prompts.rows:
-        text = _apply(row, tokenizer)
+        text = _apply(row, renderer, name=str(tokenizer.name_or_path))
         if isinstance(text, BadRow):
             bad.append(text)
         else:
@@ -81,16 +88,16 @@ def _as_messages(prompt: str | Sequence[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def _apply(row: PromptRow, tokenizer: "transformers.PreTrainedTokenizerBase") -> str | BadRow:
+def _apply(row: PromptRow, renderer: "transformers.PreTrainedTokenizerBase | transformers.ProcessorMixin", *, name: str) -> str | BadRow:
     from jinja2.exceptions import TemplateError
 
     # The annotation of apply_chat_template knows text values only; templates take any (tool calls are lists).
     messages = cast("list[dict[str, str]]", [dict(message) for message in _as_messages(row.prompt)])
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError) as error:
         return BadRow(
-            what=f"the chat template of {tokenizer.name_or_path!r} fails",
+            what=f"the chat template of {name!r} fails",
             remedy="mend the rows, or put a chat_template.jinja that takes them beside the tokenizer",
             line=row.line,
             detail=f"{type(error).__name__}: {error}; messages {shown(messages)}",
@@ -102,8 +109,9 @@ def _apply(row: PromptRow, tokenizer: "transformers.PreTrainedTokenizerBase") ->
 def _lost_messages(row: PromptRow, text: str) -> list[BadRow]:
     """Messages whose content does not stand in the rendered text: what the policy would never see."""
     lost: list[BadRow] = []
-    for index, message in enumerate(_as_messages(row.prompt)):
-        content = str(message["content"]).strip()
+    texts = [(index, message, piece) for index, message in enumerate(_as_messages(row.prompt)) for piece in _texts(message["content"])]
+    for index, message, piece in texts:
+        content = piece.strip()
         if message["role"] not in KEPT_ROLES or content in text:
             continue
         thoughts = "delete the <think> parts from the rows" if "<think>" in content else "move the text to a role that it keeps"
@@ -116,3 +124,8 @@ def _lost_messages(row: PromptRow, text: str) -> list[BadRow]:
             )
         )
     return lost
+
+
+def _texts(content: object) -> list[str]:
+    """What a message says: its content, or the text parts of it."""
+    return [str(part["text"]) for part in content if part["type"] == "text"] if isinstance(content, list) else [str(content)]

@@ -16,6 +16,8 @@ class DataConfig:
     """Column of the prompt: a string, or a list of chat messages."""
     label_key: str | None = None
     """Column handed to the reward function as the label."""
+    image_key: str | None = "images"
+    """Column of a prompt's images: paths, data URIs or bytes, one for each "<image>" or image part; rows need not have any."""
     input_template: str | None = None
     """Text with one {} that a string prompt is put into; other braces stand for themselves."""
     apply_chat_template: bool = False

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hone.datasets.errors import BadRow
+from hone.datasets.images import Picture
 
 FINGERPRINT_DIGITS = 12
 
@@ -34,12 +35,16 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRow:
-    """A validated row: a text or chat messages, and what the reward function judges by."""
+    """A validated row: a text or chat messages, and what the reward function judges by.
+
+    A row with `images` has messages, with a part {"type": "image"} in the place of each.
+    """
 
     uid: str
     prompt: str | tuple[Message, ...]
     label: object
     line: int
+    images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +58,18 @@ class PromptSet:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRecord:
-    """A prompt ready to be drawn: `tokens` are the ids of `text`, which is the rendered prompt."""
+    """A prompt ready to be drawn: `tokens` are the ids of `text`, which is the rendered prompt.
+
+    Of every image `tokens` have as many placeholders as the model has features of it; `places` has the first one, and how many.
+    """
 
     uid: str
     tokens: tuple[int, ...]
     text: str
     label: object
     line: int
+    images: tuple[Picture, ...] = ()
+    places: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

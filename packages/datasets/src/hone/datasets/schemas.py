@@ -1,9 +1,12 @@
 """Validation: rows of a source into prompts, all faults of all rows in one error, before any model is touched."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from hone.datasets.config import DataConfig
 from hone.datasets.errors import BadRow, bad_rows_error, did_you_mean, shown
+from hone.datasets.images import BadImageError, Picture, picture
+from hone.datasets.places import column_of, count_faults, part_faults, placed
 from hone.datasets.records import FINGERPRINT_DIGITS, Message, PromptRow, PromptSet, Source
 from hone.datasets.sources import read_json_lines
 
@@ -17,11 +20,16 @@ def load_prompts(config: DataConfig) -> PromptSet:
     """The validated prompts of `config.prompt_dataset`."""
     assert config.prompt_dataset is not None, "the caller takes the built-in task when no file is given"
     source = read_json_lines(config.prompt_dataset, max_samples=config.max_samples)
-    return prompt_rows(source, input_key=config.input_key, label_key=config.label_key, chat=config.apply_chat_template)
+    keys = {"input_key": config.input_key, "label_key": config.label_key, "image_key": config.image_key}
+    return prompt_rows(source, **keys, chat=config.apply_chat_template, folder=Path(config.prompt_dataset).expanduser().parent)
 
 
-def prompt_rows(source: Source, *, input_key: str, label_key: str | None, chat: bool) -> PromptSet:
-    """Rows into prompts; `chat` says that a chat template will render them, which a list of messages needs.
+def prompt_rows(
+    source: Source, *, input_key: str, label_key: str | None, chat: bool, image_key: str | None = None, folder: Path | None = None
+) -> PromptSet:
+    """Rows into prompts; `chat` says that a chat template will render them, which messages and images need.
+
+    Paths of images begin at `folder`; without `image_key` no column is looked at for images.
 
     Raises DataError that lists the unreadable lines and every faulty row together.
     """
@@ -32,17 +40,22 @@ def prompt_rows(source: Source, *, input_key: str, label_key: str | None, chat: 
         faults = list(_input_faults(row.columns, row.line, input_key, columns, chat=chat))
         if label_key is not None:
             faults += _label_faults(row.columns, row.line, label_key, columns)
-        bad += faults
         if not faults:
+            column = column_of(row.columns.get(image_key)) if image_key is not None else []
             value = row.columns[input_key]
+            prompt, values, places = placed(value if isinstance(value, str) else _messages(value), column)
+            faults += count_faults(places, column, key=image_key, line=row.line)
+            images = () if faults else tuple(_pictures(values, row.line, folder or Path(), faults, chat=chat))
             prompts.append(
                 PromptRow(
                     uid=f"{source.fingerprint[:FINGERPRINT_DIGITS]}:{index}",
-                    prompt=value if isinstance(value, str) else _messages(value),
+                    prompt=prompt,
                     label=None if label_key is None else row.columns[label_key],
                     line=row.line,
+                    images=images,
                 )
             )
+        bad += faults
     if bad:
         raise bad_rows_error(source.name, bad, rows=len(source.rows) + len(source.bad))
     return PromptSet(name=source.name, fingerprint=source.fingerprint, rows=tuple(prompts))
@@ -51,6 +64,19 @@ def prompt_rows(source: Source, *, input_key: str, label_key: str | None, chat: 
 def _messages(value: object) -> tuple[Message, ...]:
     assert isinstance(value, Sequence)
     return tuple(value)
+
+
+def _pictures(values: Sequence[object], line: int, folder: Path, faults: list[BadRow], *, chat: bool) -> Iterator[Picture]:
+    """The row's images; what is wrong with one goes to `faults`."""
+    if values and not chat:
+        remedy = "turn on --data.apply-chat-template, which says how the model is shown an image"
+        faults.append(BadRow(what="images without a chat template", remedy=remedy, line=line))
+        return
+    for value in values:
+        try:
+            yield picture(value, folder=folder)
+        except BadImageError as error:
+            faults.append(BadRow(what=error.what, remedy=error.remedy, line=line, detail=error.detail))
 
 
 def _missing_column(key: str, line: int, columns: Sequence[str], found: Mapping[str, object], *, flag: str, usual: Sequence[str]) -> BadRow:
@@ -121,7 +147,9 @@ def _message_faults(messages: Sequence[object], line: int) -> Iterator[BadRow]:
             yield BadRow(
                 what="unknown role", remedy=f"use one of {', '.join(ROLES)}", line=line, detail=f"{where} has role {shown(role)}{nearest}"
             )
-        if "content" in message and not isinstance(content, str):
+        if isinstance(content, list) and content:
+            yield from part_faults(content, where, line)
+        elif "content" in message and not isinstance(content, str):
             yield BadRow(what="content is not text", remedy=shape, line=line, detail=f"{where} has content {shown(content)}")
         elif isinstance(content, str):
             if role == "user" and not content.strip():

@@ -108,5 +108,6 @@ def _fingerprint(records: Sequence[PromptRecord]) -> str:
     """Of the rows in use and their ids: another file, template, tokenizer or length limit gives another."""
     digest = hashlib.blake2b(digest_size=8)
     for record in records:
-        digest.update(f"{record.uid} {record.tokens}\n".encode())
+        seen = " ".join(image.digest for image in record.images)
+        digest.update(f"{record.uid} {record.tokens}{seen and ' '}{seen}\n".encode())
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hone.datasets.chat import render
 from hone.datasets.config import DataConfig
 from hone.datasets.errors import BadRow, TokenizerError, bad_rows_error, shown
+from hone.datasets.expand import Expander
 from hone.datasets.records import Dropped, PromptRecord, Prompts, PromptSet
 
 if TYPE_CHECKING:
@@ -19,21 +20,35 @@ TEXTS_PER_CALL = 1024
 DROPPED_SHARE = 0.01
 
 
-def tokenise(prompts: PromptSet, tokenizer: "transformers.PreTrainedTokenizerBase", *, config: DataConfig, max_new_tokens: int) -> Prompts:
+def tokenise(
+    prompts: PromptSet,
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    *,
+    config: DataConfig,
+    max_new_tokens: int,
+    processor: "transformers.ProcessorMixin | None" = None,
+) -> Prompts:
     """Every prompt with its ids, rows without room for `max_new_tokens` within `config.max_len` [tokens] left out.
 
-    Raises DataError when more than 1 % of the rows are too long or hold characters the tokenizer does not know, and for
-    any prompt that begins with two BOS; TokenizerError when the tokenizer puts its EOS after a prompt.
+    Rows with images need the model's `processor`. Raises DataError when more than 1 % of the rows are too long or hold characters
+    the tokenizer does not know, for any prompt that begins with two BOS, and for images that do not fit their prompt;
+    TokenizerError when the tokenizer puts its EOS after a prompt.
     """
-    texts = render(prompts, tokenizer, config=config)
+    texts = render(prompts, tokenizer, config=config, processor=processor)
     # A chat template writes the special tokens itself: a second BOS would be one the model never saw.
     ids = _encode(texts, tokenizer, add_special_tokens=not config.apply_chat_template)
     _refuse_final_eos(texts, ids, tokenizer)
     room = config.max_len - max_new_tokens
-    doubled, over_long, unknown = [], [], []
+    expander = None if processor is None else Expander(processor, name=str(tokenizer.name_or_path))
+    doubled, over_long, unknown, unplaced = [], [], [], []
     records: list[PromptRecord] = []
     dropped: list[Dropped] = []
-    for row, text, tokens in zip(prompts.rows, texts, ids, strict=True):
+    for row, text, short in zip(prompts.rows, texts, ids, strict=True):
+        seen = ([*short], []) if expander is None else expander.expanded(short, row, text)
+        if isinstance(seen, BadRow):
+            unplaced.append(seen)
+            continue
+        tokens, places = seen
         if tokenizer.bos_token_id is not None and tokens[:2] == [tokenizer.bos_token_id] * 2:
             doubled.append(_doubled(row.line, text, tokenizer))
         elif len(tokens) > room:
@@ -44,9 +59,10 @@ def tokenise(prompts: PromptSet, tokenizer: "transformers.PreTrainedTokenizerBas
             unknown.append(_unknown(row.line, text, tokens, tokenizer))
             dropped.append(Dropped(uid=row.uid, line=row.line, reason="characters outside the tokenizer's vocabulary"))
         else:
-            records.append(PromptRecord(uid=row.uid, tokens=tuple(tokens), text=text, label=row.label, line=row.line))
+            seen = {"images": row.images, "places": tuple(places)}
+            records.append(PromptRecord(uid=row.uid, tokens=tuple(tokens), text=text, label=row.label, line=row.line, **seen))
     allowed = DROPPED_SHARE * len(texts)
-    bad = [*doubled, *(over_long if len(over_long) > allowed else ()), *(unknown if len(unknown) > allowed else ())]
+    bad = [*unplaced, *doubled, *(over_long if len(over_long) > allowed else ()), *(unknown if len(unknown) > allowed else ())]
     if bad:
         raise bad_rows_error(prompts.name, bad, rows=len(texts))
     return Prompts(name=prompts.name, records=tuple(records), dropped=tuple(dropped))

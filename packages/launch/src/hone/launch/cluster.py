@@ -97,6 +97,7 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         vocabulary=plan.vocabulary,
         tolerance=tolerance(DTYPES[config.ds.param_dtype], config.vllm.sync_tolerance),
         seed=config.train.seed,
+        shown=plan.canary_images,
     )
 
     def close_engines() -> None:

@@ -105,7 +105,7 @@ def _heads(config: PolicyGradientConfig, directory: str) -> Iterator[Problem]:
 
 
 def _prompts(resolved: Resolved) -> Iterator[Problem]:
-    names = ("data.prompt_dataset", "data.input_key", "data.label_key", "data.apply_chat_template", "data.max_samples")
+    names = ("data.prompt_dataset", "data.input_key", "data.label_key", "data.apply_chat_template", "data.image_key", "data.max_samples")
     path = resolved.config.data.prompt_dataset
     if path is None:
         return

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hone.algos.batch import Attachment
 from hone.datasets.config import DataConfig
+from hone.datasets.records import PromptRecord
 from hone.datasets.schemas import load_prompts, prompt_rows
 from hone.datasets.stream import PromptStream, StreamState
 from hone.datasets.tasks import arithmetic
 from hone.datasets.tokenise import tokenise
-from hone.datasets.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from hone.datasets.tokenizer import load_processor, load_tokenizer, template_hash, tokenizer_hash
 from hone.rollout.types import Prompt
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ BUILTIN_ROWS = 10_000
 class PromptData:
     """Prompts ready to be drawn, what was dropped on the way (id and reason), and how they were rendered.
 
-    `first` are a few of them, not drawn: for the reward to be tried out on.
+    `first` are a few of them, not drawn: for the reward to be tried out on. `with_images` is one that has images, if there is any.
     """
 
     name: str
@@ -34,14 +36,12 @@ class PromptData:
     tokenizer_hash: str
     template_hash: str
     first: tuple[Prompt, ...] = ()
+    with_images: Prompt | None = None
 
     def steps(self) -> Iterator[list[Prompt]]:
         """The prompts of one step after another."""
         for draws in self.stream:
-            yield [
-                Prompt(prompt_id=draw.prompt_id, tokens=draw.record.tokens, text=draw.record.text, label=draw.record.label)
-                for draw in draws
-            ]
+            yield [_prompt(draw.prompt_id, draw.record) for draw in draws]
 
 
 def prepare(
@@ -57,7 +57,8 @@ def prepare(
     else:
         rows = load_prompts(config)
     tokenizer = load_tokenizer(model)
-    prompts = tokenise(rows, tokenizer, config=config, max_new_tokens=max_new_tokens)
+    processor = load_processor(model) if any(row.images for row in rows.rows) else None
+    prompts = tokenise(rows, tokenizer, config=config, max_new_tokens=max_new_tokens, processor=processor)
     if state is None:
         stream = PromptStream(prompts.records, batch_size=batch_size, seed=seed, num_episodes=num_episodes)
     else:
@@ -70,7 +71,13 @@ def prepare(
         tokenizer=tokenizer,
         tokenizer_hash=tokenizer_hash(tokenizer),
         template_hash=template_hash(tokenizer, config=config),
-        first=tuple(
-            Prompt(prompt_id=record.uid, tokens=record.tokens, text=record.text, label=record.label) for record in prompts.records[:2]
-        ),
+        first=tuple(_prompt(record.uid, record) for record in prompts.records[:2]),
+        with_images=next((_prompt(record.uid, record) for record in prompts.records if record.images), None),
     )
+
+
+def _prompt(prompt_id: str, record: PromptRecord) -> Prompt:
+    """A record as it is drawn, its images read now. Raises DataError for an image file that has changed since."""
+    placed = zip(record.places, record.images, strict=True)
+    images = tuple(Attachment(start=start, count=count, data=image.encoded()) for (start, count), image in placed)
+    return Prompt(prompt_id=prompt_id, tokens=record.tokens, text=record.text, label=record.label, images=images)

@@ -16,7 +16,7 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from hone.algos.batch import Batch, Scored
+from hone.algos.batch import Attachment, Batch, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.sent import Sent, sent
 from hone.learner.checkpoint.snapshot import Outcome
@@ -177,9 +177,9 @@ class RemoteEngine:
         """Draw all samples of one prompt."""
         return await self._call("generate", requests)
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` under the weights served now."""
-        return await self._call("prompt_logp", tokens)
+        return await self._call("prompt_logp", tokens, images)
 
     async def pause(self) -> None:
         """Freeze the requests in flight."""

@@ -264,8 +264,7 @@ class Learner:
             training = Training(config=spec.config, total_steps=spec.total_steps, ema_beta=spec.ema_beta)
             recompute = spec.config.gradient_checkpointing_enable
         name = str(self.sources[role])
-        freeze = None if isinstance(spec.config, RefConfig) else spec.config.freeze
-        adapted = adaptation(ds, freeze=freeze, trained=training is not None)
+        adapted = adaptation(ds, freeze=getattr(spec.config, "freeze", None), trained=training is not None)
         loading = {"dtype": dtype, "device": self.device, "gradient_checkpointing": recompute, "adaptation": adapted}
         if spec.kind in ("critic", "reward", "process"):
             labels = spec.labels if spec.kind == "process" else 1
@@ -296,12 +295,13 @@ class Learner:
 
     def _policy(self, role: str, part: Packed, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy)
-        logp, entropy = self.engines[role](*inputs, self._piece(role, part), slopes)
+        logp, entropy = self.engines[role](*inputs, self._piece(role, part), slopes, None, part.attached)
         return Outputs(logp=self._whole(logp), entropy=None if entropy is None else self._whole(entropy))
 
     def _read(self, role: str, part: Packed) -> Tensor:
         """What a critic's, reward or process model's head says."""
-        return self._whole(self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, self._piece(role, part)))
+        inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask)
+        return self._whole(self.engines[role](*inputs, self._piece(role, part), part.attached))
 
     def _piece(self, role: str, part: Packed) -> Piece | None:
         """What this rank of a ring runs of a micro-batch."""
@@ -345,7 +345,7 @@ class Learner:
 
     def _over_logits(self, role: str, part: Packed, reader: OverLogits) -> tuple[Tensor, ...]:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, 1.0, False)
-        return self.engines[role](*inputs, self._piece(role, part), None, reader)
+        return self.engines[role](*inputs, self._piece(role, part), None, reader, part.attached)
 
     def _update(self, role: str, shard: Shard, loss_of: Callable[[Any], Loss]) -> StepResult:
         if not isinstance(shard.batch, LABELLED):

@@ -93,8 +93,9 @@ def resolve(name: str) -> Path:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies what a tokenizer, its template and generation defaults are made of, byte for byte."""
+    """Copies what a tokenizer, its template, an image processor and generation defaults are made of, byte for byte."""
     names = ["merges.txt", "vocab.txt", "vocab.json", "added_tokens.json", "special_tokens_map.json", "generation_config.json"]
+    names += ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"]
     wanted = {*names, *(entry.name for pattern in ("*.model", "*.jinja", "tokenizer*") for entry in source.glob(pattern))}
     for name in sorted(wanted):
         if (source / name).is_file():

@@ -203,4 +203,5 @@ def _trajectory(prompt: Prompt, sample: int, contract: SamplerContract, completi
         truncated=completion.finish_reason == "length",
         score=judgement.score,
         contract=contract,
+        attached=prompt.images,
     )
