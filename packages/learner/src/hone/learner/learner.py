@@ -7,7 +7,6 @@ Flow of one optimiser step: Batch --logp, values--> filled fields --(judging, el
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from hone.algos.batch import Packed, select
 from hone.algos.offline import LogpLoss, Offline
 from hone.algos.protocol import Loss, Outputs
-from hone.learner.adapters import adaptation, adapter_of, dropout_awake, save_adapter
+from hone.learner.adapters import adaptation, dropout_awake
 from hone.learner.attention.wire import add_over_ring, group_of
 from hone.learner.checkpoint import role_files
 from hone.learner.checkpoint.files import Files
@@ -30,12 +29,13 @@ from hone.learner.context import Piece, cut_rows, piece_of
 from hone.learner.engines.model_parallel import ModelParallel
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
+from hone.learner.exporting import write
 from hone.learner.heads import statistics_of
 from hone.learner.liger import apply_liger, check_liger
 from hone.learner.logprobs import Slopes
 from hone.learner.mixture import FIGURES, Balance, check_mixture, heard_by
 from hone.learner.model import CriticModel, PolicyModel, hidden_size, load_critic, load_policy
-from hone.learner.model_files import copy_tokenizer, resolve
+from hone.learner.model_files import resolve
 from hone.learner.offline import Questions, loss_of
 from hone.learner.optim import Training
 from hone.learner.over_logits import OverLogits, TopLogp
@@ -188,25 +188,9 @@ class Learner:
 
         With `average`, the moving average of its weights; raises ValueError if none is kept.
         """
-        engine = self._awake(role, training=average)
-        with engine.averaged() if average else nullcontext():
-            weights = {name: tensor.cpu().clone() for name, tensor in engine.weights() if self.rank == 0}
-        if self.rank == 0:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            engine.module.save(Path(directory), weights)
-            copy_tokenizer(self.sources[role], Path(directory))
-        self._export_adapter(role, Path(directory) / "adapter")
+        write(self._awake(role, training=average), Path(directory), source=self.sources[role], rank=self.rank, average=average)
         if self.backend == "deepspeed":
             torch.distributed.barrier()
-
-    def _export_adapter(self, role: str, directory: Path) -> None:
-        """Beside the merged weights, the adapter alone, as PEFT writes and loads it."""
-        engine = self.engines[role]
-        if engine.module.adapted.config is None:
-            return
-        tensors = {name: tensor.cpu().clone() for name, tensor in engine.weights(adapter_of(engine.module)) if self.rank == 0}
-        if self.rank == 0:
-            save_adapter(directory, engine.module.adapted, tensors, base=str(self.sources[role]))
 
     def sleep(self) -> int:
         """Gives up the device's memory of every role; returns the bytes that were moved. Whatever a later call needs is woken by it."""
