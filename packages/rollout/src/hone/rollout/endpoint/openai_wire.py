@@ -69,7 +69,7 @@ def read_completion(body: Mapping[str, Any]) -> tuple[Asked, Form]:
             raise Refused(f"{name} is not served", param=name)
     if (logprobs := body.get("logprobs")) is not None and int(logprobs) > 1:
         raise Refused("logprobs above 1 is not served: only the sampled token's log-probability is known", param="logprobs")
-    prompt = body.get("prompt")
+    prompt: Any = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     is_ids = isinstance(prompt, list) and prompt and all(isinstance(one, int) and one >= 0 for one in prompt)

@@ -17,13 +17,13 @@ from typing import Any
 
 from aiohttp import web
 
+from hone.rollout.agents.calling import MODEL
 from hone.rollout.endpoint import anthropic_wire, openai_wire
 from hone.rollout.endpoint.errors import Refused
 from hone.rollout.endpoint.openai_wire import Form, Reply
 from hone.rollout.endpoint.rendering import Renderer
 from hone.rollout.endpoint.session import Asked, Session
 
-MODEL = "policy"
 _LARGEST_BODY = 256 * 2**20
 # A client library that lost its connection comes back within 8 s, by its own doubling pauses.
 _GRACE_S = 10.0
@@ -166,7 +166,8 @@ class Server:
             yield call.task
         finally:
             call.waiting -= 1
-            asyncio.get_running_loop().call_later(_GRACE_S, _abort_if_unwanted, call)
+            if not call.task.done():
+                asyncio.get_running_loop().call_later(_GRACE_S, _abort_if_unwanted, call)
 
     async def _streamed(
         self, request: web.Request, wire: _Wire, form: Form, task: "asyncio.Task[Reply]"

@@ -92,7 +92,7 @@ class Session:
         room = self._budget.max_len - len(place.prompt)
         if room < 1:
             self._refuse(
-                f"the conversation has {len(place.prompt)} tokens, and the context holds {self._budget.max_len} (data.max-len) with the reply",
+                f"the conversation has {len(place.prompt)} tokens; its context ends at {self._budget.max_len} (data.max-len)",
                 "context_length_exceeded",
             )
         self._calls += asked.n

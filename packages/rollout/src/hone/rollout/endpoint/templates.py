@@ -42,6 +42,17 @@ class Served:
     tools: str = ""
     dialect: str | None = None
 
+    @property
+    def reservations(self) -> tuple[str, ...]:
+        """What a person should know before the run, a sentence each."""
+        anew = "replies are not appended to where {} speak: each call renders the conversation anew ({})"
+        told = (
+            self.append_users and anew.format("users", self.append_users),
+            self.append_tools and anew.format("tools", self.append_tools),
+            self.tools and f"requests with tools are refused: {self.tools}",
+        )
+        return tuple(filter(None, told))
+
 
 def survey(tokenizer: ChatTokenizer, *, stop_ids: Sequence[int]) -> Served:
     """What the tokenizer's template can do. Raises EnvironmentFailure where no conversation can be served."""
@@ -68,6 +79,11 @@ def survey(tokenizer: ChatTokenizer, *, stop_ids: Sequence[int]) -> Served:
         tools=shown,
         dialect=dialect,
     )
+
+
+def served_template(tokenizer: ChatTokenizer, *, stop_ids: Sequence[int]) -> Served | None:
+    """The tokenizer's chat template, tried out; None where it has none, and only plain text can be completed."""
+    return None if tokenizer.chat_template is None else survey(tokenizer, stop_ids=stop_ids)
 
 
 def _user(text: str) -> Message:

@@ -279,7 +279,7 @@ def _in_call_order(said: Sequence[Message], reply: Message) -> list[Message]:
     for message in said:
         if message.role == "tool" and message.tool_call_id is not None and message.tool_call_id not in order:
             raise Refused(
-                f"tool_call_id {message.tool_call_id!r} answers no call of the last reply (its calls: {', '.join(map(str, order)) or 'none'})",
+                f"tool_call_id {message.tool_call_id!r} answers no call of the last reply ({', '.join(map(str, order)) or 'none'})",
                 code="tool_call_id_unknown",
                 param="messages",
             )

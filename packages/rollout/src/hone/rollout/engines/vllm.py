@@ -96,6 +96,10 @@ class VLLMEngine:
             request.request_id,
         )
         sample = output.outputs[0]
+        if tuple(output.prompt_token_ids) != tuple(request.tokens):
+            raise EngineError(
+                f"request {request.request_id} was answered for another prompt than the {len(request.tokens)} ids that were sent"
+            )
         if sample.finish_reason not in ("stop", "length"):
             raise EngineError(f"request {request.request_id} ended with {sample.finish_reason!r} after {len(sample.token_ids)} tokens")
         return Completion(
