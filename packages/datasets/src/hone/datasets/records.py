@@ -53,13 +53,14 @@ class PromptSet:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRecord:
-    """A prompt ready to be drawn: `tokens` are the ids of `text`, which is the rendered prompt."""
+    """A prompt ready to be drawn: `tokens` are the ids of `text`, which is the rendered prompt; `given` is what was rendered."""
 
     uid: str
     tokens: tuple[int, ...]
     text: str
     label: object
     line: int
+    given: str | tuple[Message, ...] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def tokenise(prompts: PromptSet, tokenizer: "transformers.PreTrainedTokenizerBas
             unknown.append(_unknown(row.line, text, tokens, tokenizer))
             dropped.append(Dropped(uid=row.uid, line=row.line, reason="characters outside the tokenizer's vocabulary"))
         else:
-            records.append(PromptRecord(uid=row.uid, tokens=tuple(tokens), text=text, label=row.label, line=row.line))
+            records.append(PromptRecord(uid=row.uid, tokens=tuple(tokens), text=text, label=row.label, line=row.line, given=row.prompt))
     allowed = DROPPED_SHARE * len(texts)
     bad = [*doubled, *(over_long if len(over_long) > allowed else ()), *(unknown if len(unknown) > allowed else ())]
     if bad:

@@ -39,7 +39,13 @@ class PromptData:
         """The prompts of one step after another."""
         for draws in self.stream:
             yield [
-                Prompt(prompt_id=draw.prompt_id, tokens=draw.record.tokens, text=draw.record.text, label=draw.record.label)
+                Prompt(
+                    prompt_id=draw.prompt_id,
+                    tokens=draw.record.tokens,
+                    text=draw.record.text,
+                    label=draw.record.label,
+                    given=draw.record.given,
+                )
                 for draw in draws
             ]
 

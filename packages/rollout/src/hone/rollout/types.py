@@ -15,7 +15,8 @@ class Prompt:
     """One prompt drawn for one step.
 
     `prompt_id` is unique per draw ("<dataset fingerprint>:<epoch>:<index>"), `text` is the rendered prompt that was
-    tokenised, `label` is handed to the reward function as it stood in the data, and so are `columns`, by name.
+    tokenised, `label` is handed to the reward function as it stood in the data, and so are `columns`, by name. `given` is the
+    prompt before it was rendered, text or chat messages, for an agent that renders it itself; None: `text` is all there is.
     """
 
     prompt_id: str
@@ -23,6 +24,7 @@ class Prompt:
     text: str
     label: object
     columns: Mapping[str, object] = field(default_factory=dict)
+    given: object = None
 
 
 @dataclass(frozen=True, kw_only=True)

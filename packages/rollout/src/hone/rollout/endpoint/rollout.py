@@ -115,7 +115,7 @@ class Calling:
         """The agent's outcome within its deadline; an engine that fails meanwhile is what is raised, not what the agent makes of it."""
         opened = server.open(session)
         row = {
-            "prompt": prompt.text,
+            "prompt": prompt.text if prompt.given is None else prompt.given,
             "label": prompt.label,
             "columns": dict(prompt.columns),
             "prompt_id": prompt.prompt_id,
