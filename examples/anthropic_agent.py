@@ -1,7 +1,11 @@
-"""The same agent written for Anthropic's client, with streaming.
+"""The agent of openai_agent.py written for Anthropic's client, with streaming.
+
+It finds the policy by ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY:
 
     uv run launch grpo --rollout.agent-command "python examples/anthropic_agent.py" \
         --actor.model-name-or-path DIR --data.prompt-dataset examples/sums.jsonl --data.input-key question --data.label-key answer
+
+It is started for every episode; the row comes on standard input.
 """
 
 import json

@@ -29,25 +29,48 @@ END, PAD = "<|im_end|>", "<|pad|>"
 SPECIAL = [PAD, "<|im_start|>", END, "<|user|>", "<|assistant|>", "<|observation|>", "<think>", "</think>"]
 PIECES = [CALL, FIRST, SECOND, LAST, CALLED]
 
-CHATML = """{% if tools %}<|im_start|>system
-Tools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>
-{% endif %}{% for message in messages %}{% if message.role == 'tool' %}{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user
-{% endif %}<tool_response>{{ message.content }}</tool_response>{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>
-{% endif %}{% else %}<|im_start|>{{ message.role }}
-{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>{% endfor %}<|im_end|>
-{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+# Written in pieces: nothing but what stands in them is rendered.
+_CALLS = (
+    '{% for call in message.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", '
+    '"arguments": {{ call.function.arguments | tojson }}}</tool_call>{% endfor %}'
+)
+CHATML = "".join(
+    (
+        "{% if tools %}<|im_start|>system{{ '\\n' }}",
+        "Tools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>{{ '\\n' }}{% endif %}",
+        "{% for message in messages %}",
+        "{% if message.role == 'tool' %}",
+        "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{{ '\\n' }}{% endif %}",
+        "<tool_response>{{ message.content }}</tool_response>",
+        "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}<|im_end|>{{ '\\n' }}{% endif %}",
+        "{% else %}",
+        "<|im_start|>{{ message.role }}{{ '\\n' }}{{ message.content }}",
+        _CALLS,
+        "<|im_end|>{{ '\\n' }}",
+        "{% endif %}",
+        "{% endfor %}",
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}",
+    )
+)
 """ChatML with Hermes' calls; neighbouring answers of tools are merged into one turn."""
 
 THINKING = CHATML.replace(
-    "{{ message.content }}{% for call",
-    "{% if message.reasoning_content and loop.last %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}{% for call",
+    "{{ message.content }}" + _CALLS,
+    "{% if message.reasoning_content and loop.last %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}"
+    + _CALLS,
 )
 """The same, but thoughts are shown on the last reply only."""
 
-NO_CLOSE = """{% for message in messages %}{% if message.role == 'tool' %}<|observation|>{{ message.content }}{% else %}<|{{ message.role }}|>
-{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}</tool_call>{% endfor %}{% endif %}{% endfor %}{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% if add_generation_prompt %}<|assistant|>
-{% endif %}"""
+NO_CLOSE = "".join(
+    (
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}",
+        "{% for message in messages %}",
+        "{% if message.role == 'tool' %}<|observation|>{{ message.content }}",
+        "{% else %}<|{{ message.role }}|>{{ '\\n' }}{{ message.content }}" + _CALLS + "{% endif %}",
+        "{% endfor %}",
+        "{% if add_generation_prompt %}<|assistant|>{{ '\\n' }}{% endif %}",
+    )
+)
 """As GLM's: nothing closes a reply but the next role's marker."""
 
 TOOL: dict[str, Any] = {
