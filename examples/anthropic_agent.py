@@ -29,19 +29,20 @@ def main() -> None:
     row = json.load(sys.stdin)
     client = Anthropic()
     messages = [{"role": "user", "content": row["prompt"]}]
-    answer = ""
+    calls = 0
     for _ in range(4):
         with client.messages.stream(model="policy", max_tokens=64, messages=messages, tools=[ADD]) as stream:
             reply = stream.get_final_message()
         messages.append({"role": "assistant", "content": reply.content})
-        answer = "".join(block.text for block in reply.content if block.type == "text")
         uses = [block for block in reply.content if block.type == "tool_use"]
-        if reply.stop_reason != "tool_use":
+        if not uses:
             break
+        calls += len(uses)
         messages.append(
             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": add(use.input)} for use in uses]}
         )
-    print(json.dumps({"reward": float(answer == row["label"]), "messages": len(messages)}))
+    answer = "".join(block.text for block in reply.content if block.type == "text")
+    print(json.dumps({"reward": float(answer == row["label"]) + 0.1 * (calls > 0), "tool_calls": calls}))
 
 
 main()

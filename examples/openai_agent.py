@@ -31,16 +31,18 @@ def main() -> None:
     row = json.load(sys.stdin)
     client = OpenAI()
     messages = [{"role": "user", "content": row["prompt"]}]
+    calls = 0
     for _ in range(4):
         message = client.chat.completions.create(model="policy", messages=messages, tools=[ADD]).choices[0].message
         messages.append(message)
         for call in message.tool_calls or []:
             messages.append({"role": "tool", "tool_call_id": call.id, "content": add(call.function.arguments)})
+            calls += 1
         if not message.tool_calls:
             break
-    right = (messages[-1].content if message is messages[-1] else "") == row["label"]
-    # The last line is the reward; the rest of the object is logged.
-    print(json.dumps({"reward": float(right), "messages": len(messages)}))
+    # The last line is the reward, a little of it for having calculated; the rest of the object is logged.
+    reward = float(message.content == row["label"]) + 0.1 * (calls > 0)
+    print(json.dumps({"reward": reward, "tool_calls": calls}))
 
 
 main()
