@@ -97,11 +97,11 @@ def tokenizer(template: str | None = CHATML, *, end: str = END) -> PreTrainedTok
 
 
 HABITS: Mapping[str, Mapping[str, float]] = {
-    "\n": {CALL: 4.5, **{str(digit): 1.5 for digit in range(10)}},
+    "\n": {CALL: 5.0, **{str(digit): 1.5 for digit in range(10)}},
     CALL: {FIRST: 8.0},
-    FIRST: {str(digit): 4.0 for digit in range(10)},
-    **{str(digit): {SECOND: 3.0, LAST: 3.0, END: 2.5} for digit in range(10)},
-    SECOND: {str(digit): 4.0 for digit in range(10)},
+    FIRST: {str(digit): 6.0 for digit in range(10)},
+    **{str(digit): {SECOND: 4.0, LAST: 4.0, END: 3.0} for digit in range(10)},
+    SECOND: {str(digit): 6.0 for digit in range(10)},
     LAST: {CALLED: 8.0},
     CALLED: {END: 8.0},
 }

@@ -101,7 +101,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chat]:
 
 @pytest.mark.parametrize("package", ["openai", "anthropic"])
 def test_an_unmodified_program_is_trained_on_what_was_sampled(chat: Chat, package: str) -> None:
-    group = chat.collect(CommandAgent(command=f"{sys.executable} {EXAMPLES / f'{package}_agent.py'}"), n=4)
+    group = chat.collect(CommandAgent(command=f"{sys.executable} {EXAMPLES / f'{package}_agent.py'}"), n=6)
     runs = [chat.check(sample) for sample in group.samples]
     assert max(runs) > 1, "no episode had a tool's answer; draw more"
     for sample, count in zip(group.samples, runs, strict=True):

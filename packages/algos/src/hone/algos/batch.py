@@ -210,9 +210,10 @@ def pack(trajectories: Sequence[Trajectory]) -> Batch:
     temperatures = {trajectory.contract.temperature for trajectory in trajectories}
     if len(temperatures) > 1:
         raise ValueError(f"trajectories sampled at different temperatures {sorted(temperatures)} cannot share a batch")
-    for before, after in zip([None, *trajectories], trajectories, strict=False):
-        follows = before is not None and (before.prompt_id, before.sample) == (after.prompt_id, after.sample)
-        if after.segment and not (follows and before.segment + 1 == after.segment):
+    for place, after in enumerate(trajectories):
+        before = trajectories[max(place - 1, 0)]
+        expected = (after.prompt_id, after.sample, after.segment - 1)
+        if after.segment and (before.prompt_id, before.sample, before.segment) != expected:
             raise ValueError(
                 f"segment {after.segment} of sample {after.sample} of {after.prompt_id!r} does not stand behind the one before it"
             )

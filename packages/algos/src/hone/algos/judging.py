@@ -66,8 +66,8 @@ def optimiser_steps(scored: Scored, *, batch_size: int, reduction: Reduction, ge
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; an optimiser step needs at least 1 row")
-    bounds = scored.episode_rows.tolist()
-    order = torch.randperm(len(bounds) - 1, generator=generator).tolist()
+    bounds = [int(row) for row in scored.episode_rows]
+    order = [int(sample) for sample in torch.randperm(len(bounds) - 1, generator=generator)]
     for start in range(0, len(order), batch_size):
         rows = [row for one in order[start : start + batch_size] for row in range(bounds[one], bounds[one + 1])]
         step = select(scored, rows)

@@ -35,7 +35,7 @@ class ChatTokenizer(Protocol):
         """The ids of the text."""
         ...
 
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any:
         """The text of the ids."""
         ...
 
@@ -113,7 +113,7 @@ class Renderer:
         return whole[len(head) :] if whole.startswith(head) else self._decoded(ids)
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _stand_in(reply: Message) -> Message:

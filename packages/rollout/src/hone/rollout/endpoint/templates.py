@@ -58,7 +58,7 @@ def survey(tokenizer: ChatTokenizer, *, stop_ids: Sequence[int]) -> Served:
     """What the tokenizer's template can do. Raises EnvironmentFailure where no conversation can be served."""
     if tokenizer.chat_template is None:
         raise _refusal(tokenizer, "there is none; use an instruction-tuned model, or put a chat_template.jinja beside the tokenizer")
-    stops = [tokenizer.decode([stop], skip_special_tokens=False, clean_up_tokenization_spaces=False) for stop in stop_ids]
+    stops = [Renderer(tokenizer, closers=()).decoded([stop]) for stop in stop_ids]
     renderer = Renderer(tokenizer, closers=[*stops, *_own_closer(tokenizer)])
     conversation = [_user("one"), reply_with(_MARK), _user("two")]
     try:
@@ -132,7 +132,7 @@ def _first_difference(renderer: Renderer, conversations: Sequence[tuple[list[Mes
             return f"what follows a reply depends on what stands before it: {cut.text[:80]!r} by itself, {true[:80]!r} in a conversation"
         if any(message.content.strip() not in cut.text for message in new):
             return "what is said after a reply does not all stand behind it"
-        if renderer.tokenizer.decode(list(cut.ids), skip_special_tokens=False, clean_up_tokenization_spaces=False) != cut.text:
+        if renderer.decoded(cut.ids) != cut.text:
             return f"the tokenizer does not give back what the template writes: {cut.text[:80]!r}"
     return ""
 
