@@ -41,7 +41,8 @@ def read(body: Mapping[str, Any], *, counting: bool = False) -> tuple[Asked, For
         raise Refused("stop_sequences must be a list of texts, none of them empty", param="stop_sequences")
     asked = Asked(
         messages=read_messages([*([{"role": "system", "content": system}] if system else []), *messages]),
-        tools=() if kind == "none" else _tools(body.get("tools")),
+        tools=_tools(body.get("tools")),
+        reads_calls=kind != "none",
         limit=limit,
         stops=tuple(stops),
         requested={name: body[name] for name in _RECORDED if body.get(name) is not None},

@@ -51,7 +51,8 @@ def read_chat(body: Mapping[str, Any]) -> tuple[Asked, Form]:
         )
     asked = Asked(
         messages=read_messages(body.get("messages")),
-        tools=() if choice == "none" else _tools(body.get("tools")),
+        tools=_tools(body.get("tools")),
+        reads_calls=choice != "none",
         options=_mapping(body, "chat_template_kwargs"),
         limit=_positive(body, "max_completion_tokens") or _positive(body, "max_tokens"),
         stops=_stops(body.get("stop")),

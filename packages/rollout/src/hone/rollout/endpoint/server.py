@@ -139,7 +139,7 @@ class Server:
             nodes = await opened.session.answer(asked)
             return Reply(name=wire.prefix + digest[:8] + f"{nodes[0].index:08x}", created=int(time.time()), nodes=nodes)
 
-        again = int(request.headers.get("x-stainless-retry-count") or 0) > 0 or "Idempotency-Key" in request.headers
+        again = request.headers.get("x-stainless-retry-count", "0") != "0" or "Idempotency-Key" in request.headers
         async with self._shared(opened, digest, draw, again=again) as task:
             if form.stream:
                 response, reply = await self._streamed(request, wire, form, task)

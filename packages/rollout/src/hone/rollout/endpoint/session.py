@@ -17,7 +17,6 @@ from hone.rollout.endpoint.rendering import Renderer, Tools
 from hone.rollout.endpoint.templates import Served
 from hone.rollout.endpoint.tool_calls import PARSERS
 from hone.rollout.endpoint.tree import History, Node, Place, Tree
-from hone.rollout.errors import EngineError
 from hone.rollout.sampling import seed_of
 from hone.rollout.types import Completion, Engine, Request
 
@@ -34,7 +33,10 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One request in the form every wire is brought to; `messages` or, for plain text, `prompt`. `requested` is only recorded."""
+    """One request in the form every wire is brought to; `messages` or, for plain text, `prompt`.
+
+    `requested` is only recorded. Without `reads_calls` tools are shown, and calls of them stay text.
+    """
 
     messages: tuple[Message, ...] = ()
     prompt: str | tuple[int, ...] | None = None
@@ -44,13 +46,14 @@ class Asked:
     stops: tuple[str, ...] = ()
     n: int = 1
     requested: Mapping[str, Any] = field(default_factory=dict)
+    reads_calls: bool = True
 
 
 class Session:
     """An open episode. `contract` has the run's sampling; each draw gets a seed of its own, by its prompt and how often it was drawn.
 
-    `refused` is the code of the last request that was out of budget or context, if no reply was given since; `failure` what ended
-    the engine's service.
+    `refused` is the code of the last request that was out of budget or context, if no reply was given since; `failure` is set
+    when the engine (or this code) failed, with `error`.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class Session:
     ) -> None:
         self.tree = Tree(served, renderer, stop_ids=stop_ids, history=history)
         self.prompt_id, self.refused, self.failure = prompt_id, "", asyncio.Event()
-        self.error: EngineError | None = None
+        self.error: Exception | None = None
         self._engine, self._renderer, self._served, self._stop_ids = engine, renderer, served, frozenset(stop_ids)
         self._budget, self._contract, self._greedy = budget, contract, greedy
         self._origin = (run_seed, step, sample)
@@ -85,7 +88,17 @@ class Session:
         return self.tree.place(asked.messages, asked.tools, asked.options)
 
     async def answer(self, asked: Asked) -> list[Node]:
-        """Draw `asked.n` replies and enter them into the tree. Raises Refused; an engine's failure ends the session."""
+        """Draw `asked.n` replies and enter them into the tree. Raises Refused; a failure that is not the agent's ends the session."""
+        try:
+            return await self._answered(asked)
+        except Refused:
+            raise
+        except Exception as error:
+            self.error = error
+            self.failure.set()
+            raise Refused(f"the engine failed: {error}", status=500, code="engine_dead") from error
+
+    async def _answered(self, asked: Asked) -> list[Node]:
         if self._calls + asked.n > self._budget.calls:
             self._refuse(f"the episode has used its {self._budget.calls} calls (rollout.max-turns)", "budget_exhausted")
         place = self.placed(asked)
@@ -98,12 +111,7 @@ class Session:
         self._calls += asked.n
         limit = min(self._budget.new_tokens, room, asked.limit or room)
         requests = [self._request(place, limit) for _ in range(asked.n)]
-        try:
-            drawn = await draw(self._engine, requests, of=[self.prompt_id], timeout_s=self._budget.timeout_s)
-        except EngineError as error:
-            self.error = error
-            self.failure.set()
-            raise Refused(f"the engine failed: {error}", status=500, code="engine_dead") from error
+        drawn = await draw(self._engine, requests, of=[self.prompt_id], timeout_s=self._budget.timeout_s)
         nodes = [self._entered(asked, place, request, completion) for request, completion in zip(requests, drawn, strict=True)]
         self.refused = ""
         return nodes
@@ -154,7 +162,7 @@ class Session:
             return Message(role="assistant", content=text)
         reasoning, content = _thoughts(text)
         calls: tuple[ToolCall, ...] = ()
-        if asked.tools and asked.requested.get("tool_choice") != "none" and self._served is not None and self._served.dialect:
+        if asked.tools and asked.reads_calls and self._served is not None and self._served.dialect:
             schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in asked.tools}
             parsed = PARSERS[self._served.dialect](content, schemas)
             self.tree.counts["tool_parse_errors"] += parsed.errors
