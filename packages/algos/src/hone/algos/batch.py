@@ -69,6 +69,7 @@ class Trajectory:
 
     `rewards` is sparse: a turn's reward stands on its last action token. `version` is the policy version that was
     serving when the token was fed or sampled. `score` is the ungraded quality in [0, 1] used for filters and metrics.
+    `segment` counts the segments of one episode from 0 (its history was rewritten, or it branched); each carries the episode's reward.
     """
 
     prompt_id: str
@@ -82,6 +83,7 @@ class Trajectory:
     score: float
     contract: SamplerContract
     attached: tuple[Attachment, ...] = ()
+    segment: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,10 +155,11 @@ class Batch(Packed):
 
     `group[i]` is the index of row i's prompt within the batch. `old_logp`, `ref_logp` and `values` are filled by the
     learner when an algorithm's `needs` asks for them, `greedy_scores` (of the prompt's greedy response, for every row) by
-    `with_greedy`; reading one that is missing is an error (`require`).
+    `with_greedy`; reading one that is missing is an error (`require`). Neighbouring rows with one number in `episode` are
+    segments of one episode, each with the episode's reward: together they count as one sample. None: every row is its own.
     """
 
-    PER_ROW: ClassVar[frozenset[str]] = frozenset({"group", "truncated", "greedy_scores"})
+    PER_ROW: ClassVar[frozenset[str]] = frozenset({"group", "truncated", "greedy_scores", "episode"})
 
     rollout_logp: Float[Tensor, " T"]
     rewards: Float[Tensor, " T"]
@@ -166,6 +169,35 @@ class Batch(Packed):
     old_logp: Float[Tensor, " T"] | None = None
     values: Float[Tensor, " T"] | None = None
     greedy_scores: Float[Tensor, " N"] | None = None
+    episode: Int[Tensor, " N"] | None = None
+
+    @property
+    def episode_rows(self) -> Int[Tensor, " E_plus_1"]:
+        """Offsets of the episodes' rows: episode e is rows `[episode_rows[e], episode_rows[e + 1])`."""
+        if self.episode is None:
+            return torch.arange(self.rows + 1)
+        first = torch.ones(self.rows, dtype=torch.bool)
+        first[1:] = self.episode[1:] != self.episode[:-1]
+        return torch.cat([first.nonzero().flatten(), torch.tensor([self.rows])])
+
+    @property
+    def episode_cu_seqlens(self) -> Int[Tensor, " E_plus_1"]:
+        """Offsets of the episodes' tokens, as `cu_seqlens` are those of the rows."""
+        return self.cu_seqlens if self.episode is None else self.cu_seqlens[self.episode_rows]
+
+    @property
+    def episode_group(self) -> Int[Tensor, " E"]:
+        """Group of each episode."""
+        return self.group if self.episode is None else self.group[self.episode_rows[:-1]]
+
+    @property
+    def rewards_once(self) -> Float[Tensor, " T"]:
+        """Rewards without the copies that an episode's earlier segments carry."""
+        if self.episode is None:
+            return self.rewards
+        last = torch.zeros(self.rows, dtype=torch.bool)
+        last[self.episode_rows[1:] - 1] = True
+        return torch.where(last[self.row_of_token], self.rewards, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,15 +223,23 @@ AnyPacked = TypeVar("AnyPacked", bound=Packed)
 
 
 def pack(trajectories: Sequence[Trajectory]) -> Batch:
-    """Trajectories end to end, in the order given; rows with the same `prompt_id` form a group.
+    """Trajectories end to end, in the order given; rows with the same `prompt_id` form a group, segments from 0 up an episode.
 
-    Raises ValueError for an empty list, or for trajectories drawn at different temperatures.
+    Raises ValueError for an empty list, for trajectories drawn at different temperatures, or a segment behind another episode's.
     """
     if not trajectories:
         raise ValueError("no trajectories to pack: every prompt of the step was dropped")
     temperatures = {trajectory.contract.temperature for trajectory in trajectories}
     if len(temperatures) > 1:
         raise ValueError(f"trajectories sampled at different temperatures {sorted(temperatures)} cannot share a batch")
+    for place, after in enumerate(trajectories):
+        before = trajectories[max(place - 1, 0)]
+        expected = (after.prompt_id, after.sample, after.segment - 1)
+        if after.segment and (before.prompt_id, before.sample, before.segment) != expected:
+            raise ValueError(
+                f"segment {after.segment} of sample {after.sample} of {after.prompt_id!r} does not stand behind the one before it"
+            )
+    whole = all(trajectory.segment == 0 for trajectory in trajectories)
     lengths = [trajectory.tokens.numel() for trajectory in trajectories]
     group_of = {prompt_id: index for index, prompt_id in enumerate(dict.fromkeys(t.prompt_id for t in trajectories))}
     return Batch(
@@ -214,6 +254,7 @@ def pack(trajectories: Sequence[Trajectory]) -> Batch:
         truncated=torch.tensor([t.truncated for t in trajectories]),
         temperature=temperatures.pop(),
         attached=tuple(t.attached for t in trajectories) if any(t.attached for t in trajectories) else (),
+        episode=None if whole else torch.tensor([t.segment == 0 for t in trajectories]).cumsum(0) - 1,
     )
 
 

@@ -58,7 +58,7 @@ class PromptSet:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRecord:
-    """A prompt ready to be drawn: `tokens` are the ids of `text`, which is the rendered prompt.
+    """A prompt ready to be drawn: `tokens` are the ids of `text`, which is the rendered prompt; `given` is what was rendered.
 
     Of every image `tokens` have as many placeholders as the model has features of it; `places` has the first one, and how many.
     """
@@ -70,6 +70,7 @@ class PromptRecord:
     line: int
     images: tuple[Picture, ...] = ()
     places: tuple[tuple[int, int], ...] = ()
+    given: str | tuple[Message, ...] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def tokenise(
             unknown.append(_unknown(row.line, text, tokens, tokenizer))
             dropped.append(Dropped(uid=row.uid, line=row.line, reason="characters outside the tokenizer's vocabulary"))
         else:
-            seen = {"images": row.images, "places": tuple(places)}
+            seen = {"images": row.images, "places": tuple(places), "given": row.prompt}
             records.append(PromptRecord(uid=row.uid, tokens=tuple(tokens), text=text, label=row.label, line=row.line, **seen))
     allowed = DROPPED_SHARE * len(texts)
     bad = [*unplaced, *doubled, *(over_long if len(over_long) > allowed else ()), *(unknown if len(unknown) > allowed else ())]

@@ -13,6 +13,7 @@ from hone.launch.prompts import PromptData
 from hone.learner.errors import ModelError
 from hone.learner.vision import sees
 from hone.rollout.agents.loading import Agent
+from hone.rollout.endpoint.rollout import Caller, Calling
 from hone.rollout.executor import Executor, Judge, SingleTurn
 from hone.rollout.multi_turn import MultiTurn
 from hone.rollout.pictures import Placeholders
@@ -69,7 +70,7 @@ def make_plan(
     model: str,
     prompts: PromptData,
     steps: int,
-    judge: Judge | Agent,
+    judge: Judge | Agent | Caller,
     logs: Path,
     scratch: Path,
     on_start: Callable[[str, str], None],
@@ -91,6 +92,8 @@ def make_plan(
             "template_hash": prompts.template_hash,
             "greedy": "greedy_scores" in config.algo.needs,
         }
+        if isinstance(judge, Caller):
+            return Calling(agent=judge.agent, judge=judge.judge, served=judge.served, stop_ids=stop_ids(model, prompts.tokenizer), **common)
         if isinstance(judge, Agent):
             deadline, turns = config.reward.timeout_s, config.rollout.max_turns
             settings = {"max_turns": turns, "step_timeout_s": deadline, "placeholders": _placeholders(model)}

@@ -122,16 +122,24 @@ def _prompts(resolved: Resolved) -> Iterator[Problem]:
 
 
 def _agent(config: PolicyGradientConfig) -> Iterator[Problem]:
-    source = config.rollout.agent_func_path
+    from hone.rollout.errors import EnvironmentFailure
+
+    source, command = config.rollout.agent_func_path, config.rollout.agent_command
+    if command is not None:
+        from hone.rollout.agents.calling import check_command
+
+        try:
+            check_command(command)
+        except EnvironmentFailure as error:
+            yield replace(stated(error, otherwise="a program that can be run"), settings=("rollout.agent_command",))
     if source is None:
         return
     from hone.rollout.agents.loading import check_agent_file
-    from hone.rollout.errors import EnvironmentFailure
 
     try:
         check_agent_file(source)
     except EnvironmentFailure as error:
-        mend = "--rollout.agent-func-path FILE.py with `class AgentInstance`, or `def make_env() -> Env`"
+        mend = "--rollout.agent-func-path FILE.py with `class AgentInstance`, `def make_env() -> Env` or `def agent(...)`"
         yield replace(stated(error, otherwise=mend), settings=("rollout.agent_func_path",))
 
 

@@ -80,4 +80,5 @@ def _prompt(prompt_id: str, record: PromptRecord) -> Prompt:
     """A record as it is drawn, its images read now. Raises DataError for an image file that has changed since."""
     placed = zip(record.places, record.images, strict=True)
     images = tuple(Attachment(start=start, count=count, data=image.encoded()) for (start, count), image in placed)
-    return Prompt(prompt_id=prompt_id, tokens=record.tokens, text=record.text, label=record.label, images=images)
+    known = {"tokens": record.tokens, "text": record.text, "label": record.label, "given": record.given}
+    return Prompt(prompt_id=prompt_id, images=images, **known)

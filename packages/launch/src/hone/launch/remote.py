@@ -5,6 +5,7 @@ object store once, and the ranks read it there; per-token results travel back th
 policy's group drives the engines through vLLM's own four calls (`EngineClient`), so no weight passes the controller.
 """
 
+import asyncio
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -174,8 +175,8 @@ class RemoteEngine:
         await self._call("check_health")
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Draw all samples of one prompt."""
-        return await self._call("generate", requests)
+        """Draw all samples of one prompt; whoever gives up waiting has them aborted in the engine, too."""
+        return await self._call("generate", requests, abort=True)
 
     async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` under the weights served now."""
@@ -205,9 +206,14 @@ class RemoteEngine:
         """Parameters whose bytes the engine cannot vouch for."""
         return await self._call("suspects")
 
-    async def _call(self, method: str, *args: Any) -> Any:
+    async def _call(self, method: str, *args: Any, abort: bool = False) -> Any:
+        reference = getattr(self.handle, method).remote(*args)
         try:
-            return await getattr(self.handle, method).remote(*args)
+            return await reference
+        except asyncio.CancelledError:
+            if abort:
+                ray.cancel(reference)  # by itself Ray lets the task run on
+            raise
         except ray.exceptions.RayTaskError as error:
             raise unwrapped(error) from error
         except ray.exceptions.RayActorError as error:

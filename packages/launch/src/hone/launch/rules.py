@@ -213,7 +213,8 @@ def _own_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
         what = "the built-in model reads only the digits and signs of the built-in task, not your prompts"
         mend = "name a model for your prompts: --actor.model-name-or-path DIR"
         yield Problem(what=what, mend=mend, settings=("actor.model_name_or_path", "data.prompt_dataset"))
-    if config.reward.remote_url is None and config.rollout.agent_func_path is None:
+    rollout = config.rollout
+    if config.reward.remote_url is None and rollout.agent_func_path is None and rollout.agent_command is None:
         what = "your own prompts need a reward: the built-in one judges only the built-in task"
         mend = "add --reward.remote-url FILE.py with `def reward_func(queries, prompts, labels)`, or --rollout.agent-func-path FILE.py"
         yield Problem(what=what, mend=mend, settings=("reward.remote_url", "data.prompt_dataset"))
@@ -224,6 +225,9 @@ def _judges(resolved: Resolved, _: int) -> Iterator[Problem]:
     if config.rollout.agent_func_path is not None and config.reward.remote_url is not None:
         what = "an environment gives the rewards of its episodes, and there is a reward function, too"
         yield Problem(what=what, mend="drop one of them", settings=("rollout.agent_func_path", "reward.remote_url"))
+    if config.rollout.agent_func_path is not None and config.rollout.agent_command is not None:
+        what = "a file and a command both say who acts"
+        yield Problem(what=what, mend="drop one of them", settings=("rollout.agent_command", "rollout.agent_func_path"))
 
 
 def _steps(resolved: Resolved, _: int) -> Iterator[Problem]:

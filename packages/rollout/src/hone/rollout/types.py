@@ -16,7 +16,8 @@ class Prompt:
 
     `prompt_id` is unique per draw ("<dataset fingerprint>:<epoch>:<index>"), `text` is the rendered prompt that was
     tokenised, `label` is handed to the reward function as it stood in the data, and so are `columns`, by name. `tokens` have
-    every placeholder of the `images`: as many as the image has features, where its Attachment says.
+    every placeholder of the `images`: as many as the image has features, where its Attachment says. `given` is the prompt before
+    it was rendered, text or chat messages, for an agent that renders it itself; None: `text` is all there is.
     """
 
     prompt_id: str
@@ -25,6 +26,7 @@ class Prompt:
     label: object
     columns: Mapping[str, object] = field(default_factory=dict)
     images: tuple[Attachment, ...] = ()
+    given: object = None
 
 
 @dataclass(frozen=True, kw_only=True)

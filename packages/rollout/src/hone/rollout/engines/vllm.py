@@ -100,6 +100,10 @@ class VLLMEngine:
             request.images,
         )
         sample = output.outputs[0]
+        if list(output.prompt_token_ids) != list(request.tokens):
+            raise EngineError(
+                f"request {request.request_id} was answered for another prompt: {_difference(request.tokens, output.prompt_token_ids)}"
+            )
         if sample.finish_reason not in ("stop", "length"):
             raise EngineError(f"request {request.request_id} ended with {sample.finish_reason!r} after {len(sample.token_ids)} tokens")
         return Completion(
@@ -260,6 +264,13 @@ class VLLMEngine:
                 "happens again, lower vllm.kv-cache-gib or vllm.gpu-memory-utilization, or give it more memory",
             )
         return EngineError(f"engine {self.name} failed {when}: {type(error).__name__}: {_first_line(error)}")
+
+
+def _difference(sent: Sequence[int], told: Sequence[int]) -> str:
+    """Where two lists of ids first differ, with what stands around it."""
+    place = next((place for place, (one, other) in enumerate(zip(sent, told, strict=False)) if one != other), min(len(sent), len(told)))
+    window = slice(max(0, place - 8), place + 8)
+    return f"id {place} of its prompt was {list(sent[window])} and came back as {list(told[window])}"
 
 
 def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: str, backend: str, sees: bool) -> Any:
