@@ -1,0 +1,43 @@
+"""Every training command by its name: the configuration it begins with, whichever loop carries it out."""
+
+from collections.abc import Mapping
+
+from hone.launch.config import PolicyGradientConfig, default_config
+from hone.launch.offline_config import OfflineConfig, default_offline
+from hone.launch.verbs import OFFLINE, VERBS
+
+AnyConfig = PolicyGradientConfig | OfflineConfig
+
+# Settings that only DeepSpeed, or more than one rank, can carry out.
+_RANKS = ("model.num_nodes", "model.num_gpus_per_node")
+_DEEPSPEED = ("ds.zero_stage", "ds.adam_offload", "ds.param_offload", "ds.zpg", "ds.overlap_comm", "ds.ring_attn_size")
+
+
+def defaults(verb: str, loss: str | None = None) -> AnyConfig:
+    """The configuration of a command, and of its `--loss` where it has several, before any recipe, file or flag."""
+    return default_offline(verb, loss) if verb in OFFLINE else default_config(verb)
+
+
+def defaults_of(config: AnyConfig) -> AnyConfig:
+    """The configuration that a command like this one begins with."""
+    return defaults(config.verb, getattr(config, "loss", None))
+
+
+def training_verbs() -> list[str]:
+    """Every command that trains."""
+    return [*VERBS, *OFFLINE]
+
+
+def implied_backend(config: AnyConfig, said: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+    """What follows for where a run takes place: the reason, and settings with their values.
+
+    One rank without DeepSpeed needs no Ray: an offline program then begins in seconds, in this process. In one process nothing is sharded.
+    """
+    if isinstance(config, OfflineConfig) and "run.backend" not in said:
+        plural = [name for name in _RANKS if said.get(name, 1) != 1]
+        sharded = [name for name in _DEEPSPEED if said.get(name) not in (None, False, 0, 1 if name != "ds.zero_stage" else 0)]
+        if asked := [*plural, *sharded]:
+            return f"as {asked[0]}", {"run.backend": "ray"}
+    if said.get("run.backend", config.run.backend) == "local":
+        return "run.backend local", {"ds.zero_stage": 0}
+    return "", {}
