@@ -64,7 +64,9 @@ def remembered(
 def _answers(rows: Sequence[TokenRow], asked: Asked, on_progress: Callable[[int, int], None]) -> Iterator[Tensor]:
     for start in range(0, len(rows), ROWS_PER_CALL):
         yield asked.logp("reference", packed(rows[start : start + ROWS_PER_CALL])).float()
-        on_progress(min(start + ROWS_PER_CALL, len(rows)), len(rows))
+        done = min(start + ROWS_PER_CALL, len(rows))
+        if 4 * done // len(rows) > 4 * start // len(rows):  # a word a quarter is enough
+            on_progress(done, len(rows))
 
 
 def key(rows: Sequence[TokenRow], *, model: str, ds: DeepSpeedConfig) -> str:
