@@ -102,7 +102,7 @@ class Encoder:
         found = self._tokenizer.apply_chat_template(
             cast("list[dict[str, str]]", [dict(one) for one in messages]), return_dict=True, return_assistant_tokens_mask=True
         )
-        ids, marks = list(found["input_ids"]), [bool(mark) for mark in found["assistant_masks"]]  # pyright: ignore[reportArgumentType, reportCallIssue] - a BatchEncoding of one row
+        ids, marks = cast("list[int]", list(found["input_ids"])), [bool(mark) for mark in found["assistant_masks"]]  # pyright: ignore[reportArgumentType, reportCallIssue] - a BatchEncoding of one row
         spans = [
             (start, end)
             for start, end in zip(
@@ -148,21 +148,25 @@ class Encoder:
         return Encoded(rows=tuple(_row(through, [(start, len(through))]) for start, through in turns))
 
     def _ended(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Spans without the white space that a template puts behind an end token, the last one with an end."""
-        ended: list[tuple[int, int]] = []
-        for start, end in spans:
-            last = end
-            while last > start + 1 and ids[last - 1] not in self._special and not self._tokenizer.decode(ids[last - 1 : last]).strip():
-                last -= 1
-            ended.append((start, last if ids[last - 1] in self._special else end))
+        """Spans that end with the end tokens behind what is said, and with nothing that a template puts behind those."""
+        ended = [(start, self._end_of(ids, start, end)) for start, end in spans]
         start, end = ended[-1]
         if ids[end - 1] not in self._special:
-            if end < len(ids) and ids[end] in self._special:
-                end += 1  # the tags leave the end token outside
-            else:
-                ids, end = [*ids[:end], self._eos], end + 1
+            ids, end = [*ids[:end], self._eos], end + 1
             ended[-1] = (start, end)
         return ids, ended
+
+    def _end_of(self, ids: list[int], start: int, end: int) -> int:
+        """Behind the last word come white space, perhaps, and end tokens: the first run of them ends the answer."""
+        said = next((at for at in range(end - 1, start - 1, -1) if not self._blank(ids[at])), start - 1) + 1
+        at = next((at for at in range(said, end) if ids[at] in self._special), end)
+        if at == end:  # tags may leave the end token outside
+            return end + 1 if ids[end : end + 1] == [self._eos] else said
+        return next((after for after in range(at, end) if ids[after] not in self._special), end)
+
+    def _blank(self, token: int) -> bool:
+        """Whether a token says nothing: a special one, or white space."""
+        return token in self._special or not str(self._tokenizer.decode(token)).strip()
 
     def _rendered(self, messages: Sequence[Message], *, prompting: bool) -> list[int]:
         text = self._tokenizer.apply_chat_template(

@@ -231,10 +231,13 @@ def _named(messages: Sequence[object]) -> list[Message]:
 
 def validated(source: Source, read: Callable[[Row, str], Iterator[BadRow | AnyLabelled]]) -> LabelledSet[AnyLabelled]:
     """The labelled rows of a source; DataError for the lines that cannot be read and every faulty row together."""
-    bad, rows = list(source.bad), []
+    bad, rows = list(source.bad), list[AnyLabelled]()
     for index, row in enumerate(source.rows):
         for found in read(row, f"{source.fingerprint[:FINGERPRINT_DIGITS]}:{index}"):
-            (bad if isinstance(found, BadRow) else rows).append(found)
+            if isinstance(found, BadRow):
+                bad.append(found)
+            else:
+                rows.append(found)
     if bad:
         raise bad_rows_error(source.name, bad, rows=len(source.rows) + len(source.bad))
     return LabelledSet(name=source.name, fingerprint=source.fingerprint, rows=tuple(rows))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -57,7 +57,7 @@ class OfflinePlan:
         return RoleSpec(kind="reference", model=self.models[role], config=config, total_steps=0)
 
 
-def kind(config: OfflineConfig) -> str:
+def kind(config: OfflineConfig) -> Literal["policy", "reward", "process"]:
     """The kind of model a program trains: steps are judged by a classifier, unless a language model says reward tokens."""
     return "process" if isinstance(config, PRMConfig) and config.data.reward_tokens is None else config.kind
 
