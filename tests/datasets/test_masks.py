@@ -52,7 +52,9 @@ SPECIAL = sorted(
     | {"<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|CHATBOT_TOKEN|>", "<|USER_TOKEN|>", "<|START_OF_TURN_TOKEN|>"}
 )
 
-published = pytest.mark.skipif(not TEMPLATES.is_dir(), reason="TRL's released package carries the templates; `just peers` installs it apart")
+published = pytest.mark.skipif(
+    not TEMPLATES.is_dir(), reason="TRL's released package carries the templates; `just peers` installs it apart"
+)
 
 
 def tokenizer_with(template: str, eos: str) -> PreTrainedTokenizerFast:
@@ -123,12 +125,17 @@ def test_a_template_that_asks_with_a_thought_and_writes_none_is_refused() -> Non
 
 
 def test_tags_that_mark_another_number_of_answers_are_refused() -> None:
-    template = "{% for m in messages %}{% if loop.last %}{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
-    found = Encoder(tokenizer_with(template, "<|im_end|>"), SFTData(apply_chat_template=True)).encode(Exchange(prompt=(), answer=TALK), line=3)
+    last = "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    template = "{% for m in messages %}{% if loop.last %}" + last + "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    found = Encoder(tokenizer_with(template, "<|im_end|>"), SFTData(apply_chat_template=True)).encode(
+        Exchange(prompt=(), answer=TALK), line=3
+    )
     assert isinstance(found, BadRow) and found.detail == "1 marked spans, 2 messages of the assistant"
 
 
 def test_a_template_without_an_end_token_gets_one() -> None:
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     (row,), tokenizer = encoded(template, "<|im_end|>", Exchange(prompt=TALK[:1], answer=FIRST))
     assert trained(row, tokenizer) == f"{FIRST}<|im_end|>"

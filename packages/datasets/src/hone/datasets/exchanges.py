@@ -132,12 +132,12 @@ class Encoder:
             before = self._rendered(messages[:place], prompting=True)
             through = self._rendered(messages[: place + 1], prompting=False)
             if through[: len(before)] != before:
+                asked, written = (self._tokenizer.decode(ids[max(0, len(before) - 12) :]) for ids in (before, through))
                 return BadRow(
                     what=f"the chat template of {self._tokenizer.name_or_path!r} writes an answer otherwise than it asks for one",
                     remedy="put {% generation %} tags into the template, or take what it drops out of the rows",
                     line=line,
-                    detail=f"message {place} is {shown(message['content'])}: asked for after "
-                    f"{shown(self._tokenizer.decode(before[-12:]))}, written {shown(self._tokenizer.decode(through[max(0, len(before) - 12) :]))}",
+                    detail=f"message {place} is {shown(message['content'])}: asked for after {shown(asked)}, written {shown(written)}",
                 )
             through, ((_, end),) = self._ended(through, [(len(before), len(through))])
             turns.append((len(before), through[:end]))

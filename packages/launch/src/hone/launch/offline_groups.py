@@ -21,14 +21,15 @@ from hone.learner.roles import RoleSpec
 class OfflinePlan:
     """What the parts of a run are built from, settled before anything is started.
 
-    `models` maps role -> model directory or hub id; `optimiser_steps` is the length of the learning-rate schedule; `on_start(role,
-    state)` hears of what is being brought up.
+    `models` maps role -> model directory or hub id; `optimiser_steps` is the length of the learning-rate schedule; `hidden_size` and
+    `vocabulary` are those of the model that is trained; `on_start(role, state)` hears of what is being brought up.
     """
 
     config: OfflineConfig
     models: Mapping[str, str]
     optimiser_steps: int
     hidden_size: int
+    vocabulary: int
     logs: Path
     scratch: Path
     on_start: Callable[[str, str], None]

@@ -51,7 +51,9 @@ def _figures(prefix: str, of: str) -> dict[str, Metric]:
         "centre": metric("reward^2", "Squared sum of a pair's scores, before its coefficient.", healthy=_NOT_NEGATIVE, per="pairs"),
         "prm_loss": metric("nats", "Cross-entropy of a process reward model.", healthy=_NOT_NEGATIVE, per="steps"),
         "distillation_loss": metric("nats", "Divergence of teacher and student.", per="tokens"),
-        "accuracy": metric("fraction", "Pairs whose chosen answer, or steps whose label, is preferred.", healthy=_FRACTION, per="pairs or steps"),
+        "accuracy": metric(
+            "fraction", "Pairs whose chosen answer, or steps whose label, is preferred.", healthy=_FRACTION, per="pairs or steps"
+        ),
         "chosen_reward": metric("reward", "Of the chosen or good answers: a score, or beta times the log-ratio.", per="pairs or rows"),
         "rejected_reward": metric("reward", "Of the rejected or bad answers.", per="pairs or rows"),
         "reward_margin": metric("reward", "Chosen less rejected; it should rise.", per="pairs or rows"),

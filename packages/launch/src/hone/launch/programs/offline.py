@@ -3,7 +3,6 @@
 Order: rows -> run directory -> the reference's answers -> model -> loop -> statistics, export -> report -> the end of every process.
 """
 
-import math
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,23 +13,22 @@ from typing import Any, Literal
 import transformers
 from rich.console import Console
 
-from hone.datasets.samples import mismatched, prompt_of
 from hone.launch.builtin import BuiltinModel, cache_directory
 from hone.launch.finetune import Trained, finetune
 from hone.launch.interrupt import Interrupt
 from hone.launch.observe import manifest
-from hone.launch.observe.progress import READY, RunInfo
+from hone.launch.observe.progress import RunInfo
 from hone.launch.observe.run_directory import RunDirectory
-from hone.launch.offline_config import KDConfig, OfflineConfig
+from hone.launch.offline_build import assemble, make_plan, tables_of
+from hone.launch.offline_config import OfflineConfig
 from hone.launch.offline_data import OfflineData, prepare, settled
-from hone.launch.offline_groups import OfflinePlan, Ranks, ranks_of, reference_of
-from hone.launch.offline_parts import MODEL, TEACHER, OfflineAssembly, Table
-from hone.launch.plan import in_full, vocabulary
+from hone.launch.offline_groups import ranks_of
+from hone.launch.offline_parts import MODEL, TEACHER, OfflineAssembly
+from hone.launch.plan import in_full
 from hone.launch.processes import adopt_orphans, keep_bytecode
 from hone.launch.programs.best import Best
 from hone.launch.programs.conduct import Stage, began, built_in, conduct
 from hone.launch.programs.keeping import Keeper
-from hone.launch.reference import remembered
 from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, place_of, take_up
 from hone.launch.toml import to_toml
 from hone.learner.errors import CheckpointError
@@ -55,6 +53,9 @@ def run(config: OfflineConfig, sources: Mapping[str, str]) -> int:
     if resumed is not None:
         directory.go_on_from(resumed.text(METRICS), resumed.text(EVENTS))
         directory.append_event("resumed", step=resumed.state.step, checkpoint=str(resumed.path), passed_over=list(resumed.passed_over))
+    else:
+        held_out = None if data.held_out is None else len(data.held_out.samples)
+        directory.append_event("began", rows=len(data.samples.samples), held_out=held_out, fingerprint=data.stream.state().fingerprint)
     directory.write_config(to_toml(config, sources))
     directory.write_manifest(manifest.collect(verb=config.verb, seed=config.train.seed, argv=sys.argv))
     info = RunInfo(verb=config.verb, model=models[MODEL], data=data.name, directory=str(directory.path), total_steps=steps)
@@ -85,11 +86,19 @@ class Session:
         """Ask the reference, build the parts, run the loop, export; "finished", or "stopped" where Ctrl-C asked for it."""
         self._tell()
         with ExitStack() as stack:
-            plan = self._plan()
+            plan = make_plan(
+                self._config,
+                models=self._models,
+                data=self._data,
+                steps=self._steps,
+                logs=self._directory.logs,
+                scratch=self._stage.scratch,
+                on_start=self._display.startup,
+            )
             ranks = ranks_of(plan)
             stack.callback(ranks.close)
-            tables = self._tables(plan, ranks)
-            parts = self._build(plan, ranks, tables)
+            tables = tables_of(plan, self._data, ranks, memory=cache_directory() / "reference")
+            parts = assemble(plan, self._data, ranks, tables, on_phase=self._display.phase)
             stack.push(partial(self._keeper.close, parts))
             if self._resumed is not None:
                 self._take_up(parts, self._resumed)
@@ -117,76 +126,6 @@ class Session:
         for note in samples.notes:
             self._directory.append_event("rows_noted", note=note)
             self._display.note(note)
-
-    def _plan(self) -> OfflinePlan:
-        return OfflinePlan(
-            config=self._config,
-            models=self._models,
-            optimiser_steps=self._steps,
-            hidden_size=int(transformers.AutoConfig.from_pretrained(self._models[MODEL]).get_text_config().hidden_size),
-            logs=self._directory.logs,
-            scratch=self._stage.scratch,
-            on_start=self._display.startup,
-        )
-
-    def _tables(self, plan: OfflinePlan, ranks: Ranks) -> tuple[Table, Table | None]:
-        """The samples, and those held out, with what the reference says of them where the loss compares."""
-        every = [self._data.samples] + ([] if self._data.held_out is None else [self._data.held_out])
-        if "ref_logp" not in self._config.algo.needs:
-            tables = [Table(samples=one.samples) for one in every]
-            return tables[0], tables[1] if len(tables) > 1 else None
-        joined = [
-            mismatched(one.samples, [prompt_of(sample.rows[0]) for sample in one.samples], self._config.data.max_len)
-            if "anchor" in self._config.algo.needs
-            else ()
-            for one in every
-        ]
-        rows = [row for one, others in zip(every, joined, strict=True) for row in (*_rows(one.samples), *others)]
-        answers = iter(
-            remembered(
-                rows,
-                model=plan.models["reference"],
-                ds=self._config.ds,
-                directory=cache_directory() / "reference",
-                reference=partial(reference_of, plan, ranks),
-                on_progress=lambda done, of: self._display.startup("reference", f"{done} of {of} rows"),
-            )
-        )
-        tables = [
-            Table(
-                samples=one.samples,
-                ref_logp=[[next(answers) for _ in sample.rows] for sample in one.samples],
-                mismatched=others,
-                mismatched_ref_logp=[next(answers) for _ in others],
-            )
-            for one, others in zip(every, joined, strict=True)
-        ]
-        return tables[0], tables[1] if len(tables) > 1 else None
-
-    def _build(self, plan: OfflinePlan, ranks: Ranks, tables: tuple[Table, Table | None]) -> OfflineAssembly:
-        config = self._config
-        known = vocabulary({role: model for role, model in plan.models.items() if role != "reference"}, self._data.tokenizer, trained=MODEL)
-        assert known > 0
-        self._display.startup("learner", "loading the model")
-        group = ranks.group("learner", plan.roles())
-        self._display.startup("learner", READY)
-        size = int(transformers.AutoConfig.from_pretrained(plan.models[MODEL]).get_text_config().vocab_size)
-        per_epoch = math.ceil(len(tables[0].samples) / config.train.batch_size)
-        return OfflineAssembly(
-            verb=config.verb,
-            algo=config.algo,
-            group=group,
-            source=iter(self._data.stream),
-            table=tables[0],
-            held_out=tables[1],
-            batch_size=config.train.batch_size,
-            evaluate_every=per_epoch if config.eval.steps < 0 else config.eval.steps,
-            last=self._steps,
-            on_phase=self._display.phase,
-            closers=[group.close],
-            top_k=config.teacher.top_k if isinstance(config, KDConfig) else 0,
-            vocabulary=size,
-        )
 
     def _take_up(self, parts: OfflineAssembly, resumed: Resumed) -> None:
         parts.group.restore(str(resumed.path.resolve()))
@@ -237,10 +176,6 @@ class Session:
         state = LoopState(step=step.number, algorithm=self._config.algo.name, stream=stream, shuffle=b"", controllers=controllers)
         written = {name: (self._directory.path / name).read_text(encoding="utf-8") for name in (METRICS, EVENTS)}
         return {STATE: state.text(), **written}
-
-
-def _rows(samples: Any) -> list[Any]:
-    return [row for sample in samples for row in sample.rows]
 
 
 def _models(config: OfflineConfig, console: Console) -> dict[str, str]:
