@@ -197,7 +197,7 @@ FAULTS: list[tuple[Any, LabelledData, dict[str, Any], str]] = [
     (exchange_rows, SFTData(apply_chat_template=True), {"messages": [ASKED]}, "the assistant says nothing"),
     (exchange_rows, SFTData(apply_chat_template=True), {"messages": [ASKED, {"role": "assitant", "content": "2"}]}, "unknown role"),
     (pair_rows, PairData(), {"prompt": "1", "chosen": "2", "rejected": "2"}, "chosen and rejected are the same"),
-    (pair_rows, PairData(), {"chosen": "1", "rejected": "1 2"}, "nothing says where the prompt ends"),
+    (pair_rows, PairData(), {"chosen": "1 ", "rejected": "1 2"}, "nothing says where the prompt ends"),
     (pair_rows, PairData(), {"prompt": "1", "chosen": "2"}, "no column 'rejected'"),
     (pair_rows, MarginPairData(), {"prompt": "1", "chosen": "2", "rejected": "3", "margin": "much"}, "margin 'margin' is no number"),
     (judged_rows, JudgedData(), {"prompt": "1", "completion": "2", "label": "good"}, "neither true nor false"),
@@ -223,9 +223,10 @@ def test_the_order_is_fixed_by_the_seed_and_goes_on_from_a_few_numbers(tokenizer
     samples = samples_of(exchange_rows(labelled_arithmetic.demonstrations(1, 10), SFTData()), tokenizer, SFTData()).samples
     whole = list(SampleStream(samples, batch_size=4, seed=7, epochs=2))
     assert sorted(place for step in whole for place in step) == sorted([*range(10), *range(10)])
-    assert [len(step) for step in whole] == [4, 4, 4, 4, 4] and whole[0] != list(SampleStream(samples, batch_size=4, seed=8, epochs=2))[0]
+    assert [len(step) for step in whole] == [4, 4, 4, 4, 4] and whole[0] != next(SampleStream(samples, batch_size=4, seed=8, epochs=2))
     stream = SampleStream(samples, batch_size=4, seed=7, epochs=2)
-    next(stream), next(stream)
+    for _ in range(2):
+        next(stream)
     assert list(SampleStream(samples, batch_size=4, seed=7, epochs=2, state=stream.state())) == whole[2:]
     with pytest.raises(DataError, match="the data has changed since the run was saved"):
         SampleStream(samples[1:], batch_size=4, seed=7, epochs=2, state=stream.state())

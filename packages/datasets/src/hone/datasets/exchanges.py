@@ -213,7 +213,8 @@ def filled(documents: Iterator[tuple[str, int, list[int]]], max_len: int) -> Ite
     room = max_len
     for uid, line, ids in documents:
         while len(ids) > 1:
-            if room < min(len(ids), max(2, max_len // 8)):  # a scrap of a document at the end of a sample teaches little
+            # A document that fits whole is not parted; of a longer one, no scrap ends up at the end of a sample.
+            if room < len(ids) and (len(ids) <= max_len or room < max(2, max_len // 8)) and room < max_len:
                 assert name is not None
                 yield (*name, tuple(rows))
                 rows, name, room = [], None, max_len

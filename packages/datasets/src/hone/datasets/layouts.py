@@ -14,6 +14,7 @@ AnyLabelled = TypeVar("AnyLabelled", bound=AnyRow)
 CONVERSATIONS = ("messages", "conversations")
 PROMPTS = ("prompt", "question", "input", "problem", "instruction", "query")
 ANSWERS = ("completion", "response", "output", "answer", "solution", "chosen")
+LABELS = ("label", "labels", "margin")
 TEXTS = ("text", "content", "document")
 FAULTY = "give the rows {}, or delete them"
 
@@ -253,7 +254,8 @@ def found_column(source: Source, usual: Sequence[str], *, flag: str, what: str) 
     columns = columns_of(source)
     found = next((name for name in usual if name in columns), None)
     if found is None and source.rows:
-        near = next((did_you_mean(name, columns) for name in usual if did_you_mean(name, columns)), "")
+        others = [name for name in columns if name not in (*ANSWERS, *LABELS)]
+        near = next((did_you_mean(name, others) for name in usual if did_you_mean(name, others)), "")
         listed = ", ".join(repr(name) for name in columns) or "none"
         raise DataError(
             f"{source.name} has no column that usually holds {what} ({', '.join(usual[:4])}, ...); columns found: {listed}; "
