@@ -8,9 +8,17 @@ from hone.launch.verbs import OFFLINE, VERBS
 
 AnyConfig = PolicyGradientConfig | OfflineConfig
 
-# Settings that only DeepSpeed, or more than one rank, can carry out.
-_RANKS = ("model.num_nodes", "model.num_gpus_per_node")
-_DEEPSPEED = ("ds.zero_stage", "ds.adam_offload", "ds.param_offload", "ds.zpg", "ds.overlap_comm", "ds.ring_attn_size")
+# Settings that more than one rank or DeepSpeed alone can carry out, and the value with which they ask for neither.
+_ALONE: dict[str, object] = {
+    "model.num_nodes": 1,
+    "model.num_gpus_per_node": 1,
+    "ds.zero_stage": 0,
+    "ds.adam_offload": False,
+    "ds.param_offload": False,
+    "ds.zpg": 1,
+    "ds.overlap_comm": False,
+    "ds.ring_attn_size": 1,
+}
 
 
 def defaults(verb: str, loss: str | None = None) -> AnyConfig:
@@ -34,9 +42,7 @@ def implied_backend(config: AnyConfig, said: Mapping[str, object]) -> tuple[str,
     One rank without DeepSpeed needs no Ray: an offline program then begins in seconds, in this process. In one process nothing is sharded.
     """
     if isinstance(config, OfflineConfig) and "run.backend" not in said:
-        plural = [name for name in _RANKS if said.get(name, 1) != 1]
-        sharded = [name for name in _DEEPSPEED if said.get(name) not in (None, False, 0, 1 if name != "ds.zero_stage" else 0)]
-        if asked := [*plural, *sharded]:
+        if asked := [name for name, alone in _ALONE.items() if said.get(name, alone) != alone]:
             return f"as {asked[0]}", {"run.backend": "ray"}
     if said.get("run.backend", config.run.backend) == "local":
         return "run.backend local", {"ds.zero_stage": 0}
