@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from hone.datasets.config import DataConfig
+from hone.datasets.config import DataConfig, Templates
 from hone.datasets.errors import BadRow, DataError, TokenizerError, bad_rows_error, shown
 from hone.datasets.records import Message, PromptRow, PromptSet
 
@@ -15,7 +15,7 @@ SLOT = "{}"
 KEPT_ROLES = ("system", "user", "assistant")
 
 
-def template_problems(config: DataConfig) -> tuple[str, ...]:
+def template_problems(config: Templates) -> tuple[str, ...]:
     """What is wrong with the two template settings, one message each; nothing when they are sound. Needs no tokenizer."""
     template = config.input_template
     if template is None:

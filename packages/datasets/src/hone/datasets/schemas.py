@@ -79,7 +79,7 @@ def _pictures(values: Sequence[object], line: int, folder: Path, faults: list[Ba
             faults.append(BadRow(what=error.what, remedy=error.remedy, line=line, detail=error.detail))
 
 
-def _missing_column(key: str, line: int, columns: Sequence[str], found: Mapping[str, object], *, flag: str, usual: Sequence[str]) -> BadRow:
+def missing_column(key: str, line: int, columns: Sequence[str], found: Mapping[str, object], *, flag: str, usual: Sequence[str]) -> BadRow:
     """A row without the column `key`: either no row has it (then the flag is wrong) or only some have not (then the row is)."""
     if key in columns:
         own = ", ".join(repr(name) for name in found) or "none"
@@ -91,7 +91,7 @@ def _missing_column(key: str, line: int, columns: Sequence[str], found: Mapping[
 
 def _label_faults(row: Mapping[str, object], line: int, key: str, columns: Sequence[str]) -> Iterator[BadRow]:
     if key not in row:
-        yield _missing_column(key, line, columns, row, flag="--data.label-key", usual=USUAL_LABELS)
+        yield missing_column(key, line, columns, row, flag="--data.label-key", usual=USUAL_LABELS)
     elif row[key] is None:
         yield BadRow(
             what=f"label {key!r} is null",
@@ -103,23 +103,24 @@ def _label_faults(row: Mapping[str, object], line: int, key: str, columns: Seque
 def _input_faults(row: Mapping[str, object], line: int, key: str, columns: Sequence[str], *, chat: bool) -> Iterator[BadRow]:
     remedy = "give the rows a prompt, or delete them"
     if key not in row:
-        yield _missing_column(key, line, columns, row, flag="--data.input-key", usual=USUAL_INPUTS)
+        yield missing_column(key, line, columns, row, flag="--data.input-key", usual=USUAL_INPUTS)
         return
     value = row[key]
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         yield BadRow(what=f"prompt {key!r} is empty", remedy=remedy, line=line, detail=shown(value))
     elif isinstance(value, str):
-        yield from _surrogate_faults(value, line)
+        yield from surrogate_faults(value, line)
     elif not isinstance(value, list):
         wanted = "write a string or a list of chat messages"
         yield BadRow(what=f"prompt {key!r} is neither text nor messages", remedy=wanted, line=line, detail=shown(value))
     else:
         if not chat:
             yield BadRow(what="chat messages without a chat template", remedy="turn on --data.apply-chat-template", line=line)
-        yield from _message_faults(value, line)
+        yield from message_faults(value, line)
 
 
-def _surrogate_faults(text: str, line: int) -> Iterator[BadRow]:
+def surrogate_faults(text: str, line: int) -> Iterator[BadRow]:
+    """Whether a text holds half a character, which no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -127,7 +128,8 @@ def _surrogate_faults(text: str, line: int) -> Iterator[BadRow]:
         yield BadRow(what="text with half a surrogate pair", remedy="mend the escape in the rows, or delete them", line=line, detail=detail)
 
 
-def _message_faults(messages: Sequence[object], line: int) -> Iterator[BadRow]:
+def message_faults(messages: Sequence[object], line: int, *, may_end_with_assistant: bool = False) -> Iterator[BadRow]:
+    """What is wrong with a list of messages; that of a prompt does not end with the assistant."""
     shape = 'write {"role": "user", "content": "..."}'
     roles: list[object] = []
     for index, message in enumerate(messages):
@@ -154,10 +156,10 @@ def _message_faults(messages: Sequence[object], line: int) -> Iterator[BadRow]:
         elif isinstance(content, str):
             if role == "user" and not content.strip():
                 yield BadRow(what="an empty user message", remedy="give it text, or delete the rows", line=line, detail=where)
-            yield from _surrogate_faults(content, line)
+            yield from surrogate_faults(content, line)
     if roles.count("system") > 1:
         places = ", ".join(str(index) for index, role in enumerate(roles) if role == "system")
         yield BadRow(what="more than one system message", remedy="merge them into the first", line=line, detail=f"messages {places}")
-    if roles and roles[-1] == "assistant":
+    if roles and roles[-1] == "assistant" and not may_end_with_assistant:
         remedy = "delete the last message: the policy writes it (a reference answer belongs in the label)"
         yield BadRow(what="the messages end with the assistant", remedy=remedy, line=line, detail=f"message {len(messages) - 1}")

@@ -22,8 +22,8 @@ FOREIGN = {
 }
 
 
-def read_json_lines(path: str, *, max_samples: int) -> Source:
-    """The first `max_samples` rows of a file, and the fingerprint (blake2b) of all its bytes.
+def read_json_lines(path: str, *, max_samples: int, flag: str = "--data.prompt-dataset") -> Source:
+    """The first `max_samples` rows of a file, which `flag` named, and the fingerprint (blake2b) of all its bytes.
 
     Raises DataError for a path that is no readable file, a file of another format, and a file without rows.
     """
@@ -36,7 +36,7 @@ def read_json_lines(path: str, *, max_samples: int) -> Source:
             for number, raw in enumerate(lines, 1):
                 digest.update(raw)
                 if number == 1:
-                    _refuse_foreign(path, raw)
+                    _refuse_foreign(path, raw, flag)
                     raw = raw.removeprefix(UTF8_MARK)
                 content = raw.strip()
                 if not content or len(rows) + len(bad) >= max_samples:
@@ -47,11 +47,11 @@ def read_json_lines(path: str, *, max_samples: int) -> Source:
                 else:
                     bad.append(row)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(_missing(path, file)) from error
+        raise DataError(_missing(path, file, flag)) from error
     except IsADirectoryError as error:
-        raise DataError(_directory(path, file)) from error
+        raise DataError(_directory(path, file, flag)) from error
     except OSError as error:
-        raise DataError(f"--data.prompt-dataset {path!r} cannot be read: {error.strerror}; check the name and its permissions") from error
+        raise DataError(f"{flag} {path!r} cannot be read: {error.strerror}; check the name and its permissions") from error
     if not rows and not bad:
         raise DataError(f"{path} has no rows (it is empty, or holds blank lines only); give it one JSON object per line")
     if bad and (not rows or bad[0].line < rows[0].line):
@@ -90,10 +90,10 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON; write null or a number")
 
 
-def _refuse_foreign(path: str, first: bytes) -> None:
+def _refuse_foreign(path: str, first: bytes, flag: str) -> None:
     for magic, advice in FOREIGN.items():
         if first.startswith(magic):
-            raise DataError(f"{path} is {advice}; --data.prompt-dataset reads JSON lines in UTF-8")
+            raise DataError(f"{path} is {advice}; {flag} reads JSON lines in UTF-8")
 
 
 def _refuse_document(path: str, file: Path) -> None:
@@ -108,16 +108,16 @@ def _refuse_document(path: str, file: Path) -> None:
         raise DataError(f"{path} is one JSON object over many lines, not JSON lines; convert it: jq -c . {path!r} > rows.jsonl")
 
 
-def _directory(path: str, file: Path) -> str:
+def _directory(path: str, file: Path, flag: str) -> str:
     inside = sorted(child.name for child in file.iterdir() if child.suffix in (".jsonl", ".json"))
     found = f"it holds {', '.join(repr(name) for name in inside[:5])}" if inside else "it holds no .jsonl file"
-    return f"--data.prompt-dataset {path!r} is a directory; {found}; name one JSON-lines file"
+    return f"{flag} {path!r} is a directory; {found}; name one JSON-lines file"
 
 
-def _missing(path: str, file: Path) -> str:
+def _missing(path: str, file: Path, flag: str) -> str:
     folder = next(parent for parent in file.absolute().parents if parent.is_dir())
     if folder == file.absolute().parent:
         where = f"there is no {file.name!r} in {str(folder)!r}{did_you_mean(file.name, (child.name for child in folder.iterdir()))}"
     else:
         where = f"the nearest folder that exists is {str(folder)!r}"
-    return f"--data.prompt-dataset {path!r} does not exist: {where} (a file of JSON lines is wanted, not the name of a hub dataset)"
+    return f"{flag} {path!r} does not exist: {where} (a file of JSON lines is wanted, not the name of a hub dataset)"

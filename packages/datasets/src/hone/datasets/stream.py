@@ -91,13 +91,13 @@ class PromptStream:
     def _draw(self, position: int) -> Draw:
         epoch, place = divmod(position, len(self._records))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, _permutation(len(self._records), self._seed, epoch)
+            self._epoch, self._order = epoch, permutation(len(self._records), self._seed, epoch)
         record = self._records[self._order[place]]
         fingerprint, index = record.uid.split(":")
         return Draw(prompt_id=f"{fingerprint}:{epoch}:{index}", record=record)
 
 
-def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+def permutation(count: int, seed: int, epoch: int) -> list[int]:
     """A permutation that never changes: random() is the one generator whose sequence Python promises to keep between versions."""
     generator = random.Random(f"{seed}:{epoch}")
     keys = [generator.random() for _ in range(count)]
