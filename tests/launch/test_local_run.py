@@ -205,3 +205,44 @@ def test_a_reward_server_judges_a_run_and_a_wrong_path_ends_it_at_the_start(
     error = capsys.readouterr().err
     assert "failed on the smoke rows at the start" in error and "answered 404 (no such page)" in error
     assert [event for event in read_events(tmp_path / "other")[0] if event["kind"] == "issued"] == []
+
+
+def test_dynamic_sampling_trains_on_groups_that_differ_and_accounts_for_the_others(hone_cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["dapo", *SMALL, "--rollout.dynamic-filtering", "range", "--train.max-steps", "4", "--run.dir", str(run)]
+    assert main(arguments) == 0
+    steps, _ = read_metrics(run)
+    events = read_events(run)[0]
+    totals = replay(events).verify()
+    assert totals.trained == 4 * len(steps) and totals.open == 0
+    assert totals.dropped > 0 and all(reason.startswith("filtered: mean score ") for reason in totals.reasons)
+    # Of two samples each kept group has one right and one wrong, so the steps' mean is one half; the policy's own is not.
+    assert all(step["rollout/reward_mean"] == 0.5 for step in steps)
+    dropped = {number: sum(event["step"] == number for event in events if event["kind"] == "dropped") for number in range(1, 5)}
+    for step in steps:
+        check_names(step)
+        assert step["rollout/filtering_pass_rate"] == pytest.approx(4 / (4 + dropped[step["step"]]))
+    assert any(step["rollout/filtering_reward_mean"] != 0.5 for step in steps)
+
+
+def test_dynamic_sampling_of_a_reward_that_tells_nothing_apart_ends_the_run(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, prompts = save_model(tmp_path / "model", tokenizer, kind="llama", tied=True), write_rows(tmp_path / "rows.jsonl", MADE_UP * 20)
+    reward = write_reward(tmp_path / "reward.py", "return {'rewards': [1.0] * len(queries)}")
+    more = ["--rollout.dynamic-filtering", "variance", "--rollout.dynamic-filtering-batches", "2"]
+    assert main(["grpo", *own(model, prompts, reward, tmp_path / "run", *more)]) == 6
+    assert "not one of 8 prompts in step 1 had a group worth training on" in capsys.readouterr().err
+    totals = replay(read_events(tmp_path / "run")[0]).verify()
+    assert totals.trained == 0 and totals.dropped == 8 and totals.open == 0
+
+
+def test_when_dynamic_sampling_has_used_up_the_data_the_run_is_finished(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, prompts = save_model(tmp_path / "model", tokenizer, kind="llama", tied=True), write_rows(tmp_path / "rows.jsonl", MADE_UP)
+    reward = write_reward(tmp_path / "reward.py", "return {'rewards': [1.0] * len(queries)}")
+    more = ["--rollout.dynamic-filtering", "variance", "--rollout.dynamic-filtering-batches", "1000", "--train.num-episodes", "2"]
+    assert main(["grpo", *own(model, prompts, reward, tmp_path / "run", *more)]) == 0
+    totals = replay(read_events(tmp_path / "run")[0]).verify()
+    assert totals.trained == 0 and totals.dropped == totals.issued == 2 * len(MADE_UP)

@@ -38,6 +38,22 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ("grpo --algo.correction.normalize", "algo.correction.level off does not read algo.correction.normalize", "or drop"),
         ("grpo --algo.correction.level token --algo.correction.token-cap 3", "level token does not read", "choose another level"),
         ("grpo --algo.correction.level geometric --algo.correction.mode clip", "level geometric does not read", "choose another level"),
+        ("grpo --vllm.min-engines 2", "the run needs 2 engines at least and has 1", "--vllm.min-engines 1 or fewer"),
+        (
+            "grpo --rollout.dynamic-filtering range --rollout.dynamic-filtering-range 1 0",
+            "no mean score lies strictly between 1 and 0",
+            "--rollout.dynamic-filtering-range LOW HIGH",
+        ),
+        (
+            "ppo --rollout.dynamic-filtering variance --rollout.n-samples-per-prompt 1 --train.batch-size 32",
+            "rewards of one sample do not vary",
+            "--rollout.n-samples-per-prompt 8",
+        ),
+        (
+            "grpo --rollout.dynamic-filtering-batches 3",
+            "rollout.dynamic_filtering off does not read it",
+            "--rollout.dynamic-filtering range",
+        ),
         # row 22
         ("ppo --rollout.max-new-tokens 512", "512 tokens leaves no room for a prompt within data.max_len 512", "raise --data.max-len"),
         ("ppo --train.max-tokens-per-gpu 511", "a sample of 512 tokens does not fit a micro-batch of 511", "512 or more"),

@@ -77,9 +77,13 @@ class PromptStream:
         return self
 
     def __next__(self) -> list[Draw]:
-        if self._drawn >= self._total:
+        if not (draws := self.draw(self._batch_size)):
             raise StopIteration
-        end = min(self._drawn + self._batch_size, self._total)
+        return draws
+
+    def draw(self, count: int) -> list[Draw]:
+        """The next `count` prompts, or as many as are left."""
+        end = min(self._drawn + count, self._total)
         draws = [self._draw(position) for position in range(self._drawn, end)]
         self._drawn = end
         return draws

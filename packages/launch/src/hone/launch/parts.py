@@ -19,6 +19,7 @@ from hone.launch.config import PolicyGradientConfig
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.roles import RoleSpec, StepResult
 from hone.rollout.executor import Executor, Group
+from hone.rollout.filtering import Filtering
 from hone.rollout.types import Engine, Prompt
 
 
@@ -225,6 +226,8 @@ class Assembly:
             metrics["perf/rollout_tokens_per_second"] = int(batch.action_mask.sum()) / seconds["generation"]
         if "ppo_train" in seconds:
             metrics["perf/train_tokens_per_second"] = batch.tokens.numel() / seconds["ppo_train"]
+        if isinstance(self.executor, Filtering):
+            metrics |= self.executor.figures()
         return metrics
 
     def close(self) -> None:

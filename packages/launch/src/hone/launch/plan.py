@@ -14,10 +14,11 @@ from hone.learner.errors import ModelError
 from hone.learner.vision import sees
 from hone.rollout.agents.loading import Agent
 from hone.rollout.endpoint.rollout import Caller, Calling
-from hone.rollout.executor import Executor, Judge, SingleTurn
+from hone.rollout.executor import Executor, Group, Judge, SingleTurn
+from hone.rollout.filtering import Filtering, Varied, WithinRange
 from hone.rollout.multi_turn import MultiTurn
 from hone.rollout.pictures import Placeholders
-from hone.rollout.types import Engine
+from hone.rollout.types import Engine, Prompt
 
 
 def in_full(model: str) -> str:
@@ -76,11 +77,22 @@ def make_plan(
     on_start: Callable[[str, str], None],
     on_phase: Callable[[str, float | None], None],
     on_event: Callable[..., None],
+    on_rejected: Callable[[Group, str], None],
+    more: Callable[[], Prompt | None],
 ) -> Plan:
     """The roles this algorithm needs, how long their schedules are, and how prompts become judged samples."""
     models = models_of(config, model)
 
     def executor(engine: Engine, engine_version: str, prompts_per_call: int) -> Executor:
+        inner, rollout = acting(engine, engine_version, prompts_per_call), config.rollout
+        if rollout.dynamic_filtering == "off":
+            return inner
+        low, high = rollout.dynamic_filtering_range
+        verdict = Varied() if rollout.dynamic_filtering == "variance" else WithinRange(low=low, high=high)
+        batches = rollout.dynamic_filtering_batches
+        return Filtering(executor=inner, verdict=verdict, more=more, dropped=on_rejected, most_batches=batches)
+
+    def acting(engine: Engine, engine_version: str, prompts_per_call: int) -> Executor:
         common: dict[str, Any] = {
             "engine": engine,
             "tokenizer": prompts.tokenizer,

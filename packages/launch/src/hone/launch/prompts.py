@@ -43,6 +43,11 @@ class PromptData:
         for draws in self.stream:
             yield [_prompt(draw.prompt_id, draw.record) for draw in draws]
 
+    def more(self) -> Prompt | None:
+        """One prompt beyond those of the step under way; None where the data has ended."""
+        draws = self.stream.draw(1)
+        return _prompt(draws[0].prompt_id, draws[0].record) if draws else None
+
 
 def prepare(
     config: DataConfig, *, model: str, batch_size: int, num_episodes: int, seed: int, max_new_tokens: int, state: StreamState | None = None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hone.datasets.chat import template_problems
+from hone.launch.acting_rules import filtering, fleet, typed
 from hone.launch.commands import AnyConfig
 from hone.launch.errors import Problem
 from hone.launch.groups import compares_samples
@@ -43,9 +44,7 @@ def notes(resolved: Resolved, gpus: int) -> Iterator[str]:
             f"algo.reduction.length {length} is meant to be the longest response, and rollout.max_new_tokens is {longest}; "
             f"--algo.reduction.length {longest}"
         )
-    if config.run.backend == "local" and (
-        idle := [name for name, source in sources.items() if name.startswith("vllm.") and _typed(source)]
-    ):
+    if config.run.backend == "local" and (idle := [name for name, source in sources.items() if name.startswith("vllm.") and typed(source)]):
         yield f"{', '.join(idle)}: run.backend local has no vLLM engine"
 
 
@@ -73,14 +72,6 @@ def _batches(resolved: Resolved, _: int) -> Iterator[Problem]:
         what = f"{shares} learner ranks share an optimiser step of {train.batch_size} samples: some would have none"
         names = ("train.batch_size", "actor.num_nodes", "actor.num_gpus_per_node")
         yield Problem(what=what, mend=f"--train.batch-size {shares} or more, or fewer ranks", settings=names)
-
-
-def _fleet(resolved: Resolved, _: int) -> Iterator[Problem]:
-    vllm = resolved.config.vllm
-    if vllm.min_engines > vllm.num_engines:
-        what = f"the run needs {vllm.min_engines} engines at least and has {vllm.num_engines}"
-        mend = f"--vllm.min-engines {vllm.num_engines} or fewer, or more --vllm.num-engines"
-        yield Problem(what=what, mend=mend, settings=("vllm.min_engines", "vllm.num_engines"))
 
 
 def _groups(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -111,7 +102,7 @@ def _rings(resolved: Resolved, _: int) -> Iterator[Problem]:
         what = f"learner ranks do not fall into rings of {size}: {told}"
         names = ("ds.ring_attn_size", *(f"{group}.{setting}" for group in uneven for setting in ("num_nodes", "num_gpus_per_node")))
         yield Problem(what=what, mend="a --ds.ring-attn-size that divides the ranks of each, or more ranks", settings=names)
-    if size == 1 and config.ds.ring_attn_head_stride is not None and _typed(resolved.sources["ds.ring_attn_head_stride"]):
+    if size == 1 and config.ds.ring_attn_head_stride is not None and typed(resolved.sources["ds.ring_attn_head_stride"]):
         what = "ds.ring_attn_head_stride without a ring does nothing"
         mend = "raise --ds.ring-attn-size, or drop --ds.ring-attn-head-stride"
         yield Problem(what=what, mend=mend, settings=("ds.ring_attn_head_stride", "ds.ring_attn_size"))
@@ -155,7 +146,7 @@ def _models_in_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
     if ds.load_in_4bit and ds.zero_stage == 3:
         what = "ds.zero_stage 3 cuts parameters anywhere, and the weights of ds.load_in_4bit only make sense whole"
         yield Problem(what=what, mend="--ds.zero-stage 2, or drop --ds.load-in-4bit", settings=("ds.zero_stage", "ds.load_in_4bit"))
-    if not ds.lora.rank and (idle := [name for name in adapters if _typed(resolved.sources[name])]):
+    if not ds.lora.rank and (idle := [name for name in adapters if typed(resolved.sources[name])]):
         what = f"{', '.join(idle)} without adapters does nothing"
         yield Problem(what=what, mend="--ds.lora.rank 16, or drop it", settings=(*idle, "ds.lora.rank"))
 
@@ -164,7 +155,7 @@ def _penalty(resolved: Resolved, _: int) -> Iterator[Problem]:
     use_loss, coef = "algo.kl.use_loss", "algo.kl.init_coef"
     if not {use_loss, coef} <= resolved.sources.keys():
         return
-    if value_of(resolved.config, use_loss) and value_of(resolved.config, coef) == 0 and _typed(resolved.sources[use_loss]):
+    if value_of(resolved.config, use_loss) and value_of(resolved.config, coef) == 0 and typed(resolved.sources[use_loss]):
         what = "a KL penalty in the loss with weight 0 does nothing"
         mend = "raise --algo.kl.init-coef, or drop --algo.kl.use-loss"
         yield Problem(what=what, mend=mend, settings=(use_loss, coef))
@@ -191,7 +182,7 @@ def _correction(resolved: Resolved, _: int) -> Iterator[Problem]:
         "sequence": ("token_cap",),
         "geometric": ("mode",),
     }[str(level)]
-    if said := [name for name in (f"algo.correction.{one}" for one in unread) if _typed(resolved.sources[name])]:
+    if said := [name for name in (f"algo.correction.{one}" for one in unread) if typed(resolved.sources[name])]:
         what = f"algo.correction.level {level} does not read {', '.join(said)}"
         mend = "add --algo.correction.level token, or drop what it is not to read" if level == "off" else "drop it, or choose another level"
         yield Problem(what=what, mend=mend, settings=(*said, "algo.correction.level"))
@@ -204,7 +195,7 @@ def _prompts(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend=mend, settings=("data.input_template", *(["data.apply_chat_template"] * data.apply_chat_template)))
     if data.prompt_dataset is None:
         for name in ("data.input_key", "data.label_key", "data.input_template"):
-            if _typed(sources[name]):
+            if typed(sources[name]):
                 what = f"{name} describes a prompt dataset, and there is none"
                 yield Problem(what=what, mend="add --data.prompt-dataset FILE.jsonl, or drop it", settings=(name, "data.prompt_dataset"))
 
@@ -362,17 +353,13 @@ def spans_machines(config: AnyConfig) -> bool:
     return "RAY_ADDRESS" in os.environ or getattr(config, config.groups[0]).num_nodes > 1
 
 
-def _typed(source: str) -> bool:
-    """Whether a value was typed for this run: a file may be that of an earlier run, which writes out every default."""
-    return source.startswith("flag ")
-
-
 SHARED: tuple[Rule, ...] = (_rings, _models_in_parts, _steps, _backend, _formats)
 """What every program that trains must keep."""
 
 RULES: tuple[Rule, ...] = (
     _batches,
-    _fleet,
+    fleet,
+    filtering,
     _groups,
     _lengths,
     _rings,

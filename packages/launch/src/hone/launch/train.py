@@ -67,6 +67,8 @@ def train(
     for number, prompts in enumerate(islice(parts.prompts(), max_steps - start.step), start=start.step + 1):
         with parts.phase("generation"):
             groups = parts.act(prompts, step=number)
+        if not groups:
+            return  # all of the data's last prompts were filtered out
 
         with parts.phase("make_experience"):
             batch = pack([segment for group in groups for sample in group.samples for segment in sample.segments])

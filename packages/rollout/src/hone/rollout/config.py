@@ -20,6 +20,13 @@ class RolloutConfig:
     """Sampling temperature; the learner recomputes log-probabilities under the same."""
     timeout_s: Annotated[float, Range(low=0, open_low=True)] = 1800.0
     """Deadline for all samples of one prompt, or for one turn of an episode [s]; an engine that misses it ends the run."""
+    dynamic_filtering: Literal["off", "range", "variance"] = "off"
+    """Groups that are dropped, each replaced at once by a fresh prompt: range, those whose mean score is not strictly within
+    `dynamic_filtering_range`; variance, those whose rewards are all the same; off, none."""
+    dynamic_filtering_range: tuple[float, float] = (0.0, 1.0)
+    """Bounds of the mean score, where `dynamic_filtering` is range."""
+    dynamic_filtering_batches: Annotated[int, Range(low=1)] = 10
+    """Most prompts drawn for one step, in batches; after that the step is trained on with the groups it has."""
     agent_func_path: str | None = None
     """A Python file with the environment of multi-turn episodes (`AgentInstance` or `make_env`), or with an agent that owns its loop
     (`agent`); it gives the rewards, too."""

@@ -236,6 +236,18 @@ METRICS: dict[str, Metric] = {
         healthy=_NOT_NEGATIVE,
         meaning="Policy version being trained less the one that sampled; 0 in a synchronous run.",
     ),
+    "rollout/filtering_pass_rate": Metric(
+        unit="fraction",
+        reduction="groups kept over groups judged",
+        healthy=Range(low=0.1),
+        meaning="Share of the step's groups that dynamic sampling kept; the lower, the more is sampled for nothing.",
+    ),
+    "rollout/filtering_reward_mean": Metric(
+        unit="reward",
+        reduction="mean over all judged groups, those dropped included",
+        healthy=None,
+        meaning="What the policy earns on the data as it is; rollout/reward_mean is of the kept groups alone.",
+    ),
     "timing/generation": _seconds("Sampling, the reward function included."),
     "timing/make_experience": _seconds("Log-probabilities, reference, values, advantages."),
     "timing/ppo_train": _seconds("Forward, backward and optimiser of policy and critic."),

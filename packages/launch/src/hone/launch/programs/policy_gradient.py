@@ -38,6 +38,7 @@ from hone.launch.train import Start, Step, train
 from hone.learner.errors import CheckpointError
 from hone.rollout.agents.loading import Agent
 from hone.rollout.endpoint.rollout import Caller
+from hone.rollout.executor import Group
 from hone.rollout.rewards import judges
 from hone.rollout.types import Prompt
 
@@ -191,6 +192,8 @@ class Session:
             on_start=self._display.startup,
             on_phase=self._display.phase,
             on_event=self._happened,
+            on_rejected=self._rejected,
+            more=self._one_more,
         )
         return build(plan)
 
@@ -238,6 +241,16 @@ class Session:
         """What befell an engine: written down and shown."""
         self._directory.append_event(kind, **fields)
         self._display.note(NOTES[kind].format(**fields))
+
+    def _one_more(self) -> Prompt | None:
+        """A prompt in the place of one that was filtered out, entered into the ledger."""
+        prompt = self._prompts.more()
+        if prompt is not None:
+            self._ledger.issue([prompt.prompt_id], step=self._done + 1)
+        return prompt
+
+    def _rejected(self, group: Group, reason: str) -> None:
+        self._ledger.drop([group.prompt.prompt_id], step=self._done + 1, reason=reason)
 
     def _issued(self, source: Callable[[], Iterator[list[Prompt]]]) -> Iterator[list[Prompt]]:
         """The prompts of each step, entered into the ledger as they are drawn."""
