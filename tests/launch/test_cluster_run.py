@@ -19,6 +19,12 @@ from tests.launch.running import Run, by_uv, plainly, started
 
 # Four prompts of two samples, on the smallest of everything: what is tested is the parts, not the learning.
 SIZES = ["--rollout.batch-size", "4", "--rollout.n-samples-per-prompt", "2", "--train.batch-size", "8", "--rollout.max-new-tokens", "8"]
+OVER_TWO = [
+    *(word for role in ("actor", "critic", "ref") for word in (f"--{role}.num-gpus-per-node", "2")),
+    "--ds.tensor-parallel-size",
+    "2",
+]
+"""Every learner's model over two ranks."""
 ENGINE = ["--data.max-len", "512", "--vllm.kv-cache-gib", "0.25", "--run.threads", "1"]
 
 
@@ -42,7 +48,8 @@ def listening_elsewhere(run: Run) -> list[str]:
 def test_ctrl_c_once_finishes_the_step_saves_the_model_and_leaves_no_process(
     kind: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """With a user's own parts: Llama tied on chat messages, Qwen3 untied on real word problems, each with OpenRLHF's reward contract."""
+    """With a user's own parts: Llama tied on chat messages and over two ranks, Qwen3 untied on real word problems, each with OpenRLHF's
+    reward contract."""
     model = save_model(tmp_path / "model", tokenizer, kind=kind, tied=kind == "llama")
     chat = [{"question": [{"role": "user", "content": row["question"]}], "answer": row["answer"]} for row in MADE_UP * 20]
     real = kind == "qwen3" and GSM8K.exists()
@@ -54,6 +61,7 @@ def test_ctrl_c_once_finishes_the_step_saves_the_model_and_leaves_no_process(
         *SIZES,
         *ENGINE,
         *(("--data.max-len", "900", "--data.max-samples", "500") if real else ()),
+        *(OVER_TWO if kind == "llama" else ()),
     ]
     # One of the two as the README says it: under `uv run` Ray would, left alone, start its workers elsewhere.
     command = by_uv if kind == "qwen3" and shutil.which("uv") else plainly

@@ -125,6 +125,7 @@ def _tensor_parallel(resolved: Resolved, _: int) -> Iterator[Problem]:
         ("ds.load_in_4bit", ds.load_in_4bit, "drop --ds.load-in-4bit"),
         ("ds.use_liger_kernel", ds.use_liger_kernel, "drop --ds.use-liger-kernel"),
         ("ds.zpg", ds.zpg > 1, "--ds.zpg 1"),
+        ("ds.deepcompile", ds.deepcompile, "drop --ds.deepcompile"),
         *((f"{group}.optim", True, f"--{group}.optim adam") for group in _muons(config)),
     ):
         if chosen:
