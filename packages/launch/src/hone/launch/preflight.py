@@ -17,7 +17,7 @@ from hone.launch.builtin import BuiltinModel
 from hone.launch.commands import AnyConfig
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.errors import ENVIRONMENT, USAGE, Problem, exit_code
-from hone.launch.model_directory import faults, numbers_in, stated
+from hone.launch.model_directory import faults, numbers_in, sees, stated
 from hone.launch.resolve import Resolved
 from hone.launch.schema import shown
 from hone.learner.model_files import check_ring, check_tensor_parallel
@@ -34,6 +34,7 @@ def lacking(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     checks = (
         _installation(config, gpus),
         _models(config),
+        _vision(config),
         _prompts(resolved),
         _agent(config),
         _reward(config),
@@ -90,6 +91,28 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
                 yield Problem(what=problem.what, mend=problem.mend, code=problem.code, settings=(f"{group}.model_name_or_path",))
             if not problems and Path(path).expanduser().is_dir():
                 yield from head_stride(config, str(Path(path).expanduser()))
+
+
+def _vision(config: PolicyGradientConfig) -> Iterator[Problem]:
+    """What a vision-language model cannot be, or have done with it, here."""
+    policy = config.actor.model_name_or_path
+    critic = config.critic.model_name_or_path or policy
+    if "values" in config.algo.needs and critic is not None and sees(critic):
+        mend = "launch grpo, rloo or another without a critic, or --critic.model-name-or-path with a language model for runs without images"
+        yield Problem(
+            what=f"{critic} is a vision-language model, which cannot be a critic", mend=mend, settings=("critic.model_name_or_path",)
+        )
+    if policy is None or not sees(policy):
+        return
+    if config.ds.ring_attn_size > 1:
+        what = "rows of a vision-language model are not cut over a ring"
+        yield Problem(what=what, mend="--ds.ring-attn-size 1", settings=("ds.ring_attn_size",))
+    if config.ds.tensor_parallel_size > 1:
+        what = "a vision-language model's layers are not split over ranks"
+        yield Problem(what=what, mend="--ds.tensor-parallel-size 1; --ds.zero-stage 3 shards it", settings=("ds.tensor_parallel_size",))
+    if config.ds.use_liger_kernel:
+        what = "Liger's kernels are not proven for the positions of a vision-language model"
+        yield Problem(what=what, mend="drop --ds.use-liger-kernel", settings=("ds.use_liger_kernel",))
 
 
 def head_stride(config: AnyConfig, directory: str) -> Iterator[Problem]:
