@@ -25,9 +25,9 @@ def test_what_a_vision_language_model_cannot_be_or_have(model: Path) -> None:
     assert told[0].startswith("data.max_len ") and told[0].endswith("the model's 64 positions (max_position_embeddings in its config.json)")
     assert told[1:] == [
         f"{model} is a vision-language model, which cannot be a critic",
-        "rows of a vision-language model are not cut over a ring",
+        f"{model} is a vision-language model, which is not cut or compiled: ds.ring_attn_size does not go with it",
     ]
     fits = f"grpo --actor.model-name-or-path {model} --data.max-len 64 --rollout.max-new-tokens 32"
     assert missing(fits) == []
     split = [one.what for one in missing(f"{fits} --actor.num-gpus-per-node 2 --ds.tensor-parallel-size 2")]
-    assert "a vision-language model's layers are not split over ranks" in split
+    assert f"{model} is a vision-language model, which is not cut or compiled: ds.tensor_parallel_size does not go with it" in split

@@ -104,15 +104,15 @@ def _vision(config: PolicyGradientConfig) -> Iterator[Problem]:
         )
     if policy is None or not sees(policy):
         return
-    if config.ds.ring_attn_size > 1:
-        what = "rows of a vision-language model are not cut over a ring"
-        yield Problem(what=what, mend="--ds.ring-attn-size 1", settings=("ds.ring_attn_size",))
-    if config.ds.tensor_parallel_size > 1:
-        what = "a vision-language model's layers are not split over ranks"
-        yield Problem(what=what, mend="--ds.tensor-parallel-size 1; --ds.zero-stage 3 shards it", settings=("ds.tensor_parallel_size",))
-    if config.ds.use_liger_kernel:
-        what = "Liger's kernels are not proven for the positions of a vision-language model"
-        yield Problem(what=what, mend="drop --ds.use-liger-kernel", settings=("ds.use_liger_kernel",))
+    for name, wanted, mend in (
+        ("ds.ring_attn_size", config.ds.ring_attn_size > 1, "--ds.ring-attn-size 1"),
+        ("ds.tensor_parallel_size", config.ds.tensor_parallel_size > 1, "--ds.tensor-parallel-size 1; --ds.zero-stage 3 shards it"),
+        ("ds.deepcompile", config.ds.deepcompile, "drop --ds.deepcompile"),
+        ("ds.use_liger_kernel", config.ds.use_liger_kernel, "drop --ds.use-liger-kernel"),
+    ):
+        if wanted:
+            what = f"{policy} is a vision-language model, which is not cut or compiled: {name} does not go with it"
+            yield Problem(what=what, mend=mend, settings=(name,))
 
 
 def head_stride(config: AnyConfig, directory: str) -> Iterator[Problem]:
