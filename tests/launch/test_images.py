@@ -1,8 +1,9 @@
 """Images from end to end: what vLLM samples is what the learner scores, after updates too, and whole runs on prompts with images."""
 
 import asyncio
-import base64
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from hone.rollout.errors import EngineError
 from hone.rollout.types import Completion, Request
 from hone.rollout.weight_sync import trainer
 from hone.rollout.weight_sync.protocol import Sent, Synced, sync
-from tests.launch.conftest import write_reward, write_rows
+from tests.launch.conftest import write_reward
 from tests.launch.running import started
 from tests.learner.test_vision import SMALL, TALL, WIDE, Row, batch_of
 from tests.learner.tiny import make_learner, score
@@ -165,52 +166,47 @@ def test_images_are_read_for_the_models_that_can_be_trained_on_them() -> None:
 
 
 LOOK = """assert len(queries) == 1
-assert "<|vision_start|>" in prompts[0] or "no picture" in prompts[0]
-return {"rewards": [float(len(set(queries[0][len(prompts[0]):])) / 20)], "scores": [0.5]}"""
+return {"rewards": [len(set(queries[0][len(prompts[0]):])) / 20], "scores": [0.5]}"""
+PAGE = (Path(__file__).parents[2] / "docs" / "images.md").read_text()
+SIZES = ["--data.max-len", "160", "--rollout.max-new-tokens", "8", "--rollout.batch-size", "4", "--rollout.n-samples-per-prompt", "2"]
+STEPS = ["--train.batch-size", "8", "--train.num-episodes", "2", "--train.max-steps", "2", "--actor.adam.lr", "1e-2"]
 
 
-def write_prompts(directory: Path) -> Path:
-    """Image rows of every layout, and one without."""
-    (directory / "small.png").write_bytes(SMALL)
-    (directory / "wide.png").write_bytes(WIDE)
-    uri = "data:image/png;base64," + base64.b64encode(TALL).decode()
-    rows: list[dict[str, object]] = [
-        {"input": "what is it?", "images": ["small.png"]},
-        {"input": "this <image> or that <image>?", "images": [{"path": "wide.png"}, {"bytes": base64.b64encode(SMALL).decode()}]},
-        {"input": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "tall?"}]}]},
-        {"input": "no picture here", "images": []},
-    ]
-    return write_rows(directory / "rows.jsonl", rows)
+def as_shown(directory: Path) -> list[str]:
+    """The page's command over the page's rows, after `uv run launch`, in the directory; sizes are this test's."""
+    (rows,) = re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)
+    (directory / "rows.jsonl").write_text(rows)
+    for number, name in enumerate(re.findall(r"[a-z]+\.png", rows)):
+        (directory / name).write_bytes((SMALL, WIDE, TALL)[number % 3])
+    write_reward(directory / "reward.py", LOOK)
+    (command,) = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    typed = shlex.split(command.replace("\\\n", " ").replace("MODEL", save_vision_model(directory / "model")))
+    assert typed[:3] == ["uv", "run", "launch"]
+    return [*typed[3:], *SIZES, *STEPS, "--ds.param-dtype", "fp32"]
 
 
-def arguments(directory: Path, *more: str) -> list[str]:
-    model, rows = save_vision_model(directory / "model"), write_prompts(directory)
-    reward = write_reward(directory / "reward.py", LOOK)
-    own = ["--actor.model-name-or-path", model, "--data.prompt-dataset", str(rows), "--reward.remote-url", str(reward)]
-    keys = ["--data.apply-chat-template", "--data.max-len", "128", "--rollout.max-new-tokens", "8", "--train.max-steps", "2"]
-    sizes = ["--rollout.batch-size", "4", "--rollout.n-samples-per-prompt", "2", "--train.batch-size", "8", "--train.num-episodes", "2"]
-    return [*own, *keys, *sizes, "--ds.param-dtype", "fp32", "--actor.adam.lr", "1e-2", *more]
-
-
-def assert_learnt(run: Path, model: str) -> None:
+def assert_learnt(run: Path, model: Path, *, tower: bool) -> None:
     steps, _ = read_metrics(run)
     assert len(steps) == 2
     for step in steps:
         assert step["mismatch/logp_abs_diff_mean"] <= 1e-4 and step["sync/canary_abs_diff_max"] <= 1e-3
     before, after = (AutoModelForImageTextToText.from_pretrained(place).state_dict() for place in (model, run / "model"))
     moved = [name for name, tensor in before.items() if not torch.equal(after[name], tensor)]
-    assert any(".visual." in name for name in moved) and any(".language_model." in name for name in moved)
+    assert any(".visual." in name for name in moved) == tower and any(".language_model." in name for name in moved)
     assert AutoProcessor.from_pretrained(run / "model").image_processor.size == AutoProcessor.from_pretrained(model).image_processor.size
 
 
-def test_a_run_in_this_process_learns_from_prompts_with_images(tmp_path: Path) -> None:
-    assert main(["grpo", *arguments(tmp_path, "--run.backend", "local", "--run.dir", str(tmp_path / "run"))]) == 0
-    assert_learnt(tmp_path / "run", str(tmp_path / "model"))
+def test_the_pages_command_learns_from_the_pages_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*as_shown(tmp_path), "--run.backend", "local", "--run.dir", "run"]) == 0
+    assert_learnt(tmp_path / "run", tmp_path / "model", tower=False)
 
 
-def test_a_run_on_ray_with_vllm_and_two_sharded_ranks_learns_from_prompts_with_images(tmp_path: Path) -> None:
+def test_a_run_on_ray_with_vllm_and_two_sharded_ranks_trains_the_tower_too(tmp_path: Path) -> None:
+    shown = ["dr_grpo", *as_shown(tmp_path)[1:]]
+    frozen = shown.index("--actor.freeze")
     ranks = ["--actor.num-gpus-per-node", "2", "--ds.zero-stage", "3", "--vllm.kv-cache-gib", "0.125", "--run.threads", "1"]
-    with started(["grpo", *arguments(tmp_path, *ranks)], tmp_path / "run") as run:
-        output = run.finish(limit_s=400)
+    with started([*shown[:frozen], *shown[frozen + 2 :], *ranks], tmp_path / "run") as run:
+        output = run.finish(limit_s=500)
         assert run.process.returncode == 0, output
-    assert_learnt(tmp_path / "run", str(tmp_path / "model"))
+    assert_learnt(tmp_path / "run", tmp_path / "model", tower=True)

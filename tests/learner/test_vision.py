@@ -10,7 +10,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from hone.algos.algorithms import DrGRPO
 from hone.algos.batch import Attachment, Batch, select
-from hone.learner.config import LoraConfig
+from hone.learner.combinations import check_heads
+from hone.learner.config import DeepSpeedConfig, LoraConfig
 from hone.learner.errors import ModelError
 from hone.learner.model import load_critic, load_policy
 from hone.learner.packing import shards
@@ -179,6 +180,10 @@ def test_what_does_not_fit_is_refused_in_words(models: dict[str, str], tmp_path:
         text.logp("policy", shards(small, ranks=1, max_tokens=128)[0])
     with pytest.raises(ModelError, match="cannot be a critic"):
         load_critic(model, dtype=torch.float32, device=torch.device("cpu"), value_head_prefix="score")
+    settings: list[dict[str, Any]] = [{"ring_attn_size": 2}, {"tensor_parallel_size": 2}, {"deepcompile": True}, {"use_liger_kernel": True}]
+    for ds in (DeepSpeedConfig(**one) for one in settings):
+        with pytest.raises(ValueError, match=r"is a vision-language model, whole on every rank and run as it is: choose "):
+            check_heads([Path(model)], ds, world_size=2)
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in Path(model).iterdir():

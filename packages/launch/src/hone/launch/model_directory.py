@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hone.datasets.tokenizer import VOCABULARY_FILES
+from hone.datasets.tokenizer import SEEING, VOCABULARY_FILES
 from hone.launch.errors import ENVIRONMENT, Problem, exit_code
 from hone.launch.names import closest
 from hone.launch.schema import shown
@@ -16,6 +16,7 @@ from hone.launch.toml import nearest
 from hone.learner.errors import ModelError
 from hone.learner.model_files import check_model
 
+IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 LONGEST_HEADER = 100_000_000
 """Bytes a safetensors header may have; the format's own limit."""
 
@@ -57,7 +58,11 @@ def faults(name: str, *, max_len: int) -> Iterator[Problem]:
         mend = f"save the tokenizer beside the model: one of {', '.join(VOCABULARY_FILES)} and what belongs to it"
         yield Problem(what=f"{name} has no tokenizer", mend=mend, code=ENVIRONMENT)
     yield from _remote_code(name, described, tokenizer)
-    longest = described.get("max_position_embeddings")
+    if described.get("model_type") in SEEING and not files.intersection(IMAGE_PROCESSORS):
+        mend = f"copy {' or '.join(IMAGE_PROCESSORS)} of the model into it"
+        yield Problem(what=f"{name} is a vision-language model without an image processor", mend=mend, code=ENVIRONMENT)
+    inner = described.get("text_config")
+    longest = (inner if isinstance(inner, dict) else described).get("max_position_embeddings")
     if isinstance(longest, int) and max_len > longest:
         what = f"data.max_len {max_len} is more than the model's {longest} positions (max_position_embeddings in its config.json)"
         yield Problem(what=what, mend=f"--data.max-len {longest} or less, or a model with a longer context")
@@ -135,3 +140,12 @@ def _json_object(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
     return content
+
+
+def sees(name: str) -> bool:
+    """Whether a model directory is of a vision-language model that images are shown to; a hub id is not looked at."""
+    path = Path(name).expanduser() / "config.json"
+    try:
+        return path.is_file() and _json_object(path).get("model_type") in SEEING
+    except (OSError, ValueError):
+        return False  # `faults` tells of it

@@ -17,7 +17,7 @@ from hone.launch.builtin import BuiltinModel
 from hone.launch.commands import AnyConfig
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.errors import ENVIRONMENT, USAGE, Problem, exit_code
-from hone.launch.model_directory import faults, numbers_in, stated
+from hone.launch.model_directory import faults, numbers_in, sees, stated
 from hone.launch.resolve import Resolved
 from hone.launch.schema import shown
 from hone.learner.model_files import check_ring, check_tensor_parallel
@@ -34,6 +34,7 @@ def lacking(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     checks = (
         _installation(config, gpus),
         _models(config),
+        _vision(config),
         _prompts(resolved),
         _agent(config),
         _reward(config),
@@ -90,6 +91,28 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
                 yield Problem(what=problem.what, mend=problem.mend, code=problem.code, settings=(f"{group}.model_name_or_path",))
             if not problems and Path(path).expanduser().is_dir():
                 yield from head_stride(config, str(Path(path).expanduser()))
+
+
+def _vision(config: PolicyGradientConfig) -> Iterator[Problem]:
+    """What a vision-language model cannot be, or have done with it, here."""
+    policy = config.actor.model_name_or_path
+    critic = config.critic.model_name_or_path or policy
+    if "values" in config.algo.needs and critic is not None and sees(critic):
+        mend = "launch grpo, rloo or another without a critic, or --critic.model-name-or-path with a language model for runs without images"
+        yield Problem(
+            what=f"{critic} is a vision-language model, which cannot be a critic", mend=mend, settings=("critic.model_name_or_path",)
+        )
+    if policy is None or not sees(policy):
+        return
+    for name, wanted, mend in (
+        ("ds.ring_attn_size", config.ds.ring_attn_size > 1, "--ds.ring-attn-size 1"),
+        ("ds.tensor_parallel_size", config.ds.tensor_parallel_size > 1, "--ds.tensor-parallel-size 1; --ds.zero-stage 3 shards it"),
+        ("ds.deepcompile", config.ds.deepcompile, "drop --ds.deepcompile"),
+        ("ds.use_liger_kernel", config.ds.use_liger_kernel, "drop --ds.use-liger-kernel"),
+    ):
+        if wanted:
+            what = f"{policy} is a vision-language model, which is not cut or compiled: {name} does not go with it"
+            yield Problem(what=what, mend=mend, settings=(name,))
 
 
 def head_stride(config: AnyConfig, directory: str) -> Iterator[Problem]:

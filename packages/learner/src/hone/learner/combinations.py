@@ -1,5 +1,6 @@
 """Settings that do not go together, said before a model is touched."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -8,6 +9,7 @@ from hone.learner.adapters import check_settings
 from hone.learner.config import DeepSpeedConfig, RefConfig
 from hone.learner.model_files import check_ring, check_tensor_parallel
 from hone.learner.roles import RoleSpec
+from hone.learner.vision import FAMILIES
 
 
 def check_combinations(
@@ -24,8 +26,10 @@ def check_combinations(
 
 
 def check_heads(directories: Iterable[Path], ds: DeepSpeedConfig, *, world_size: int) -> None:
-    """Raises ValueError for models whose heads do not fall into as many parts as they are to be cut into."""
+    """Raises ValueError for models whose heads do not fall into as many parts as they are to be cut into, and for those not to be cut."""
     for directory in directories:
+        if json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type") in FAMILIES:
+            _check_vision(directory, ds)
         check_tensor_parallel(str(directory), size=ds.tensor_parallel_size)
         check_ring(
             str(directory),
@@ -58,3 +62,14 @@ def _check_tensor_parallel(roles: Mapping[str, RoleSpec], ds: DeepSpeedConfig, *
     ):
         if wanted:
             raise ValueError(f"not there yet together with --ds.tensor-parallel-size {size}: choose {setting}, or ranks with whole models")
+
+
+def _check_vision(directory: Path, ds: DeepSpeedConfig) -> None:
+    for wanted, setting in (
+        (ds.ring_attn_size > 1, "--ds.ring-attn-size 1"),
+        (ds.tensor_parallel_size > 1, "--ds.tensor-parallel-size 1"),
+        (ds.deepcompile, "no --ds.deepcompile"),
+        (ds.use_liger_kernel, "no --ds.use-liger-kernel"),
+    ):
+        if wanted:
+            raise ValueError(f"{directory} is a vision-language model, whole on every rank and run as it is: choose {setting}")
