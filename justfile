@@ -46,6 +46,11 @@ peers:
     uv pip install --quiet --no-deps --no-build --python-version 3.11 --python-platform x86_64-unknown-linux-gnu \
         --target .peers -r tests/parity/requirements.txt
 
+# TRL with all its dependencies in an environment of its own, for tests/parity/test_trl_trainers.py.
+trainers:
+    uv venv --quiet --allow-existing .peers-trainers --python 3.11
+    uv pip install --quiet --python .peers-trainers/bin/python trl==1.16.0 torch==2.13.0 transformers==5.19.0
+
 # Benchmarks: ours beside a peer, ratios and shares of a roof, without the type-checking hook. Refuses a dirty tree.
 bench *args:
     git diff --quiet HEAD
@@ -58,6 +63,7 @@ smoke:
 # Rewrite the golden curves after a change of numerics that was meant (the diff goes into the commit).
 golden:
     uv run python -m tests.golden.curves
+    uv run python -m tests.golden.offline_curves
 
 # Rewrite the generated pages.
 docs:

@@ -94,7 +94,7 @@ def test_steps_are_judged_by_their_calculator_marks(model: Path, hone_cache: Pat
         for side in ("right", "wrong"):
             lines = [line for line in row[side].split("\n") if line.strip()]
             rows.append({"question": row["question"], "steps": lines, "labels": right_marks(row[side])})
-    steps = run("prm", model, write_rows(tmp_path / "steps.jsonl", rows), tmp_path / "run")
+    steps = run("prm", model, write_rows(tmp_path / "steps.jsonl", rows), tmp_path / "run", "--data.max-len", "1000")
     assert steps[0]["train/prm_loss"] == pytest.approx(0.6931, abs=1e-3)
 
 

@@ -57,7 +57,7 @@ def _tool(verb: str, rest: list[str]) -> int:
 
         screens.tool(verb)
         return 0
-    return importlib.import_module(f"hone.launch.tools.{verb}").run(rest)
+    return importlib.import_module(f"hone.launch.tools.{verb.replace('-', '_')}").run(rest)
 
 
 def _chosen(rest: list[str]) -> str | None:

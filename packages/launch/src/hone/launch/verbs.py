@@ -205,5 +205,30 @@ TOOLS = {
             "launch export CHECKPOINT OUT --model DIR   # the model the run began with, where it has moved",
         ),
     ),
+    "merge-lora": Verb(
+        section="checkpoints",
+        summary="a model with an adapter merged into it",
+        story=(
+            "Writes a new model directory, with its tokenizer, that needs no adapter any more. The adapter is one that PEFT or a run here "
+            "wrote; it says itself whether it is of a policy or of a reward model, whose head it brings."
+        ),
+        examples=(
+            "launch merge-lora MODEL runs/dpo-20260101-120000/model/adapter OUT",
+            "launch merge-lora MODEL ADAPTER OUT --param-dtype bf16",
+        ),
+    ),
+    "score": Verb(
+        section="checkpoints",
+        summary="a reward model, or a function, over a file",
+        story=(
+            "Writes every row of a JSON-lines file with its score. MODEL is a reward model's directory; prompts and answers are read and "
+            "rendered as `launch rm` does it. --function judges with a reward file instead: reward_func(queries, prompts, labels)."
+        ),
+        examples=(
+            "launch score runs/rm-20260101-120000/model answers.jsonl scored.jsonl --normalize",
+            "launch score MODEL pairs.jsonl scored.jsonl --answer-key chosen --apply-chat-template",
+            "launch score --function examples/reward.py examples/sums.jsonl scored.jsonl --label-key answer",
+        ),
+    ),
 }
 """Commands that train nothing."""

@@ -1,0 +1,98 @@
+"""What is done with trained models from the command line: adapters merged, rows scored; and the page that tells of all of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+from hone.launch.cli import main
+from hone.launch.observe.run_directory import read_metrics
+from tests.golden.offline_curves import words
+from tests.launch.conftest import save_model
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "finetune.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
+SHORT = ["--recipe", "laptop", "--train.max-steps", "1", "--train.batch-size", "2", "--data.max-len", "256"]
+
+
+@pytest.mark.parametrize(("name", "auto"), [("dpo", AutoModelForCausalLM), ("rm", AutoModelForSequenceClassification)])
+def test_a_merged_adapter_is_the_model_that_the_run_wrote(name: str, auto: type, hone_cache: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "merged"
+    assert main([*words(name, tmp_path), "--ds.lora.rank", "4", "--run.dir", str(run)]) == 0
+    assert main(["merge-lora", str(tmp_path / "model"), str(run / "model" / "adapter"), str(out)]) == 0
+    merged, written = (dict(auto.from_pretrained(place).named_parameters()) for place in (out, run / "model"))
+    assert merged.keys() == written.keys()
+    for weight, tensor in written.items():
+        torch.testing.assert_close(merged[weight], tensor, atol=1e-6, rtol=1e-5)
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    assert main(["merge-lora", str(tmp_path / "model"), str(run / "model" / "adapter"), str(out)]) == 2
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path, hone_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge-lora", "model", str(tmp_path), str(tmp_path / "out")]) == 5
+    assert "holds no adapter" in capsys.readouterr().err
+    assert main(["merge-lora", "model", "adapter", "out", "--dtype", "fp32"]) == 2
+    assert "did you mean --param-dtype?" in capsys.readouterr().err
+
+
+def test_a_reward_model_scores_a_file_as_transformers_does(hone_cache: Path, tmp_path: Path) -> None:
+    run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    assert main([*words("rm", tmp_path), "--run.dir", str(run)]) == 0
+    rows.write_text("".join(json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1), "id": n}) + "\n" for n in range(1, 9)))
+    assert main(["score", str(run / "model"), str(rows), str(tmp_path / "out.jsonl"), "--batch-size", "3"]) == 0
+    scored = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in scored] == list(range(1, 9)) and set(scored[0]) == {"prompt", "completion", "id", "score"}
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
+    for row in scored:
+        with torch.no_grad():
+            logits = model(tokenizer.encode(f"{row['prompt']}{row['completion']}<eos>", return_tensors="pt")).logits
+        assert row["score"] == pytest.approx(float(logits[0, 0]), abs=1e-5)
+    assert main(["score", str(run / "model"), str(rows), str(tmp_path / "z.jsonl"), "--normalize"]) == 0
+    normal = [json.loads(line)["score"] for line in (tmp_path / "z.jsonl").read_text().splitlines()]
+    expected = [(row["score"] - model.config.mean) / model.config.std for row in scored]
+    assert normal == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_function_scores_a_file(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+1=", "completion": "2", "answer": "2"}\n{"prompt": "1+1=", "completion": "3", "answer": "2"}\n')
+    line = ["score", "--function", str(ROOT / "examples" / "reward.py"), str(rows), str(tmp_path / "out.jsonl"), "--label-key", "answer"]
+    assert main(line) == 0
+    assert [json.loads(line)["score"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1.0, 0.1]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if " launch score " not in command and command.count(" ") > 3])
+def test_every_command_of_the_page_runs(
+    command: str, tokenizer: PreTrainedTokenizerFast, hone_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    model = save_model(tmp_path / "model", tokenizer, kind="llama", tied=True)
+    teacher = save_model(tmp_path / "teacher", tokenizer, kind="qwen3", tied=True)
+    places = {"DIR": str(model), "TEACHER": str(teacher)}
+    typed = [places.get(word, word) for word in command.split()]
+    assert typed[:3] == ["uv", "run", "launch"]
+    assert main([*typed[3:], *SHORT, "--run.dir", str(tmp_path / "run")]) == 0
+    assert len(read_metrics(tmp_path / "run")[0]) == 1
+
+
+def test_the_score_command_of_the_page_runs(
+    tokenizer: PreTrainedTokenizerFast, hone_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    model = save_model(tmp_path / "model", tokenizer, kind="llama", tied=True)
+    line = ["rm", "--model.model-name-or-path", str(model), "--data.dataset", "examples/pairs.jsonl"]
+    assert main([*line, *SHORT, "--run.dir", str(tmp_path / "run")]) == 0
+    (command,) = [command for command in COMMANDS if " launch score " in command]
+    places = {"RM": str(tmp_path / "run" / "model"), "scored.jsonl": str(tmp_path / "scored.jsonl")}
+    assert main([places.get(word, word) for word in command.split()[3:]]) == 0
+    assert len((tmp_path / "scored.jsonl").read_text().splitlines()) == 4
+
+
+def test_every_link_of_the_page_leads_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", PAGE):
+        assert (ROOT / "docs" / target).exists(), target
+    assert "uv run launch sft" in COMMANDS
