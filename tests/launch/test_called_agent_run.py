@@ -2,14 +2,19 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 from transformers import AutoModelForCausalLM
 
+from hone.launch.agent import agent_of
 from hone.launch.cli import main
+from hone.launch.config import default_config
 from hone.launch.observe.run_directory import read_metrics
+from hone.launch.schema import replaced
+from hone.rollout.errors import EnvironmentFailure
 from tests.launch.conftest import write_rows
 from tests.launch.running import started
 from tests.rollout.chatting import CHATML, write_chat_model
@@ -40,6 +45,7 @@ def check(run: Path, tmp_path: Path) -> None:
         rows += pyarrow.parquet.read_table(run / "rollouts" / f"step_{number:06}.parquet").to_pylist()
     assert len(rows) == 20 and any("<tool_response>" in row["response"] for row in rows)
     for row in rows:
+        assert row["template"], "the contract does not say which chat template was used"
         assert len(row["tokens"]) == len(row["rollout_logp"]) and max(row["rollout_logp"]) <= 1e-6
         # A tool's answer is read, not written: of the response only the actions are in the row's ids.
         assert ("<tool_response>" in row["response"]) == (row["reward"] >= 0.1)
@@ -107,6 +113,12 @@ def test_agents_that_cannot_be_served_are_refused_before_anything_starts(tmp_pat
     flags = arguments(tmp_path, "openai", dropping)[1:]
     message = refusal(6, *flags, "--run.backend", "local")
     assert "cannot serve an agent: the template leaves the reply out" in message
+
+
+def test_rows_with_images_are_refused() -> None:
+    config = replaced(default_config("grpo"), {"rollout.agent_command": "python3"})
+    with pytest.raises(EnvironmentFailure, match="agent `python3` would not see the images of the rows: the endpoint serves text"):
+        agent_of(config, "", SimpleNamespace(with_images=object()), on_start=lambda *_: None, note=print)  # type: ignore[arg-type]
 
 
 def test_a_program_that_fails_ends_the_run_with_its_last_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

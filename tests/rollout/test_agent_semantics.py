@@ -115,6 +115,16 @@ def test_3_where_the_next_role_closes_a_reply_its_marker_is_not_doubled(sampled:
     assert segments[0].mask[len(first.ids) - 1] == (sampled == "<|user|>")
 
 
+def test_3_where_the_next_role_closes_a_call_its_answers_marker_does() -> None:
+    talk = Talk(
+        [wrote(1, 2) + "<|observation|>", "ok<|user|>"], template=NO_CLOSE, end="<|user|>", stop_tokens=("<|user|>", "<|observation|>")
+    )
+    first = talk.ask(user("1+2"), tools=[TOOL])
+    second = talk.ask(user("1+2"), echoed(first), answered(first.reply.tool_calls[0], "3"), user("and?"), tools=[TOOL])
+    assert talk.text(second.place.prompt[len(first.ids) - 1 :]) == "<|observation|>3<|user|>\nand?<|assistant|>\n"
+    assert talk.session.tree.segments()[1].masked == {}
+
+
 def test_8_spellings_of_client_libraries_match() -> None:
     respaced = '{"b":2,  "a":1}'
     spellings = {

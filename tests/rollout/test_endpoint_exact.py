@@ -167,13 +167,11 @@ def test_a_function_is_trained_on_what_was_sampled(chat: Chat, road: str) -> Non
 
 def test_2_an_answer_to_another_prompt_is_refused_with_both(chat: Chat) -> None:
     engine = VLLMEngine.__new__(VLLMEngine)
-    engine.name, engine._half_loaded, engine._eos_token_ids = "crossed", "", []
-    engine._llm = SimpleNamespace(errored=False)
+    engine.name, engine._half_loaded, engine._eos_token_ids, engine._version = "crossed", "", [], 0
 
-    async def other(tokens: Any, params: Any, request_id: str) -> Any:
-        sample = SimpleNamespace(finish_reason="stop", token_ids=[5], logprobs=SimpleNamespace(logprobs=[-1.0]), weight_versions=[])
-        return SimpleNamespace(outputs=[sample], prompt_token_ids=[7, 8, 10], num_cached_tokens=0)
+    async def other(*asked: Any) -> Any:
+        yield SimpleNamespace(outputs=[], prompt_token_ids=[7, 8, 10])
 
-    engine._last = other  # type: ignore[method-assign]
+    engine._llm = SimpleNamespace(errored=False, generate=other)
     with pytest.raises(EngineError, match=r"id 2 of its prompt was \[7, 8, 9\] and came back as \[7, 8, 10\]"):
         asyncio.run(engine.generate([request([7, 8, 9], seed=0)]))

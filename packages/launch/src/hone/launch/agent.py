@@ -10,6 +10,7 @@ from hone.rollout.agents.calling import CommandAgent
 from hone.rollout.agents.loading import Agent, load
 from hone.rollout.endpoint.rollout import Caller
 from hone.rollout.endpoint.templates import served_template
+from hone.rollout.errors import EnvironmentFailure
 
 
 def agent_of(
@@ -22,6 +23,10 @@ def agent_of(
     on_start("agent", "loading" if command is None else "looking at the chat template")
     agent = load(file) if file is not None else CommandAgent(command=command or "")
     if not isinstance(agent, Agent):
+        if prompts.with_images is not None:
+            raise EnvironmentFailure(
+                f"agent {agent.where} would not see the images of the rows: the endpoint serves text; drop the images, or use an environment"
+            )
         served = served_template(prompts.tokenizer, stop_ids=stop_ids(model, prompts.tokenizer))
         for reason in () if served is None else served.reservations:
             note(reason)

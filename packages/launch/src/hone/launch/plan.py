@@ -1,5 +1,6 @@
 """From a settled configuration and prepared prompts to the plan the parts are built from."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import transformers
 
+from hone.datasets.tokenizer import template_hash
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.parts import Plan
 from hone.launch.prompts import PromptData
@@ -105,6 +107,9 @@ def make_plan(
             "greedy": "greedy_scores" in config.algo.needs,
         }
         if isinstance(judge, Caller):
+            # Its conversations are rendered with the chat template, however the rows are.
+            chat = dataclasses.replace(config.data, apply_chat_template=True, input_template=None)
+            common["template_hash"] = template_hash(prompts.tokenizer, config=chat) if judge.served is not None else ""
             return Calling(agent=judge.agent, judge=judge.judge, served=judge.served, stop_ids=stop_ids(model, prompts.tokenizer), **common)
         if isinstance(judge, Agent):
             deadline, turns = config.reward.timeout_s, config.rollout.max_turns

@@ -18,7 +18,7 @@ from hone.rollout.agents.openrlhf import MultiTurnAgentExecutor, OpenRLHFEnv
 from hone.rollout.env import Env
 from hone.rollout.errors import EnvironmentFailure
 
-NAMES = ("make_env", "agent", "AgentInstance", "AgentExecutor")
+NAMES = ("make_env", "AgentInstance", "AgentExecutor", "agent")
 EXPECTED = (
     "`class AgentInstance` with reset and step, `class AgentExecutor(MultiTurnAgentExecutor)`, `def make_env() -> Env`, "
     "or `def agent(base_url, api_key, model, row)`"

@@ -107,6 +107,7 @@ class Server:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        opened.calls.clear()
 
     def routes(self) -> list[web.RouteDef]:
         """Every path; Anthropic's library appends /v1 to a base URL by itself, so that both spellings of it are served."""

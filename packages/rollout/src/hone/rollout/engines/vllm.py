@@ -100,10 +100,6 @@ class VLLMEngine:
             request.images,
         )
         sample = output.outputs[0]
-        if list(output.prompt_token_ids) != list(request.tokens):
-            raise EngineError(
-                f"request {request.request_id} was answered for another prompt: {_difference(request.tokens, output.prompt_token_ids)}"
-            )
         if sample.finish_reason not in ("stop", "length"):
             raise EngineError(f"request {request.request_id} ended with {sample.finish_reason!r} after {len(sample.token_ids)} tokens")
         return Completion(
@@ -148,10 +144,13 @@ class VLLMEngine:
         outputs: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id)
         output = [output async for output in outputs][-1]
         if list(output.prompt_token_ids) != list(tokens):
+            expands = (
+                "its processor expands images otherwise; use one version of transformers, and one model directory, for data and engines"
+            )
             raise EngineError(
                 f"engine {self.name} fed the model {len(output.prompt_token_ids)} ids in request {request_id} which are not the "
-                f"{len(tokens)} of the prompt: its processor expands images otherwise; use one version of transformers, and one "
-                "model directory, for data and engines"
+                f"{len(tokens)} of the prompt ({_difference(tokens, output.prompt_token_ids)}): "
+                + (expands if images else "it answered another request, or changed this one")
             )
         return output
 
