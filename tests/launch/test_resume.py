@@ -238,6 +238,7 @@ def test_a_checkpoint_of_any_step_exports_the_model_of_that_step(whole: Path, tm
         (["export", str(whole / "run"), str(tmp_path / "last")], 2, "is there already and is not an empty directory"),
         (["export", "nowhere", str(tmp_path / "new")], 4, "no checkpoint or run nowhere"),
         (["export", str(whole / "run"), str(tmp_path / "new"), "--role", "reward"], 4, "it has critic, policy: name one with --role"),
+        (["export", str(whole / "run"), str(tmp_path / "new"), "--average"], 4, "has no moving average of its policy"),
         (["export", str(whole / "run"), str(tmp_path / "new"), "--wrong", "x"], 2, "unknown option --wrong"),
         (["export", str(whole / "run"), str(tmp_path / "new"), "--role"], 2, "--role takes a value"),
     ):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,20 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen3Config
 
 from hone.algos.algorithms import PPO
 from hone.algos.algorithms.terms import KLPenalty
 from hone.learner.checkpoint import directory as checkpoints
 from hone.learner.checkpoint.export import export
 from hone.learner.checkpoint.files import Files
+from hone.learner.config import LoraConfig
 from hone.learner.errors import CheckpointError
 from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards
 from tests.learner.checkpoint_ranks import save
 from tests.learner.one_step import MODELS
-from tests.learner.tiny import VOCABULARY, make_batch, make_learner, save_config, score
+from tests.learner.tiny import SHAPE, VOCABULARY, make_batch, make_learner, save_config, score
 
 LENGTHS = [9, 4, 13]
 ALGO = PPO(kl=KLPenalty(init_coef=0.0))
@@ -167,3 +169,48 @@ def test_what_cannot_be_exported_is_said_before_a_model_is_read(run: dict[str, A
     finally:
         (run["root"] / "moved").rename(run["root"] / "start")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (run["root"] / "policy" / "model.safetensors").read_bytes()
+
+
+def same_files(one: Path, other: Path) -> None:
+    names = sorted(str(file.relative_to(one)) for file in one.rglob("*") if file.is_file())
+    assert names == sorted(str(file.relative_to(other)) for file in other.rglob("*") if file.is_file())
+    assert [name for name in names if (one / name).read_bytes() != (other / name).read_bytes()] == []
+
+
+def test_the_average_of_a_checkpoint_is_exported_as_the_run_exports_it(tmp_path: Path) -> None:
+    model = save_config(tmp_path / "start", MODELS["tied"])
+    learner = make_learner(dict.fromkeys(ROLES, model), lr=1e-2, ema_beta=0.5)
+    for step in range(2):
+        learner.update_policy("policy", shard(seed=step), ALGO)
+        learner.update_critic("critic", shard(seed=step), ALGO)
+    path = save(learner, tmp_path / "ckpt", 1)
+    for role in ROLES:
+        learner.export(role, str(tmp_path / f"{role}-run"), average=True)
+        export(path, tmp_path / f"{role}-checkpoint", role=role, average=True)
+        same_files(tmp_path / f"{role}-run", tmp_path / f"{role}-checkpoint")
+    learner.export("policy", str(tmp_path / "last"))
+    last, average = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "policy-run"))
+    assert not torch.equal(last["model.norm.weight"], average["model.norm.weight"])
+    export(path, tmp_path / "weights")
+    same_files(tmp_path / "last", tmp_path / "weights")
+    plain = make_learner({"policy": model})
+    with pytest.raises(CheckpointError, match=r"has no moving average of its policy; .*--train\.enable-ema"):
+        export(save(plain, tmp_path / "without", 1), tmp_path / "none", average=True)
+
+
+@pytest.mark.parametrize("four_bit", [False, pytest.param(True, marks=pytest.mark.skipif(not find_spec("bitsandbytes"), reason="extra"))])
+def test_adapters_of_a_checkpoint_are_exported_as_the_run_exports_them(tmp_path: Path, four_bit: bool) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # of four bits whole blocks of 64
+    model = save_config(tmp_path / "start", Qwen3Config(**{**SHAPE, **wide}, tie_word_embeddings=True))
+    ds = {"lora": LoraConfig(rank=3, alpha=6), "load_in_4bit": four_bit}
+    learner = make_learner(dict.fromkeys(ROLES, model), lr=1e-2, ds=ds)
+    for step in range(2):
+        learner.update_policy("policy", shard(seed=step), ALGO)
+        learner.update_critic("critic", shard(seed=step), ALGO)
+    path = save(learner, tmp_path / "ckpt", 1)
+    for role in ROLES:
+        learner.export(role, str(tmp_path / f"{role}-run"))
+        export(path, tmp_path / f"{role}-checkpoint", role=role)
+        same_files(tmp_path / f"{role}-run", tmp_path / f"{role}-checkpoint")
+    adapter = load_file(tmp_path / "policy-checkpoint" / "adapter" / "adapter_model.safetensors")
+    assert adapter and all(tensor.any() for tensor in adapter.values())

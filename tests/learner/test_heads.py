@@ -19,11 +19,13 @@ from hone.algos.algorithms.reward_model import RewardModel
 from hone.algos.algorithms.sft import SFT
 from hone.algos.batch import Packed
 from hone.algos.offline import weighed_pairs
+from hone.learner.checkpoint.export import export
 from hone.learner.config import ActorConfig, AdamConfig, DeepSpeedConfig, RefConfig
 from hone.learner.errors import ModelError
 from hone.learner.learner import Learner
 from hone.learner.packing import shards
 from hone.learner.roles import RoleSpec
+from tests.learner.checkpoint_ranks import save
 from tests.learner.offline_ranks import ALGORITHMS, rows_of
 from tests.learner.tiny import CONFIGS, VOCABULARY, save_model
 
@@ -210,6 +212,26 @@ def test_losses_over_logits_in_chunks_are_those_over_all_of_them(tmp_path: Path,
     assert_close(result.metrics, {name: float(value) for name, value in loss.metrics.items()}, rtol=1e-4, atol=1e-5)
     for weight, parameter in plain.named_parameters():
         assert_close(seen[weight], parameter.grad, rtol=1e-3, atol=1e-6, msg=lambda text, weight=weight: f"{weight}: {text}")
+
+
+def test_statistics_are_in_a_checkpoint_and_in_what_is_exported_from_it(tmp_path: Path) -> None:
+    model, _ = trained(tmp_path)
+    (shard,) = shards(rows_of("rm"), ranks=1, max_tokens=200)
+    raw = model.scores("it", shard)
+    before = save(model, tmp_path / "ckpt", 1)
+    model.keep_statistics("it", raw)
+    after = save(model, tmp_path / "ckpt", 2)
+    again = learner("reward", str(tmp_path / "model"))
+    config = again.engines["it"].module.adaptable()[0].config
+    again.restore(str(after))
+    assert (config.mean, config.std) == pytest.approx((float(raw.mean()), float(raw.std())), rel=1e-5)
+    assert torch.equal(again.scores("it", shard), raw)
+    export(after, tmp_path / "out", role="it")
+    normalised = learner("reward", str(tmp_path / "out"), lr=None, normalize_reward=True)
+    assert_close(normalised.scores("it", shard), (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5)
+    # A checkpoint from before they were taken has none, and takes none over.
+    again.restore(str(before))
+    assert not {"mean", "std"} & config.__dict__.keys()
 
 
 def test_a_teachers_top_tokens_are_those_of_its_distribution(tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ TOOLS = {
         examples=(
             "launch export runs/ppo-20260101-120000 OUT",
             "launch export runs/ppo-20260101-120000/checkpoints/step_10 OUT --role critic",
+            "launch export CHECKPOINT OUT --average     # of a run with --train.enable-ema",
             "launch export CHECKPOINT OUT --model DIR   # the model the run began with, where it has moved",
         ),
     ),

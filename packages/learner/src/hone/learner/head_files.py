@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,8 @@ from hone.learner.heads import HEADS, Head, Statistics, ValueHead
 
 PREFIX = "value_head_prefix"
 """Under this name the configuration keeps the head's, where it is not transformers' own "score"; OpenRLHF's, too."""
+STATISTICS = ("mean", "std")
+"""Under these it keeps what normalises a reward model's scores."""
 HeadKind = Literal["critic", "reward", "process"]
 CLASSIFIERS = {
     "ForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -89,9 +92,21 @@ def classifier_config(backbone: PreTrainedModel, head: Head, prefix: str) -> Pre
     return config
 
 
+def kept_statistics(config: PretrainedConfig) -> dict[str, float]:
+    """What a configuration says of a reward model's scores: `mean` and `std`, or nothing."""
+    return {name: float(config.__dict__[name]) for name in STATISTICS if name in config.__dict__}
+
+
+def keep_statistics(config: PretrainedConfig, kept: Mapping[str, float]) -> None:
+    """Puts what `kept_statistics` found in place of what the configuration says."""
+    forget_statistics(config)
+    for name, value in kept.items():
+        setattr(config, name, value)
+
+
 def forget_statistics(config: PretrainedConfig) -> None:
     """Those of a reward model that goes on training are no longer its own."""
-    for name in ("mean", "std"):
+    for name in STATISTICS:
         config.__dict__.pop(name, None)
 
 

@@ -222,7 +222,7 @@ class Learner:
         """
         readers = {role: role_files.matching(Path(directory), role, engine) for role, engine in self.engines.items()}
         for role in self.engines:
-            self._awake(role, training=True).restore(readers[role])
+            role_files.take_up(self._awake(role, training=True), readers[role], readers[role])
             if (state := readers[role].of_rank(self.rank)) is not None:
                 set_random_state(state["random_state"], self.device)
 

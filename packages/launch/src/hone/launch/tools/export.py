@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hone.launch.errors import Problem, UsageError
 
-USAGE = "launch export CHECKPOINT OUT [--role policy|critic] [--model DIR]"
+USAGE = "launch export CHECKPOINT OUT [--role policy|critic] [--model DIR] [--average]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class Asked:
     out: Path
     role: str = "policy"
     model: str | None = None
+    average: bool = False
 
 
 def run(words: Sequence[str]) -> int:
@@ -29,8 +30,8 @@ def run(words: Sequence[str]) -> int:
     from hone.learner.checkpoint.export import export
 
     root, step = place_of(asked.checkpoint, verb="*")
-    path = export(root if step is None else root / f"step_{step}", asked.out, role=asked.role, model=asked.model)
-    print(f"the {asked.role} of {path} is in {asked.out}")
+    path = export(root if step is None else root / f"step_{step}", asked.out, role=asked.role, model=asked.model, average=asked.average)
+    print(f"the {'average of the ' * asked.average}{asked.role} of {path} is in {asked.out}")
     return 0
 
 
@@ -39,12 +40,15 @@ def read(words: Sequence[str]) -> Asked:
     places: list[str] = []
     options: dict[str, str] = {}
     problems: list[Problem] = []
+    average = False
     rest = list(words)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if not word.startswith("-"):
             places.append(word)
+        elif word == "--average":
+            average = True
         elif name not in ("--role", "--model"):
             problems.append(Problem(what=f"unknown option {name}", mend=USAGE, where="command line"))
         elif not equals and (not rest or rest[0].startswith("-")):
@@ -57,4 +61,4 @@ def read(words: Sequence[str]) -> Asked:
         )
     if problems:
         raise UsageError(problems)
-    return Asked(checkpoint=places[0], out=Path(places[1]), **options)
+    return Asked(checkpoint=places[0], out=Path(places[1]), average=average, **options)

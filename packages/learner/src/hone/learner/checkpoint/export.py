@@ -14,9 +14,10 @@ from torch import Tensor
 from hone.learner import config
 from hone.learner.checkpoint import directory as checkpoints
 from hone.learner.checkpoint.pieces import MASTER, Columns, Source
-from hone.learner.checkpoint.role_files import matching
+from hone.learner.checkpoint.role_files import matching, take_up
 from hone.learner.checkpoint.shard_file import RoleReader
 from hone.learner.config import DeepSpeedConfig
+from hone.learner.engines.ema import SECTION as AVERAGE
 from hone.learner.errors import CheckpointError
 from hone.learner.learner import Learner
 from hone.learner.roles import RoleSpec
@@ -40,17 +41,20 @@ ONE_PROCESS = {
 Settings = TypeVar("Settings")
 
 
-def export(checkpoint: Path, out: Path, *, role: str = "policy", model: str | None = None) -> Path:
+def export(checkpoint: Path, out: Path, *, role: str = "policy", model: str | None = None, average: bool = False) -> Path:
     """Writes `role` as it stood at a step into the directory `out`, in Hugging Face format; returns the checkpoint it is of.
 
     `checkpoint` is a step_N, or a directory of such, whose newest complete one is meant. `model` stands for the model the run began
-    with where that has moved; its tokenizer and configuration go along. Raises CheckpointError, ModelError.
+    with where that has moved; its tokenizer and configuration go along. With `average`, the moving average of its
+    weights. Raises CheckpointError, ModelError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already and is not an empty directory; name another to export to")
     path = checkpoint if checkpoints.step_of(checkpoint) is not None else checkpoints.find(checkpoint).path
     checkpoints.verify(path)
     reader = _reader(path, role)
+    if average and not any(AVERAGE in reader.sections(name) for name, _ in reader.layout):
+        raise CheckpointError(f"{path} has no moving average of its {role}; export its weights, or train with --train.enable-ema")
     made_of = next(iter(reader.abouts.values())).get("made_of")
     if made_of is None:
         raise CheckpointError(f"{path} does not say how its {role} was made; it is of a version before checkpoints could be exported")
@@ -73,23 +77,25 @@ def export(checkpoint: Path, out: Path, *, role: str = "policy", model: str | No
         max_tokens=1,
     )
     engine = learner.engines[role]
-    engine.restore(_Weights(matching(path, role, engine)))
+    own = matching(path, role, engine)
+    take_up(engine, _Weights(own, section=AVERAGE if average else MASTER), own)
     learner.export(role, str(out))
     learner.close()
     return path
 
 
 class _Weights:
-    """A role's weights alone: see `Source`. Optimiser state would take twice their memory and is not exported."""
+    """A role's weights alone, or their average, which lie in `section`: see `Source`. Optimiser state would take twice their memory."""
 
-    def __init__(self, source: Source) -> None:
-        self._source, self.counters = source, source.counters
+    def __init__(self, source: Source, *, section: str) -> None:
+        self._source, self._section, self.counters = source, section, source.counters
 
     def sections(self, name: str) -> frozenset[str]:
-        return self._source.sections(name) & {MASTER}
+        return frozenset({MASTER}) if self._section in self._source.sections(name) else frozenset()
 
     def read(self, section: str, name: str, *, start: int, numel: int, columns: Columns | None = None) -> Shaped[Tensor, " numel"]:
-        return self._source.read(section, name, start=start, numel=numel, columns=columns)
+        assert section == MASTER, section
+        return self._source.read(self._section, name, start=start, numel=numel, columns=columns)
 
 
 def _reader(path: Path, role: str) -> RoleReader:

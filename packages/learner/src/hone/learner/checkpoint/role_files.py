@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hone.learner.checkpoint.pieces import Source
 from hone.learner.checkpoint.shard_file import Layout, RoleReader, file_name, lay_out, read_about
 from hone.learner.engines.protocol import Engine
 from hone.learner.errors import CheckpointError
+from hone.learner.head_files import keep_statistics, kept_statistics
 from hone.learner.published import full_shape
 
 SHAPING = (
@@ -22,7 +24,7 @@ def path(directory: Path, role: str, *, rank: int, world_size: int) -> Path:
 
 
 def layout(role: str, engine: Engine, *, rank: int, world_size: int, random_state: dict[str, Any], made_of: dict[str, Any]) -> Layout:
-    """The file of a role as it stands: its pieces, the steps taken, the model's shape, the process's random state.
+    """The file of a role as it stands: its pieces, steps taken, the model's shape, its scores' statistics, the process's random state.
 
     `made_of` says how the role was made: see `learner.made_of`.
     """
@@ -33,6 +35,7 @@ def layout(role: str, engine: Engine, *, rank: int, world_size: int, random_stat
         "counters": engine.counters,
         "layout": _shapes(engine),
         "identity": dict(engine.module.adapted.identity),
+        "statistics": kept_statistics(engine.module.adaptable()[0].config),
         "random_state": random_state,
         "made_of": made_of,
     }
@@ -76,6 +79,12 @@ def matching(directory: Path, role: str, engine: Engine) -> RoleReader:
             f"{directory} has no {', '.join(absent)} of the {role}; set what that run set (--train.enable-ema for ema), or start a new run"
         )
     return reader
+
+
+def take_up(engine: Engine, source: Source, reader: RoleReader) -> None:
+    """The role as `reader` has it, its tensors by way of `source`."""
+    engine.restore(source)
+    keep_statistics(engine.module.adaptable()[0].config, reader.statistics)
 
 
 def _shapes(engine: Engine) -> list[tuple[str, list[int]]]:

@@ -82,6 +82,7 @@ class RoleReader:
         self.counters: dict[str, int] = first["counters"]
         self.layout: list[tuple[str, list[int]]] = [(name, shape) for name, shape in first["layout"]]
         self.identity: dict[str, Any] = first.get("identity", {})
+        self.statistics: dict[str, float] = first.get("statistics", {})
         self._parts: dict[str, list[tuple[int, Path]]] = {}
         self._columns: dict[tuple[str, Path], Columns] = {}
         for path, about in self.abouts.items():
