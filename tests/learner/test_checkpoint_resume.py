@@ -5,9 +5,6 @@ taken up by another.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from hone.learner.checkpoint.export import export
 from hone.learner.checkpoint.shard_file import RoleReader
 from hone.learner.errors import CheckpointError
 from tests.learner.checkpoint_ranks import MAX_TOKENS, ROLES, cross_case
-from tests.learner.test_ranks import free_port, wait
+from tests.learner.processes import free_port, run_ranks
 from tests.learner.tiny import make_learner, save_model
 
 # name -> stage (none: the engine of one process), number format, parameters left whole under stage 3, numbers of ranks
@@ -76,24 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for case in cases:
         case["ports"] = [[free_port(), free_port()] for _ in range(2)]
     (root / "spec.json").write_text(json.dumps({"model": model, "out": str(root / "results"), "cases": cases}))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "error", "-m", "tests.learner.checkpoint_ranks", str(root / "spec.json")]
-    logs = [root / f"rank{rank}.log" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        codes = wait(processes, timeout_s=280)
-    finally:
-        for process in processes:
-            process.kill()
-    if codes != [0, 0]:
-        pytest.fail("\n".join(log.read_text()[-4000:] for log in logs))
+    run_ranks("tests.learner.checkpoint_ranks", root / "spec.json", root=root, ranks=2, timeout_s=280)
     return {"root": root, "model": model, "results": [torch.load(root / f"results-{rank}.pt") for rank in range(2)]}
 
 

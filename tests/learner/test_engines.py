@@ -3,10 +3,7 @@ DeepSpeed under every ZeRO stage.
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +18,7 @@ from hone.learner.engines.ema import Average
 from hone.learner.engines.loss_scale import LossScale
 from hone.learner.errors import ModelError
 from tests.learner.engine_ranks import BETA, MAX_TOKENS, ROLES, measure
-from tests.learner.test_ranks import free_port, wait
+from tests.learner.processes import free_port, run_ranks
 from tests.learner.tiny import make_learner, save_model
 
 CASES: dict[str, dict[str, Any]] = {
@@ -53,24 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
         for name, case in CASES.items()
     ]
     (root / "spec.json").write_text(json.dumps({"model": model, "results": str(root / "results"), "cases": cases}))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "error", "-m", "tests.learner.engine_ranks", str(root / "spec.json")]
-    logs = [root / f"rank{rank}.log" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        codes = wait(processes, timeout_s=580)
-    finally:
-        for process in processes:
-            process.kill()
-    if codes != [0, 0]:
-        pytest.fail("\n".join(log.read_text()[-4000:] for log in logs))
+    run_ranks("tests.learner.engine_ranks", root / "spec.json", root=root, ranks=2, timeout_s=580)
     ranks = [torch.load(root / f"results-{rank}.pt") for rank in range(2)]
     results = {name: [rank[name] for rank in ranks] for name in CASES}
     for name in SINGLE:

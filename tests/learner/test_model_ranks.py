@@ -1,10 +1,6 @@
 """Adapters, 4-bit weights, mixtures and frozen parts under DeepSpeed: every ZeRO stage and number of ranks as one process of torch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +10,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from tests.learner.model_ranks import ROLES, SETTINGS
+from tests.learner.processes import run_ranks
 from tests.learner.ranks import train
 from tests.learner.test_adapters import plain_logp
 from tests.learner.test_checkpoint_resume import assert_never_stopped
-from tests.learner.test_ranks import wait
 from tests.learner.tiny import MIXTURE, SHAPE, make_learner, save_config, save_model
 
 CASES = [
@@ -61,24 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for settings, stage, dtype, ranks in CASES
     ]
     (root / "spec.json").write_text(json.dumps({"ports": str(ports), "max_tokens": MAX_TOKENS, "lr": LR, "cases": cases}))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "error", "-m", "tests.learner.model_ranks", str(root / "spec.json")]
-    logs = [root / f"rank{rank}.log" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        codes = wait(processes, timeout_s=400)
-    finally:
-        for process in processes:
-            process.kill()
-    if codes != [0, 0]:
-        pytest.fail("\n".join(log.read_text()[-4000:] for log in logs))
+    run_ranks("tests.learner.model_ranks", root / "spec.json", root=root, ranks=2, timeout_s=400)
     single = {}
     for settings, dtype in sorted({(settings, dtype) for settings, _, dtype, _ in CASES}):
         roles = dict.fromkeys(ROLES, models[settings])

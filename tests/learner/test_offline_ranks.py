@@ -3,11 +3,7 @@ the same answers.
 """
 
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hone.learner.packing import shards, unshard, unshard_rows
 from tests.learner.offline_ranks import ALGORITHMS, build, rows_of, train
-from tests.learner.test_ranks import free_port
+from tests.learner.processes import free_port, run_once
 from tests.learner.tiny import save_model
 
 CASES = {
@@ -35,16 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = save_model(root / "model", "qwen3-tied")
     cases = [{"settings": case, "port": free_port(), "out": str(root / name)} for name, case in CASES.items()]
     (root / "spec.json").write_text(json.dumps({"model": model, "cases": cases}))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "error", "-m", "tests.learner.offline_ranks", str(root / "spec.json")]
-    with (root / "ranks.log").open("w") as log:
-        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=240).returncode
-    if code:
-        pytest.fail((root / "ranks.log").read_text()[-8000:])
+    run_once("tests.learner.offline_ranks", root / "spec.json", root=root, timeout_s=240)
     alone = build(model, backend="single", stage=0, ring=1, tensor=1, rank=0, world_size=1, port=0, max_tokens=200)
     single = train(alone, rank=0, ranks=1, ring=1, tensor=1, max_tokens=200)
     return {"root": root, "single": single, **{name: [torch.load(root / f"{name}-{rank}.pt") for rank in range(2)] for name in CASES}}

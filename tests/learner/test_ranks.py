@@ -1,12 +1,6 @@
 """Two gloo ranks under every ZeRO stage against one process of plain torch: the same numbers, and the same refusals."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hone.algos.batch import Batch
 from hone.learner.packing import shards, unshard
+from tests.learner.processes import free_port, run_ranks
 from tests.learner.ranks import LENGTHS, train
 from tests.learner.tiny import make_batch, make_learner, save_model
 
@@ -36,23 +31,6 @@ noise its sign is too, so single weights may be 4 lr apart, but few are (measure
 MAX_TOKENS = 42  # with these rows, rank 0 needs a filler
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait(processes: list[subprocess.Popen[bytes]], *, timeout_s: float) -> list[int | None]:
-    """Exit codes once all have ended, or as soon as one has failed, for then its peer would wait in a collective."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        codes = [process.poll() for process in processes]
-        if None not in codes or any(codes):
-            return codes
-        time.sleep(0.1)
-    return [process.poll() for process in processes]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every case on two ranks, in one pair of processes; and the same training on one rank of the single-process engine."""
@@ -71,24 +49,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     spec = {"world_size": 2, "max_tokens": MAX_TOKENS, "lr": LR, "cases": cases}
     (root / "spec.json").write_text(json.dumps(spec))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "error", "-m", "tests.learner.ranks", str(root / "spec.json")]
-    logs = [root / f"rank{rank}.log" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        codes = wait(processes, timeout_s=240)
-    finally:
-        for process in processes:
-            process.kill()
-    if codes != [0, 0]:
-        pytest.fail("\n".join(log.read_text()[-4000:] for log in logs))
+    run_ranks("tests.learner.ranks", root / "spec.json", root=root, ranks=2, timeout_s=240)
     single = {
         (kind, dtype): train(
             make_learner(dict.fromkeys(("policy", "critic", "reference"), models[kind]), lr=LR, max_tokens=MAX_TOKENS, dtype=dtype),

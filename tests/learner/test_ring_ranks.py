@@ -1,10 +1,6 @@
 """Four real gloo ranks in rings of 1, 2 and 4 against one process: the same gradients, the same steps, for every kind of loss."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +9,8 @@ from torch.testing import assert_close
 
 from hone.algos.batch import Batch
 from hone.learner.packing import shards, unshard
+from tests.learner.processes import free_port, run_once
 from tests.learner.ring_ranks import CRITIC, LENGTHS, POLICY, build, train
-from tests.learner.test_ranks import free_port
 from tests.learner.tiny import make_batch, save_model
 
 CASES = {
@@ -34,16 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = save_model(root / "model", "qwen3-tied")
     cases = [{"settings": case, "port": free_port(), "out": str(root / name)} for name, case in CASES.items()]
     (root / "spec.json").write_text(json.dumps({"model": model, "cases": cases}))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "error", "-m", "tests.learner.ring_ranks", str(root / "spec.json")]
-    with (root / "ranks.log").open("w") as log:
-        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=240).returncode
-    if code:
-        pytest.fail((root / "ranks.log").read_text()[-8000:])
+    run_once("tests.learner.ring_ranks", root / "spec.json", root=root, timeout_s=240)
     alone = build(model, backend="single", stage=0, ring=1, head_stride=None, rank=0, world_size=1, port=0, max_tokens=200)
     single = train(alone, rank=0, rings=1, ring=1, max_tokens=200)
     return {"single": single, **{name: [torch.load(root / f"{name}-{rank}.pt") for rank in range(4)] for name in CASES}}
