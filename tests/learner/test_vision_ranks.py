@@ -1,16 +1,13 @@
 """Images under DeepSpeed: two ranks of which one has none train as one process with all of them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.learner.test_ranks import wait
+from tests.learner.processes import run_ranks
 from tests.learner.tiny import make_learner
 from tests.learner.vision_ranks import MAX_TOKENS, SETTINGS, train
 from tests.vision import save_vision_model
@@ -28,23 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for family, settings, stage in CASES
     ]
     (root / "spec.json").write_text(json.dumps({"ports": str(ports), "cases": cases}))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-W", "error", "-m", "tests.learner.vision_ranks", str(root / "spec.json")]
-    logs, processes = [root / f"rank{rank}.log" for rank in range(2)], []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        codes = wait(processes, timeout_s=300)
-    finally:
-        for process in processes:
-            process.kill()
-    if codes != [0, 0]:
-        pytest.fail("\n".join(log.read_text()[-4000:] for log in logs))
+    run_ranks("tests.learner.vision_ranks", root / "spec.json", root=root, ranks=2, timeout_s=300)
     return root
 
 
