@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hone.datasets.config import DataConfig
+from hone.datasets.records import PromptRecord
 from hone.datasets.schemas import load_prompts, prompt_rows
 from hone.datasets.stream import PromptStream, StreamState
 from hone.datasets.tasks import arithmetic
+from hone.datasets.templates import use_template
 from hone.datasets.tokenise import tokenise
 from hone.datasets.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from hone.rollout.types import Prompt
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 BUILTIN_ROWS = 10_000
 """Rows of the built-in task; there are 90 different sums, and a short run ends long before."""
+
+FIRST = 2
+"""Prompts that a reward is tried out on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +43,7 @@ class PromptData:
     def steps(self) -> Iterator[list[Prompt]]:
         """The prompts of one step after another."""
         for draws in self.stream:
-            yield [
-                Prompt(prompt_id=draw.prompt_id, tokens=draw.record.tokens, text=draw.record.text, label=draw.record.label)
-                for draw in draws
-            ]
+            yield [_prompt(draw.record, draw.prompt_id) for draw in draws]
 
 
 def prepare(
@@ -57,20 +59,26 @@ def prepare(
     else:
         rows = load_prompts(config)
     tokenizer = load_tokenizer(model)
-    prompts = tokenise(rows, tokenizer, config=config, max_new_tokens=max_new_tokens)
+    use_template(tokenizer, config)
+    hashed = tokenizer_hash(tokenizer)
+    prompts = tokenise(rows, tokenizer, config=config, max_new_tokens=max_new_tokens, tokenizer_hash=hashed)
+    records, shares = prompts.records, {"sizes": prompts.sizes, "weights": prompts.weights}
     if state is None:
-        stream = PromptStream(prompts.records, batch_size=batch_size, seed=seed, num_episodes=num_episodes)
+        stream = PromptStream(records, batch_size=batch_size, seed=seed, num_episodes=num_episodes, **shares)
     else:
-        stream = PromptStream.from_state(state, prompts.records)
+        stream = PromptStream.from_state(state, records, **shares)
+    first = records.take(range(min(FIRST, len(records))))
     return PromptData(
         name=prompts.name,
         stream=stream,
         rows=len(prompts.records),
         dropped=tuple((row.uid, row.reason) for row in prompts.dropped),
         tokenizer=tokenizer,
-        tokenizer_hash=tokenizer_hash(tokenizer),
+        tokenizer_hash=hashed,
         template_hash=template_hash(tokenizer, config=config),
-        first=tuple(
-            Prompt(prompt_id=record.uid, tokens=record.tokens, text=record.text, label=record.label) for record in prompts.records[:2]
-        ),
+        first=tuple(_prompt(record, record.uid) for record in first if isinstance(record, PromptRecord)),
     )
+
+
+def _prompt(record: PromptRecord, prompt_id: str) -> Prompt:
+    return Prompt(prompt_id=prompt_id, tokens=record.tokens, text=record.text, label=record.label, columns=record.columns)
