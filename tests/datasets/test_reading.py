@@ -93,14 +93,14 @@ def test_a_truncated_table_is_named(kind: str, tmp_path: Path) -> None:
     path = Path(lay(tmp_path, kind, ROWS))
     file = path / "data-00001-of-00002.arrow" if path.is_dir() else path
     file.write_bytes(file.read_bytes()[: 300 if kind == "saved" else -20])
-    with pytest.raises(DataError, match="is a damaged (Parquet|Arrow) file: "):
+    with pytest.raises(DataError, match=r"is a damaged (Parquet|Arrow) file: "):
         prompts(str(path))
 
 
 def test_a_saved_dataset_that_lacks_a_file_names_it(tmp_path: Path) -> None:
     path = Path(lay(tmp_path, "saved", ROWS))
     (path / "data-00001-of-00002.arrow").unlink()
-    with pytest.raises(DataError, match="lacks 1 of its 2 data files: 'data-00001-of-00002.arrow'"):
+    with pytest.raises(DataError, match=r"lacks 1 of its 2 data files: .data-00001-of-00002\.arrow."):
         prompts(str(path))
 
 
@@ -129,7 +129,7 @@ def test_a_part_of_a_split_has_the_rows_asked_for_and_their_own_ids(kind: str, s
 def test_parts_and_the_maximum_go_together_and_an_empty_part_is_refused(tmp_path: Path) -> None:
     path = lay(tmp_path, "jsonl", ROWS)
     assert prompts(path, prompt_split="train[10:20]", max_samples=3) == [row["input"] for row in ROWS[10:13]]
-    with pytest.raises(DataError, match=r"the part \[7:7\] of its 7 rows is empty"):
+    with pytest.raises(DataError, match=r"--data\.prompt-split 'train\[7:7\]' is empty: .* has 7 rows; ask"):
         prompts(path, prompt_split="train[7:7]")
 
 
@@ -142,7 +142,7 @@ def test_another_split_of_a_folder_and_of_a_saved_dataset(tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["jsonl", "saved", "saved with splits", "folder"])
 def test_an_unknown_split_names_those_there_are(kind: str, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"has no split 'trian'; it has .*'train'.*; name one with --data\.prompt-split; did you mean 'train'\?"
+        DataError, match=r"--data\.prompt-split 'trian': .* has no such split, but .*'train'.*; name one; did you mean 'train'\?"
     ):
         prompts(lay(tmp_path, kind, ROWS), prompt_split="trian")
 

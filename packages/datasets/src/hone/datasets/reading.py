@@ -81,9 +81,7 @@ def _open(name: str, part: Split, *, max_samples: int, flag: str) -> Dataset:
     start, stop = part.bounds(rows)
     cut = _cut(sources, start, min(stop, start + max_samples))
     if not any(len(source.rows) or source.bad for source in cut):
-        raise DataError(
-            f"{name}: the part [{part.start or ''}:{part.stop or ''}] of its {rows} rows is empty; ask for another {SPLIT_FLAG}"
-        )
+        raise DataError(f"{SPLIT_FLAG} {part.text!r} is empty: {name} has {rows} rows; ask for another part")
     return Dataset(name=name, sources=cut)
 
 

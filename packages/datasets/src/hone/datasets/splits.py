@@ -23,6 +23,7 @@ _SHARD = re.compile(r"(?:.*/)?([\w.]+?)-\d{5}-of-\d{5}\.\w+")
 class Split:
     """A named part of a dataset, and the rows [start, stop) of it: a number, a share of all ("10%"), or the end (None)."""
 
+    text: str
     name: str
     start: str | None = None
     stop: str | None = None
@@ -47,7 +48,7 @@ def read_split(text: str, *, flag: str) -> Split:
     for bound in match.groups()[1:]:
         if bound is not None and bound.endswith("%") and not 0 <= abs(float(bound[:-1])) <= 100:
             raise DataError(f"{flag} {text!r} asks for {bound}; a share lies between 0% and 100%")
-    return Split(name=match[1], start=match[2], stop=match[3])
+    return Split(text=text, name=match[1], start=match[2], stop=match[3])
 
 
 def split_files(names: Sequence[str], card: Mapping[str, object], *, config: str | None, shown: str) -> dict[str, list[str]]:
@@ -71,9 +72,8 @@ def split_files(names: Sequence[str], card: Mapping[str, object], *, config: str
 
 def unknown_split(asked: str, names: Sequence[str], *, shown: str, flag: str) -> DataError:
     """What to say where a dataset has other splits than the one asked for."""
-    return DataError(
-        f"{shown} has no split {asked!r}; it has {', '.join(map(repr, names))}; name one with {flag}{did_you_mean(asked, names)}"
-    )
+    there = ", ".join(map(repr, names))
+    return DataError(f"{flag} {asked!r}: {shown} has no such split, but {there}; name one{did_you_mean(asked, names)}")
 
 
 def _from_card(configs: list[object], data: Sequence[str], *, config: str | None, shown: str) -> dict[str, list[str]]:
