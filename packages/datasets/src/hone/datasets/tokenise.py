@@ -66,6 +66,20 @@ def tokenise(
     )
 
 
+def ids_of(texts: list[str], tokenizer: "transformers.PreTrainedTokenizerBase", *, special: bool) -> list[list[int]]:
+    """The ids of many texts; where the tokenizer is one of `tokenizers`, by its own batch call, without offsets and wrappers."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType] - of several texts
+    backend = tokenizer.backend_tokenizer
+    # What the last call with padding or truncation, or with split special tokens, has left behind.
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = False
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special)]
+
+
 class Encoder:
     """Rows into texts and ids, many at a time."""
 
@@ -88,8 +102,9 @@ class Encoder:
         tokenizer = self._tokenizer
         # A chat template writes the special tokens itself: a second BOS would be one the model never saw.
         special = not self._config.apply_chat_template
-        ids = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-        bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
+        ids = ids_of(texts, tokenizer, special=special)
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        unknown = None if tokenizer.unk_token is None else int(str(tokenizer.unk_token_id))
         encoded = [
             Encoded(
                 text=text,
