@@ -100,7 +100,9 @@ def test_what_the_hub_does_not_have_is_told_with_the_ways_out(hub: list[str]) ->
         prompts("own/sums@v2")
     with pytest.raises(DataError, match=r"'own/shut' is gated; ask for access on its page"):
         prompts("own/shut")
-    with pytest.raises(DataError, match=r"'trian': hub dataset 'own/sums' has no such split, but 'test', 'train'; .*did you mean 'train'\?"):
+    with pytest.raises(
+        DataError, match=r"'trian': hub dataset 'own/sums' has no such split, but 'test', 'train'; .*did you mean 'train'\?"
+    ):
         prompts("own/sums", prompt_split="trian")
     with pytest.raises(DataError, match="has no configurations, and 'main' was asked for"):
         prompts("own/sums:main")

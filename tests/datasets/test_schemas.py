@@ -141,8 +141,10 @@ def test_real_word_problems_load_and_the_default_keys_are_answered_with_the_righ
     assert len(prompts.rows) == 7473
     assert str(prompts.rows[0].prompt).startswith("Natalia sold clips")
     assert str(prompts.rows[0].label).endswith("#### 72")
+    recognised = load_prompts(DataConfig(prompt_dataset=str(GSM8K)))
+    assert [(row.prompt, row.label) for row in recognised.rows[:50]] == [(row.prompt, row.label) for row in prompts.rows[:50]]
     with pytest.raises(DataError, match=r"columns found: 'question', 'answer'; name one with --data\.input-key; did you mean 'question'\?"):
-        load_prompts(DataConfig(prompt_dataset=str(GSM8K)))
+        load_prompts(DataConfig(prompt_dataset=str(GSM8K), input_key="prompt"))
 
 
 VERL = {

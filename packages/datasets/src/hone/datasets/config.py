@@ -12,18 +12,18 @@ class DataConfig:
 
     prompt_dataset: str | None = None
     """Prompts: a file (JSON lines, JSON, CSV, Parquet, Arrow), a saved dataset, a folder of files, or OWNER/NAME[:CONFIGURATION]
-    [@REVISION] of the hub; several separated by commas. Without one, the built-in arithmetic task."""
+    [@REVISION] of the hub, or reasoning-gym:TASK[@SEED]; several separated by commas. Without one, the built-in arithmetic task."""
     prompt_probs: str | None = None
     """Shares of the draws of several datasets, such as 0.7,0.3, summing to 1; an epoch ends when each has been drawn whole.
     Without them, an epoch is all rows once."""
     prompt_split: str = "train"
     """Split of every dataset, or a part of one: train[:1000], train[10%:20%], test[-500:]. A file alone is its own train."""
     input_key: str = "input"
-    """Column of the prompt: a string, or a list of chat messages. Where no row has an `input`, the one of TRL's and verl's
-    layouts (`prompt`), or `messages`."""
+    """Column of the prompt: a string, or a list of chat messages. Where no row has an `input`, the one of the layout the rows
+    have: `prompt` (TRL, verl), `messages`, `question` (GSM8K) or `problem` (MATH)."""
     label_key: str | None = None
-    """Column handed to the reward function as the label, or a path into one: reward_model.ground_truth, which verl's layout has
-    without asking. TRL's and verl's reward functions get the other columns by name."""
+    """Column handed to the reward function as the label, or a path into one: reward_model.ground_truth. The layouts of
+    verl, GSM8K and MATH have theirs without asking. TRL's and verl's reward functions get the other columns by name."""
     input_template: str | None = None
     """Text with one {} that a string prompt is put into; other braces stand for themselves."""
     apply_chat_template: bool = False

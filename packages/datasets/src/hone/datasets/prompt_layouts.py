@@ -1,17 +1,30 @@
-"""Which column holds the prompt and which the label: the layouts of OpenRLHF, verl and TRL, recognised by the columns a row has."""
+"""Which column holds the prompt and which the label: the layouts of OpenRLHF, verl and TRL, and of the files of GSM8K and MATH.
 
-from collections.abc import Collection, Mapping
+Recognised by the columns of the first row; where two have the same columns, by a mark in the answer.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLayout:
-    """The columns of the prompt and the label (a name, or a path into an object); a row `needs` all of those to have it."""
+    """The columns of the prompt and the label (a name, or a path into an object).
+
+    A row `needs` all of its columns to have the layout, and its label must hold the `mark`. `reward` is the built-in grader
+    that reads such labels.
+    """
 
     name: str
     prompt: str
+    needs: frozenset[str]
     label: str | None = None
-    needs: frozenset[str] = frozenset()
+    mark: str = ""
+    reward: str | None = None
+
+    def fits(self, row: Mapping[str, object]) -> bool:
+        """Whether a row has this layout."""
+        return self.needs <= row.keys() and (not self.mark or self.mark in str(value_at(row, str(self.label))))
 
 
 PROMPT_LAYOUTS = (
@@ -21,6 +34,12 @@ PROMPT_LAYOUTS = (
     ),
     PromptLayout(name="TRL", prompt="prompt", needs=frozenset({"prompt"})),
     PromptLayout(name="messages", prompt="messages", needs=frozenset({"messages"})),
+    PromptLayout(
+        name="GSM8K", prompt="question", label="answer", needs=frozenset({"question", "answer"}), mark="####", reward="builtin:gsm8k"
+    ),
+    PromptLayout(
+        name="MATH", prompt="problem", label="solution", needs=frozenset({"problem", "solution"}), mark="\\boxed", reward="builtin:math"
+    ),
 )
 """In the order they are tried."""
 
@@ -28,9 +47,9 @@ MISSING = object()
 """What `value_at` gives where a row has no such column."""
 
 
-def recognise(found: Collection[str]) -> PromptLayout | None:
-    """The first layout that a row with the columns `found` has."""
-    return next((layout for layout in PROMPT_LAYOUTS if layout.needs <= set(found)), None)
+def recognise(row: Mapping[str, object]) -> PromptLayout | None:
+    """The first layout that a row has."""
+    return next((layout for layout in PROMPT_LAYOUTS if layout.fits(row)), None)
 
 
 def value_at(columns: Mapping[str, object], name: str) -> object:

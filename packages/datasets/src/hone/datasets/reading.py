@@ -14,6 +14,7 @@ from hone.datasets.lazy import Span
 from hone.datasets.records import Source
 from hone.datasets.sources import FLAG, SUFFIXES, read_file
 from hone.datasets.splits import Split, read_split, split_files, unknown_split
+from hone.datasets.tasks import reasoning
 
 ALL = 10**15
 SPLIT_FLAG = "--data.prompt-split"
@@ -66,6 +67,11 @@ def open_datasets(text: str, *, split: str = "train", max_samples: int = ALL, fl
 
 
 def _open(name: str, part: Split, *, max_samples: int, flag: str) -> Dataset:
+    if name.startswith(reasoning.PREFIX):
+        if part.name != "train":
+            raise unknown_split(part.name, ["train"], shown=name, flag=SPLIT_FLAG)
+        task = reasoning.source(name, max_samples=max_samples)
+        return Dataset(name=name, sources=_cut((task,), *part.bounds(len(task.rows))))
     path = Path(name).expanduser()
     needed = max_samples if part.first_rows is None and part.stop is None and part.start is None else part.first_rows or ALL
     if path.is_dir():
