@@ -10,7 +10,7 @@ import pytest
 from hone.datasets import arrow_rows
 from hone.datasets.config import DataConfig
 from hone.datasets.errors import DataError
-from hone.datasets.reading import open_datasets, probabilities
+from hone.datasets.reading import open_datasets, open_one, probabilities
 from hone.datasets.schemas import load_prompts
 from hone.datasets.splits import read_split, split_files
 
@@ -243,3 +243,11 @@ def test_real_word_problems_go_through_every_kind_unchanged(kind: str, tmp_path:
         path = lay(tmp_path, kind, rows)
     found = load_prompts(DataConfig(prompt_dataset=path, input_key="question", label_key="answer", prompt_split="train[:20]")).rows
     assert [(row.prompt, row.label) for row in found] == [(row["question"], row["answer"]) for row in rows[:20]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_dataset_is_one_source(kind: str, tmp_path: Path) -> None:
+    source = open_one(lay(tmp_path, kind, ROWS), split="train[:30]", flag="--data.dataset")
+    assert [dict(row.columns) for row in source.rows] == ROWS[:30]
+    with pytest.raises(DataError, match=r"--data\.dataset 'a,b' names 2 datasets|--data\.dataset 'a' does not exist"):
+        open_one("a,b", flag="--data.dataset")

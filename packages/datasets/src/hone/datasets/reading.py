@@ -3,14 +3,15 @@
 A dataset is a file, a saved Hugging Face dataset, a folder of data files, or a name of the hub. A file alone has one split, "train".
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hone.datasets.arrow_rows import read_saved, saved_splits
-from hone.datasets.errors import DataError
+from hone.datasets.errors import DataError, bad_rows_error
 from hone.datasets.hub import HubName, download, hub_name
-from hone.datasets.lazy import Span
+from hone.datasets.lazy import Joined, Span
 from hone.datasets.records import Source
 from hone.datasets.sources import FLAG, SUFFIXES, read_file
 from hone.datasets.splits import Split, read_split, split_files, unknown_split
@@ -64,6 +65,20 @@ def open_datasets(text: str, *, split: str = "train", max_samples: int = ALL, fl
     if not all(names):
         raise DataError(f"{flag} {text!r} has an empty name; write names separated by single commas")
     return tuple(_open(name, part, max_samples=max_samples, flag=flag) for name in names)
+
+
+def open_one(name: str, *, split: str = "train", max_samples: int = ALL, flag: str = FLAG) -> Source:
+    """One dataset as one source, its files end to end. Raises as `open_datasets`, and for lines of several files that are no rows."""
+    datasets = open_datasets(name, split=split, max_samples=max_samples, flag=flag)
+    if len(datasets) > 1:
+        raise DataError(f"{flag} {name!r} names {len(datasets)} datasets, and this command reads one; join their files in a folder")
+    sources = datasets[0].sources
+    if len(sources) == 1:
+        return sources[0]
+    if faulty := [source for source in sources if source.bad]:
+        raise DataError("\n".join(str(bad_rows_error(one.name, one.bad, rows=len(one.rows) + len(one.bad))) for one in faulty))
+    fingerprint = hashlib.blake2b(" ".join(source.fingerprint for source in sources).encode(), digest_size=16).hexdigest()
+    return Source(name=name, fingerprint=fingerprint, rows=Joined([source.rows for source in sources]))
 
 
 def _open(name: str, part: Split, *, max_samples: int, flag: str) -> Dataset:

@@ -57,11 +57,6 @@ def read_file(path: str, *, max_samples: int, flag: str = FLAG) -> Source:
     return source
 
 
-def read_json_lines(path: str, *, max_samples: int) -> Source:
-    """`read_file`, by its name of when JSON lines were the only format."""
-    return read_file(path, max_samples=max_samples)
-
-
 def _nested(first: bytes) -> bool:
     """Lines that are lists each, rather than one list over the file: they are faulty rows, and told one by one."""
     return first.removeprefix(UTF8_MARK).lstrip().startswith(b"[[")
