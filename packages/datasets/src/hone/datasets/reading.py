@@ -72,9 +72,10 @@ def open_one(name: str, *, split: str = "train", max_samples: int = ALL, flag: s
     datasets = open_datasets(name, split=split, max_samples=max_samples, flag=flag)
     if len(datasets) > 1:
         raise DataError(f"{flag} {name!r} names {len(datasets)} datasets, and this command reads one; join their files in a folder")
-    sources = datasets[0].sources
-    if len(sources) == 1:
-        return sources[0]
+    ((first, *others),) = (dataset.sources for dataset in datasets)
+    if not others:
+        return first
+    sources = (first, *others)
     if faulty := [source for source in sources if source.bad]:
         raise DataError("\n".join(str(bad_rows_error(one.name, one.bad, rows=len(one.rows) + len(one.bad))) for one in faulty))
     fingerprint = hashlib.blake2b(" ".join(source.fingerprint for source in sources).encode(), digest_size=16).hexdigest()
