@@ -20,6 +20,16 @@ class Templates(Protocol):
         """Whether the tokenizer's chat template renders prompts."""
         ...
 
+    @property
+    def tokenizer_chat_template(self) -> str | None:
+        """Template in place of the tokenizer's."""
+        ...
+
+    @property
+    def chat_template_kwargs(self) -> str | None:
+        """What the template is given by name, a JSON object."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

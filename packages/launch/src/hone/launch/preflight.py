@@ -111,7 +111,7 @@ def head_stride(config: AnyConfig, directory: str) -> Iterator[Problem]:
 def _prompts(resolved: Resolved) -> Iterator[Problem]:
     data = resolved.config.data
     if error := template_problem(data):
-        yield replace(stated(error, otherwise=""), settings=_named(error, "data.tokenizer_chat_template"))
+        yield replace(stated(error, otherwise=""), settings=named_setting(error, "data.tokenizer_chat_template"))
     path = data.prompt_dataset
     if path is None:
         return
@@ -125,10 +125,10 @@ def _prompts(resolved: Resolved) -> Iterator[Problem]:
             yield Problem(what=str(error), mend="", code=exit_code(error), settings=READS_ROWS)
         else:
             told = stated(error, otherwise="--data.prompt-dataset FILE.jsonl, one JSON object per line")
-            yield replace(told, settings=_named(error, READS_ROWS[0]))
+            yield replace(told, settings=named_setting(error, READS_ROWS[0]))
 
 
-def _named(error: DataError, otherwise: str) -> tuple[str, ...]:
+def named_setting(error: DataError, otherwise: str) -> tuple[str, ...]:
     """The setting that an error speaks of first, where it begins with a flag."""
     first = str(error).partition(" ")[0]
     return (first.removeprefix("--").replace("-", "_") if first.startswith("--data.") else otherwise,)

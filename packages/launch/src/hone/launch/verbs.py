@@ -204,5 +204,19 @@ TOOLS = {
             "launch export CHECKPOINT OUT --model DIR   # the model the run began with, where it has moved",
         ),
     ),
+    "template": Verb(
+        section="data",
+        summary="what a chat template does to sample conversations",
+        story=(
+            "`template check MODEL` prints whether answers begin where they are asked for, what is trained on, the stop token, the BOS, "
+            "what becomes of system messages and thoughts, the thinking toggle, and whether supervised and reinforcement learning see the "
+            "same prompt. Needs the tokenizer alone; ends with 3 where something would spoil training."
+        ),
+        examples=(
+            "launch template check DIR",
+            "launch template check OWNER/MODEL --data.tokenizer-chat-template chatml",
+            "launch template check DIR --data.chat-template-kwargs '{\"enable_thinking\": false}'",
+        ),
+    ),
 }
 """Commands that train nothing."""
