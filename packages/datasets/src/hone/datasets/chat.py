@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from hone.datasets.config import DataConfig
+from hone.datasets.config import DataConfig, Templates
 from hone.datasets.errors import BadRow, DataError, bad_rows_error, shown
 from hone.datasets.records import Message, PromptRow, PromptSet
 from hone.datasets.templates import template_kwargs, use_template
@@ -17,7 +17,7 @@ SLOT = "{}"
 KEPT_ROLES = ("system", "user", "assistant")
 
 
-def template_problems(config: DataConfig) -> tuple[str, ...]:
+def template_problems(config: Templates) -> tuple[str, ...]:
     """What is wrong with the two template settings, one message each; nothing when they are sound. Needs no tokenizer."""
     template = config.input_template
     problems: list[str] = []

@@ -1,9 +1,34 @@
 """Settings of the data."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol, runtime_checkable
 
 from hone.algos.ranges import Range
+
+
+@runtime_checkable
+class Templates(Protocol):
+    """Settings that say how a prompt is rendered."""
+
+    @property
+    def input_template(self) -> str | None:
+        """Text with one {} that a string prompt is put into."""
+        ...
+
+    @property
+    def apply_chat_template(self) -> bool:
+        """Whether the tokenizer's chat template renders prompts."""
+        ...
+
+    @property
+    def tokenizer_chat_template(self) -> str | None:
+        """Template in place of the tokenizer's."""
+        ...
+
+    @property
+    def chat_template_kwargs(self) -> str | None:
+        """What the template is given by name, a JSON object."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

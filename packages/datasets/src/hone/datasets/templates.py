@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hone.datasets.config import DataConfig
+from hone.datasets.config import Templates
 from hone.datasets.errors import DataError, TokenizerError, did_you_mean, shown
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ BUILTIN: Mapping[str, str] = {
 FLAG, KWARGS_FLAG = "--data.tokenizer-chat-template", "--data.chat-template-kwargs"
 
 
-def template_problem(config: DataConfig) -> DataError | None:
+def template_problem(config: Templates) -> DataError | None:
     """What is wrong with the template that a configuration names: no such file or name, or Jinja that does not parse."""
     try:
         if config.tokenizer_chat_template is not None:
@@ -84,7 +84,7 @@ def named_template(name: str) -> str:
     return text
 
 
-def template_kwargs(config: DataConfig) -> dict[str, object]:
+def template_kwargs(config: Templates) -> dict[str, object]:
     """What the template is called with besides the messages. Raises DataError."""
     text = config.chat_template_kwargs
     if text is None:
@@ -104,7 +104,7 @@ def template_kwargs(config: DataConfig) -> dict[str, object]:
     return values
 
 
-def use_template(tokenizer: "transformers.PreTrainedTokenizerBase", config: DataConfig) -> None:
+def use_template(tokenizer: "transformers.PreTrainedTokenizerBase", config: Templates) -> None:
     """Give the tokenizer the template that the configuration names; raises TokenizerError where one is wanted and there is none."""
     if config.tokenizer_chat_template is not None:
         tokenizer.chat_template = named_template(config.tokenizer_chat_template)

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from hone.launch.errors import Problem, UsageError, exit_code, present
-from hone.launch.verbs import TOOLS, VERBS
+from hone.launch.verbs import OFFLINE, TOOLS, VERBS
 
-COMMANDS = ", ".join([*VERBS, *TOOLS])
+COMMANDS = ", ".join([*VERBS, *OFFLINE, *TOOLS])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,11 +43,11 @@ def _dispatch(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb in TOOLS:
         return _tool(verb, rest)
-    if verb not in VERBS:
+    if verb not in VERBS and verb not in OFFLINE:
         raise UsageError([_unknown_verb(verb)])
     asked = [place for place, word in enumerate(rest) if word == "-h" or word.partition("=")[0] == "--help"]
     if asked:
-        return _help(verb, rest[asked[0] :])
+        return _help(verb, rest[asked[0] :], _chosen(rest))
     return _run(verb, rest)
 
 
@@ -60,13 +60,19 @@ def _tool(verb: str, rest: list[str]) -> int:
     return importlib.import_module(f"hone.launch.tools.{verb}").run(rest)
 
 
-def _help(verb: str, rest: list[str]) -> int:
+def _chosen(rest: list[str]) -> str | None:
+    """The `--loss` whose settings are to be shown."""
+    words = [part for word in rest for part in word.split("=", 1)]
+    return words[words.index("--loss") + 1] if "--loss" in words[:-1] else None
+
+
+def _help(verb: str, rest: list[str], loss: str | None) -> int:
     from hone.launch import screens
-    from hone.launch.config import default_config
+    from hone.launch.commands import defaults
     from hone.launch.schema import settings
 
     word = rest[0].partition("=")[2] or next((word for word in rest[1:2] if not word.startswith("-")), "")
-    if not screens.options(verb, settings(default_config(verb)), word):
+    if not screens.options(verb, settings(defaults(verb, loss)), word):
         raise UsageError(
             [Problem(what=f"no option of `launch {verb}` has {word} in it", mend=f"`launch {verb} --help` lists all", where="--help")]
         )
@@ -75,10 +81,15 @@ def _help(verb: str, rest: list[str]) -> int:
 
 def _run(verb: str, rest: list[str]) -> int:
     from hone.launch.machine import visible_gpus
-    from hone.launch.preflight import lacking
     from hone.launch.resolve import resolve
-    from hone.launch.rules import broken, notes
     from hone.launch.toml import to_toml
+
+    if verb in OFFLINE:
+        from hone.launch.offline_preflight import lacking
+        from hone.launch.offline_rules import broken, notes
+    else:
+        from hone.launch.preflight import lacking
+        from hone.launch.rules import broken, notes
 
     gpus = visible_gpus()
     resolved = resolve(verb, rest, gpus=gpus)
@@ -94,7 +105,10 @@ def _run(verb: str, rest: list[str]) -> int:
         print(to_toml(resolved.config, resolved.sources), end="")
         return 0
 
-    from hone.launch.programs.policy_gradient import run
+    if verb in OFFLINE:
+        from hone.launch.programs.offline import run
+    else:
+        from hone.launch.programs.policy_gradient import run
 
     try:
         return run(resolved.config, resolved.sources)
@@ -112,7 +126,7 @@ def _unknown_verb(verb: str) -> Problem:
     from hone.launch.names import closest, plain
 
     name = plain(verb)
-    near = [VERB_OF[name]] if name in VERB_OF else closest(name, [*VERBS, *TOOLS])
+    near = [VERB_OF[name]] if name in VERB_OF else closest(name, [*VERBS, *OFFLINE, *TOOLS])
     if verb.startswith("-"):
         return Problem(
             what=f"a command comes first, not {verb}",

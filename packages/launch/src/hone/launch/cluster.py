@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hone.launch.machine import visible_gpus
 from hone.launch.observe.progress import READY
+from hone.launch.offline_groups import OfflinePlan
 from hone.launch.parts import Assembly, Plan
 from hone.launch.placement import PlacedGroup, groups, sync_backend
 from hone.launch.publish import Publisher
@@ -114,6 +115,30 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
     )
 
 
+class RayRanks:
+    """Groups of learner ranks, one after another in the same places, for programs without engines. Ray is started for the first."""
+
+    def __init__(self, plan: OfflinePlan) -> None:
+        plan.on_start("Ray", "starting")
+        self._plan, self._gpus = plan, start(plan.scratch)
+        plan.on_start("Ray", READY)
+        self._places: PlacementGroup | None = None
+
+    def group(self, name: str, specs: Mapping[str, RoleSpec]) -> RemoteGroup:
+        """A group that has loaded its models; every group has the ranks of the model that is trained."""
+        size = self._plan.config.model
+        placed = PlacedGroup(name=name, roles=tuple(specs), ranks=size.num_nodes * size.num_gpus_per_node, nodes=size.num_nodes)
+        if self._gpus and self._places is None:
+            self._places = _bundles(placed)
+        group = learner_ranks(self._plan, placed, specs, self._places, shares=False)
+        group.wait()
+        return group
+
+    def close(self) -> None:
+        """End Ray."""
+        stop(self._plan.logs, self._plan.scratch)
+
+
 def start(scratch: Path) -> int:
     """Start Ray on this machine, listening on loopback only, or join the cluster that RAY_ADDRESS names; returns its GPUs.
 
@@ -195,7 +220,7 @@ def _engine(plan: Plan, index: int, *, backend: str, gpus: int, shared: Placemen
 
 
 def learner_ranks(
-    plan: Plan, group: PlacedGroup, specs: Mapping[str, RoleSpec], bundles: PlacementGroup | None, *, shares: bool
+    plan: Plan | OfflinePlan, group: PlacedGroup, specs: Mapping[str, RoleSpec], bundles: PlacementGroup | None, *, shares: bool
 ) -> RemoteGroup:
     """The processes of a group, loading their models; `shares` says whether engines live on the same devices."""
     share = 0.0 if bundles is None else SHARED_DEVICE if shares else 1.0

@@ -1,7 +1,7 @@
 """The whole configuration of a training run: the groups users know, each a dataclass beside the code it configures."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from hone.algos.algorithms import ALGORITHMS
 from hone.algos.protocol import Algorithm
@@ -88,6 +88,8 @@ class PlacementConfig:
 class PolicyGradientConfig:
     """Everything a policy-gradient run is decided by."""
 
+    built_in_unless: ClassVar[tuple[str, ...]] = ("actor.model_name_or_path", "data.prompt_dataset")
+
     actor: ActorConfig = field(default_factory=ActorConfig)
     """The policy that is trained."""
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -114,6 +116,22 @@ class PolicyGradientConfig:
     """Where and how the run is carried out."""
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     """Which processes host which role."""
+
+    @property
+    def verb(self) -> str:
+        """The command."""
+        return self.algo.name
+
+    @property
+    def groups(self) -> list[str]:
+        """Groups of settings of the models that the algorithm runs, the policy's first."""
+        needed = {"actor": True, "critic": "values" in self.algo.needs, "ref": "ref_logp" in self.algo.needs}
+        return [group for group, wanted in needed.items() if wanted]
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Settings, or groups of them, without an effect."""
+        return frozenset() if "values" in self.algo.needs else frozenset({"critic", "placement.critic"})
 
 
 def default_config(verb: str) -> PolicyGradientConfig:

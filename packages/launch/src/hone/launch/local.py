@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from hone.algos.batch import Batch, Scored
+from hone.algos.batch import Batch, Packed, Scored
+from hone.algos.offline import Offline
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.observe.progress import READY
 from hone.launch.parts import Assembly, Plan
@@ -19,7 +20,7 @@ from hone.launch.publish import Publisher, Standing
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import Learner
 from hone.learner.model_files import resolve
-from hone.learner.packing import Shard, shards, unshard
+from hone.learner.packing import Shard, shards, unshard, unshard_rows
 from hone.learner.roles import DTYPES, StepResult
 from hone.rollout.engines.transformers import TransformersEngine
 from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
@@ -35,10 +36,10 @@ class LocalGroup:
     def __init__(self, learner: Learner, *, cut: Mapping[str, Any]) -> None:
         self.learner, self._cut = learner, cut
 
-    def _shard(self, batch: Batch) -> Shard:
+    def _shard(self, batch: Packed) -> Shard:
         return shards(batch, ranks=1, **self._cut)[0]
 
-    def logp(self, role: str, batch: Batch) -> Tensor:
+    def logp(self, role: str, batch: Packed) -> Tensor:
         """Log-probabilities [nats] of every action token, [T]."""
         shard = self._shard(batch)
         return unshard([shard], [self.learner.logp(role, shard)], cu_seqlens=batch.cu_seqlens)
@@ -55,6 +56,30 @@ class LocalGroup:
     def update_critic(self, role: str, scored: Scored, algo: ActorCritic) -> StepResult:
         """One optimiser step of a critic."""
         return self.learner.update_critic(role, self._shard(scored), algo)
+
+    def update_offline(self, role: str, rows: Packed, algo: Offline) -> StepResult:
+        """One optimiser step over labelled rows."""
+        return self.learner.update_offline(role, self._shard(rows), algo)
+
+    def evaluate_offline(self, role: str, rows: Packed, algo: Offline) -> dict[str, float]:
+        """The figures of such a step, without one."""
+        return self.learner.evaluate_offline(role, self._shard(rows), algo)
+
+    def scores(self, role: str, rows: Packed) -> Tensor:
+        """A reward model's score of every row [reward], [N]."""
+        shard = self._shard(rows)
+        return unshard_rows([shard], [self.learner.scores(role, shard)])
+
+    def keep_statistics(self, role: str, scores: Tensor) -> None:
+        """Let a reward model's configuration have the mean and deviation of its scores."""
+        self.learner.keep_statistics(role, scores)
+
+    def top_logp(self, role: str, rows: Packed, *, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """A teacher's likeliest tokens and their log-probabilities [nats] at every action token, [T, K] each."""
+        shard = self._shard(rows)
+        found = self.learner.top_logp(role, shard, k=k, temperature=temperature)
+        tokens, logp = (unshard([shard], [one], cu_seqlens=rows.cu_seqlens) for one in found)
+        return tokens, logp
 
     def export(self, role: str, directory: str, *, average: bool = False) -> None:
         """Write a role's model in the Hugging Face layout, or the moving average of its weights."""

@@ -35,6 +35,26 @@ ALIASES = {
     "resume": Alias(targets=("ckpt.resume",)),
 }
 
+_OPTIMISER = ("optim", "lr_scheduler", "lr_warmup_ratio", "min_lr_ratio", "max_norm")
+_OF_ADAM, _OF_MUON = ("lr", "betas", "eps", "weight_decay"), ("lr", "momentum", "ns_steps", "nesterov")
+
+OFFLINE_ALIASES = {
+    **{name: Alias(targets=(f"model.{name}",)) for name in _OPTIMISER},
+    **{f"adam.{name}": Alias(targets=(f"model.adam.{name}",)) for name in _OF_ADAM},
+    **{f"muon.{name}": Alias(targets=(f"model.muon.{name}",)) for name in _OF_MUON},
+    **{f"model.{name}": Alias(targets=(f"algo.{name}",)) for name in ("beta", "label_smoothing", "nll_loss_coef")},
+    "model.loss_type": Alias(targets=("loss",)),
+    "loss_type": Alias(targets=("loss",)),
+    "model.pretrain_mode_enable": Alias(targets=("data.pretrain_mode",)),
+}
+"""Names of OpenRLHF's offline programs, understood where the settings they stand for are there."""
+
+
+def aliases(known: Collection[str]) -> dict[str, Alias]:
+    """Every alias that stands for settings there are."""
+    return {name: one for name, one in (ALIASES | OFFLINE_ALIASES).items() if all(target in known for target in one.targets)}
+
+
 RENAMED = {
     # OpenRLHF up to 0.9, flat
     "pretrain": "actor.model_name_or_path",
@@ -186,6 +206,66 @@ RENAMED = {
     "trainer.default_local_dir": "run.dir",
 }
 
+OFFLINE_RENAMED = {
+    # OpenRLHF up to 0.9, flat; TRL
+    "pretrain": "model.model_name_or_path",
+    "model_name_or_path": "model.model_name_or_path",
+    "actor.model_name_or_path": "model.model_name_or_path",
+    "actor.adam.lr": "model.adam.lr",
+    "ref_pretrain": "ref.model_name_or_path",
+    "teacher_model": "teacher.model_name_or_path",
+    "teacher_model_name_or_path": "teacher.model_name_or_path",
+    "kd_coef": "algo.kd_coef",
+    "temperature": "algo.temperature",
+    "beta": "algo.beta",
+    "ipo": "loss",
+    "model.ipo_enable": "loss",
+    "label_smoothing": "algo.label_smoothing",
+    "nll_loss_coef": "algo.nll_loss_coef",
+    "desirable_loss_weight": "algo.desirable_loss_weight",
+    "undesirable_loss_weight": "algo.undesirable_loss_weight",
+    "desirable_weight": "algo.desirable_loss_weight",
+    "undesirable_weight": "algo.undesirable_loss_weight",
+    "dataset": "data.dataset",
+    "dataset_name": "data.dataset",
+    "data.prompt_dataset": "data.dataset",
+    "data.train_files": "data.dataset",
+    "eval_dataset": "eval.dataset",
+    "data.val_files": "eval.dataset",
+    "eval_steps": "eval.steps",
+    "output_key": "data.output_key",
+    "prompt_key": "data.prompt_key",
+    "chosen_key": "data.chosen_key",
+    "rejected_key": "data.rejected_key",
+    "placeholder_token": "data.placeholder_token",
+    "reward_tokens": "data.reward_tokens",
+    "step_separator": "data.step_separator",
+    "pretrain_mode": "data.pretrain_mode",
+    "learning_rate": "model.adam.lr",
+    "l2": "model.adam.weight_decay",
+    "adam_betas": "model.adam.betas",
+    "max_grad_norm": "model.max_norm",
+    "lr_scheduler_type": "model.lr_scheduler",
+    "gradient_checkpointing": "model.gradient_checkpointing_enable",
+    "aux_loss_coef": "model.aux_loss_coef",
+    "num_train_epochs": "train.max_epochs",
+    "num_episodes": "train.max_epochs",
+    "trainer.total_epochs": "train.max_epochs",
+    "best_metric_key": "ckpt.best_metric_key",
+    "max_length": "data.max_len",
+}
+"""The same for programs that learn from labelled rows."""
+
+OFFLINE_WITHOUT_COUNTERPART = {
+    "data.multiturn": "a column of messages is a conversation, all of whose answers are learnt",
+    "multiturn": "a column of messages is a conversation, all of whose answers are learnt",
+    "model.margin_loss_enable": "margins are used where the data has a column of them; --data.margin-key names it",
+    "model.compute_fp32_loss_enable": "losses are computed in fp32 always",
+    "ref.offload": "the reference is asked before training begins, and is gone by then",
+    "eval.split": "name a file of its own with --eval.dataset",
+    "data.dataset_split": "name a file of its own with --data.dataset",
+}
+
 WITHOUT_COUNTERPART = {
     "algorithm.rollout_correction.bypass_mode": "the learner's log-probabilities are recomputed at every step",
     "rollout.micro_batch_size": REPLACED_BY_PACKING,
@@ -233,12 +313,14 @@ def unknown(name: str, values: Sequence[str], known: Collection[str], elsewhere:
     typed = plain(name)
     if typed in SECRETS:
         return f"{name} would put a secret on the command line, where every process of this machine can read it", f"drop it; {RECORDED}"
-    if typed in RENAMED and _reaches(RENAMED[typed], known):
-        return f"{name} has another name here", f"use {flag(RENAMED[typed])}"
+    for renamed in (RENAMED, OFFLINE_RENAMED):
+        if typed in renamed and _reaches(renamed[typed], known):
+            return f"{name} has another name here", f"use {flag(renamed[typed])}"
     if mend := answer(typed, values):
         return f"{name} has another name here", mend
-    if typed in WITHOUT_COUNTERPART:
-        return f"{name} has no counterpart here", f"drop it: {WITHOUT_COUNTERPART[typed]}"
+    without = WITHOUT_COUNTERPART | (OFFLINE_WITHOUT_COUNTERPART if "data.dataset" in known else {})
+    if typed in without:
+        return f"{name} has no counterpart here", f"drop it: {without[typed]}"
     target = RENAMED.get(typed, typed)
     for owned in ALIASES[target].targets if target in ALIASES else (target,):
         if owned in elsewhere:
@@ -260,8 +342,8 @@ def _suggest(typed: str, known: Collection[str]) -> str:
     same = [name for name in known if name.rpartition(".")[2] == last and name.startswith(group.partition(".")[0])]
     if not same:
         # Dots and underscores are one thing to a tired eye: `actor.learing_rate` is near the old `actor_learning_rate`.
-        reachable = {old: new for old, new in RENAMED.items() if _reaches(new, known)}
-        reachable |= {name: name for name in (*(alias for alias in ALIASES if _reaches(alias, known)), *known)}
+        reachable = {old: new for old, new in (OFFLINE_RENAMED | RENAMED).items() if _reaches(new, known)}
+        reachable |= {name: name for name in (*aliases(known), *known)}
         spelt = {name.replace(".", "_"): target for name, target in reachable.items()}
         same = list(dict.fromkeys(spelt[near] for near in closest(typed.replace(".", "_"), spelt, at_most=2)))[:1]
     if not same:

@@ -13,7 +13,7 @@ from typing import Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
-from hone.algos.batch import Batch, Scored
+from hone.algos.batch import Batch, Packed, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.config import PolicyGradientConfig
 from hone.learner.checkpoint.snapshot import Outcome
@@ -98,7 +98,7 @@ class Plan:
 class RoleGroup(Protocol):
     """The processes that host one or more roles; per-token results come back in the batch's own order."""
 
-    def logp(self, role: str, batch: Batch) -> Tensor:
+    def logp(self, role: str, batch: Packed) -> Tensor:
         """Log-probabilities [nats] of every action token, [T]."""
         ...
 

@@ -34,18 +34,18 @@ def stop_ids(model: str, tokenizer: "transformers.PreTrainedTokenizerBase") -> t
     return tuple(sorted({*found, *(() if own is None else (int(str(own)),))}))
 
 
-def vocabulary(models: Mapping[str, str], tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
-    """Ids that the tokenizer and every model know. Raises ModelError where a role's model is of another vocabulary than the policy."""
+def vocabulary(models: Mapping[str, str], tokenizer: "transformers.PreTrainedTokenizerBase", *, trained: str = "policy") -> int:
+    """Ids that the tokenizer and every model know. Raises ModelError where a role's is not the `trained` one's."""
     sizes = {role: int(transformers.AutoConfig.from_pretrained(model).get_text_config().vocab_size) for role, model in models.items()}
     for role, size in sizes.items():
-        if size != sizes["policy"]:
+        if size != sizes[trained]:
             raise ModelError(
-                f"the {role} knows {size} token ids and the policy {sizes['policy']}: {models[role]} and {models['policy']} are of "
+                f"the {role} knows {size} token ids and the {trained} {sizes[trained]}: {models[role]} and {models[trained]} are of "
                 "different vocabularies; all roles read the same ids, so name models that share a tokenizer"
             )
-    if len(tokenizer) > sizes["policy"]:
+    if len(tokenizer) > sizes[trained]:
         raise ModelError(
-            f"the tokenizer of {models['policy']} knows {len(tokenizer)} ids, its model only {sizes['policy']}: a token was "
+            f"the tokenizer of {models[trained]} knows {len(tokenizer)} ids, its model only {sizes[trained]}: a token was "
             "added and the model not resized; call model.resize_token_embeddings(len(tokenizer)) and save both again"
         )
     return len(tokenizer)

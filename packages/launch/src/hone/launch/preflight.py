@@ -15,6 +15,7 @@ from hone.datasets.reading import open_datasets
 from hone.datasets.schemas import load_prompts
 from hone.datasets.templates import template_problem
 from hone.launch.builtin import BuiltinModel
+from hone.launch.commands import AnyConfig
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.errors import ENVIRONMENT, USAGE, Problem, exit_code
 from hone.launch.model_directory import faults, numbers_in, stated
@@ -47,7 +48,7 @@ def lacking(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         _prompts(resolved),
         _agent(config),
         _reward(config),
-        _run_directory(config),
+        run_directory(config),
         _shared_memory(config, gpus),
     )
     for problem in itertools.chain.from_iterable(checks):
@@ -95,10 +96,11 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
             for problem in problems:
                 yield Problem(what=problem.what, mend=problem.mend, code=problem.code, settings=(f"{group}.model_name_or_path",))
             if not problems and Path(path).expanduser().is_dir():
-                yield from _head_stride(config, str(Path(path).expanduser()))
+                yield from head_stride(config, str(Path(path).expanduser()))
 
 
-def _head_stride(config: PolicyGradientConfig, directory: str) -> Iterator[Problem]:
+def head_stride(config: AnyConfig, directory: str) -> Iterator[Problem]:
+    """Whether a model's heads can be cut as `ds.ring_attn_head_stride` says."""
     size, stride = config.ds.ring_attn_size, config.ds.ring_attn_head_stride
     try:
         check_ring(directory, world_size=size, size=size, head_stride=stride)
@@ -109,7 +111,7 @@ def _head_stride(config: PolicyGradientConfig, directory: str) -> Iterator[Probl
 def _prompts(resolved: Resolved) -> Iterator[Problem]:
     data = resolved.config.data
     if error := template_problem(data):
-        yield replace(stated(error, otherwise=""), settings=_named(error, "data.tokenizer_chat_template"))
+        yield replace(stated(error, otherwise=""), settings=named_setting(error, "data.tokenizer_chat_template"))
     path = data.prompt_dataset
     if path is None:
         return
@@ -123,10 +125,10 @@ def _prompts(resolved: Resolved) -> Iterator[Problem]:
             yield Problem(what=str(error), mend="", code=exit_code(error), settings=READS_ROWS)
         else:
             told = stated(error, otherwise="--data.prompt-dataset FILE.jsonl, one JSON object per line")
-            yield replace(told, settings=_named(error, READS_ROWS[0]))
+            yield replace(told, settings=named_setting(error, READS_ROWS[0]))
 
 
-def _named(error: DataError, otherwise: str) -> tuple[str, ...]:
+def named_setting(error: DataError, otherwise: str) -> tuple[str, ...]:
     """The setting that an error speaks of first, where it begins with a flag."""
     first = str(error).partition(" ")[0]
     return (first.removeprefix("--").replace("-", "_") if first.startswith("--data.") else otherwise,)
@@ -162,7 +164,8 @@ def _reward(config: PolicyGradientConfig) -> Iterator[Problem]:
         yield replace(problem, where="--reward.remote-url") if secret else replace(problem, settings=("reward.remote_url",))
 
 
-def _run_directory(config: PolicyGradientConfig) -> Iterator[Problem]:
+def run_directory(config: AnyConfig) -> Iterator[Problem]:
+    """What is wrong with the place a run is to write to."""
     name = "runs" if config.run.dir is None else config.run.dir
     if refusal := _bad_name(name):
         yield Problem(what=f"{shown(name)} cannot name a run directory: {refusal}", mend="--run.dir runs/NAME", settings=("run.dir",))
@@ -185,7 +188,7 @@ def _run_directory(config: PolicyGradientConfig) -> Iterator[Problem]:
     yield from _disk(config, ground)
 
 
-def _disk(config: PolicyGradientConfig, ground: Path) -> Iterator[Problem]:
+def _disk(config: AnyConfig, ground: Path) -> Iterator[Problem]:
     """Whether each disk has room for all that will lie there at a time; `ground` is where the run directory will be."""
     exports, saves = export_bytes(config), checkpoint_bytes(config)
     places = {ground: exports + SPARE_BYTES}
@@ -214,26 +217,26 @@ def _ground(path: Path) -> Path:
     return next(one for one in (path, *path.absolute().parents) if one.is_dir())
 
 
-def export_bytes(config: PolicyGradientConfig) -> int:
+def export_bytes(config: AnyConfig) -> int:
     """Disk for the models a run exports [bytes]: the one at the end, and one with every checkpoint where `ckpt.save_hf` asks for it."""
     every, steps = config.ckpt.save_steps, config.train.max_steps
     on_the_way = 0 if every < 1 or not config.ckpt.save_hf else (steps // every if steps else 1)
-    return (1 + on_the_way) * parameters(config, "actor") * {"fp32": 4, "bf16": 2}[config.ds.param_dtype]
+    return (1 + on_the_way) * parameters(config, config.groups[0]) * {"fp32": 4, "bf16": 2}[config.ds.param_dtype]
 
 
-def checkpoint_bytes(config: PolicyGradientConfig) -> int:
+def checkpoint_bytes(config: AnyConfig) -> int:
     """Disk for the checkpoints that are there at the same time [bytes]: those kept and the one being written, of all that trains."""
     every, steps = config.ckpt.save_steps, config.train.max_steps
     if every < 1:
         return 0
-    trained = parameters(config, "actor") + (parameters(config, "critic") if "values" in config.algo.needs else 0)
+    trained = sum(parameters(config, group) for group in config.groups if group != "ref")
     at_once = min(config.ckpt.max_num + 1, max(1, steps // every) if steps else config.ckpt.max_num + 1)
     return at_once * trained * STATE_BYTES
 
 
-def parameters(config: PolicyGradientConfig, group: str) -> int:
+def parameters(config: AnyConfig, group: str) -> int:
     """Numbers in a group's model, from its weight files' headers; 0 for the built-in model, which is tiny, and for a hub id."""
-    name = getattr(config, group).model_name_or_path or config.actor.model_name_or_path
+    name = getattr(config, group).model_name_or_path or getattr(config, config.groups[0]).model_name_or_path
     if name is None:
         return 0
     return sum(numbers_in(file) for file in sorted(Path(name).expanduser().glob("*.safetensors")) if file.is_file())

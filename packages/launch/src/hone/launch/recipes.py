@@ -1,6 +1,6 @@
 """Recipes: named sets of settings for a kind of machine, laid between the defaults and what the user says."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 RECIPES: dict[str, dict[str, object]] = {
     "none": {},
@@ -33,6 +33,39 @@ BUILT_IN: dict[str, dict[str, object]] = {
 """On top of a recipe, where the built-in model answers the built-in task."""
 
 
+OFFLINE_RECIPES: dict[str, dict[str, object]] = {
+    "none": {},
+    "laptop": {
+        "train.batch_size": 32,
+        "train.max_tokens_per_gpu": 4096,
+        "data.max_len": 512,
+        "ds.param_dtype": "fp32",
+    },
+}
+"""The same for programs that learn from labelled rows."""
+
+OFFLINE_BUILT_IN: dict[str, dict[str, object]] = {
+    "laptop": {
+        "data.max_samples": 1280,
+        "data.max_len": 64,
+        # The small model's tokenizer knows no line break.
+        "data.step_separator": " ",
+        "train.max_epochs": 1,
+        "model.adam.lr": 1e-3,
+        "run.threads": 1,
+        "eval.max_samples": 100,
+        "eval.steps": 10,
+    }
+}
+
+Tables = tuple[dict[str, dict[str, object]], dict[str, dict[str, object]]]
+
+
+def tables(known: Collection[str]) -> Tables:
+    """The recipes of a command that has such settings, and what goes on top of each for the built-in model."""
+    return (RECIPES, BUILT_IN) if "rollout.batch_size" in known else (OFFLINE_RECIPES, OFFLINE_BUILT_IN)
+
+
 def choose(*, gpus: int, built_in: bool) -> tuple[str, str]:
     """The recipe nobody asked for, and why: the name and a reason to announce; without a reason there is nothing to say."""
     if not gpus:
@@ -44,5 +77,6 @@ def choose(*, gpus: int, built_in: bool) -> tuple[str, str]:
 
 def values(recipe: str, *, known: Mapping[str, object], built_in: bool) -> dict[str, object]:
     """What a recipe sets, among the settings a verb has."""
-    everything = RECIPES[recipe] | (BUILT_IN.get(recipe, {}) if built_in else {})
+    plain, own = tables(known)
+    everything = plain[recipe] | (own.get(recipe, {}) if built_in else {})
     return {name: value for name, value in everything.items() if name in known}

@@ -16,11 +16,12 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from hone.algos.batch import Batch, Scored
+from hone.algos.batch import Batch, Packed, Scored
+from hone.algos.offline import Offline
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import Learner
-from hone.learner.packing import Shard, shards, unshard
+from hone.learner.packing import Shard, shards, unshard, unshard_rows
 from hone.learner.roles import StepResult
 from hone.rollout.errors import EngineError, EngineLost
 from hone.rollout.types import Completion, Request
@@ -52,6 +53,15 @@ def get(references: Sequence[Any], *, who: str) -> list[Any]:
         raise unwrapped(error) from error
     except ray.exceptions.RayActorError as error:
         raise RankLost(f"{who} died: {error}\n  its output is in the run directory's logs/; out of memory is the usual cause") from error
+
+
+def _added(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Figures of all ranks. They are weighted sums, which add up over ranks just as they do over micro-batches.
+
+    A rank that had only fillers reports none, nor does any but the first of a ring.
+    """
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
 
 
 class _Weights:
@@ -239,13 +249,15 @@ class RemoteGroup:
         """Send the policy's weights; the fingerprints of what was sent."""
         return get([rank.send.remote() for rank in self.ranks], who=self._who)[0]
 
-    def _sharded(self, method: str, role: str, batch: Batch, *args: Any) -> tuple[list[Shard], list[Any]]:
+    def _sharded(self, method: str, role: str, batch: Packed, *args: Any, **options: Any) -> tuple[list[Shard], list[Any]]:
         cut = shards(batch, ranks=len(self.ranks) // self._ring, **self._cut)
         stored = [ray.put(shard) for shard in cut]
-        references = [rank.call.remote(method, role, stored[index // self._ring], *args) for index, rank in enumerate(self.ranks)]
+        references = [
+            rank.call.remote(method, role, stored[index // self._ring], *args, **options) for index, rank in enumerate(self.ranks)
+        ]
         return cut, references
 
-    def logp(self, role: str, batch: Batch) -> Tensor:
+    def logp(self, role: str, batch: Packed) -> Tensor:
         """Log-probabilities [nats] of every action token, [T]."""
         return self._per_token("logp", role, batch)
 
@@ -253,7 +265,7 @@ class RemoteGroup:
         """Values of the state before every token, [T]."""
         return self._per_token("values", role, batch)
 
-    def _per_token(self, method: str, role: str, batch: Batch) -> Tensor:
+    def _per_token(self, method: str, role: str, batch: Packed) -> Tensor:
         cut, references = self._sharded(method, role, batch)
         return unshard(cut, get(references, who=self._who)[:: self._ring], cu_seqlens=batch.cu_seqlens)
 
@@ -265,14 +277,40 @@ class RemoteGroup:
         """One optimiser step of a critic."""
         return self._update("update_critic", role, scored, algo)
 
-    def _update(self, method: str, role: str, scored: Scored, algo: Algorithm | ActorCritic) -> StepResult:
+    def _update(self, method: str, role: str, scored: Packed, algo: Algorithm | ActorCritic | Offline) -> StepResult:
         _, references = self._sharded(method, role, scored, algo)
         results: list[StepResult] = get(references, who=self._who)
-        # Figures are weighted sums: they add up over ranks just as they do over micro-batches.
-        # A rank that had only fillers reports none, nor does any but the first of a ring.
-        names = dict.fromkeys(name for result in results for name in result.metrics)
-        metrics = {name: sum(result.metrics.get(name, 0.0) for result in results) for name in names}
-        return StepResult(metrics=metrics, grad_norm=results[0].grad_norm, lr=results[0].lr, applied=results[0].applied)
+        return StepResult(
+            metrics=_added([result.metrics for result in results]),
+            grad_norm=results[0].grad_norm,
+            lr=results[0].lr,
+            applied=results[0].applied,
+        )
+
+    def update_offline(self, role: str, rows: Packed, algo: Offline) -> StepResult:
+        """One optimiser step over labelled rows."""
+        return self._update("update_offline", role, rows, algo)
+
+    def evaluate_offline(self, role: str, rows: Packed, algo: Offline) -> dict[str, float]:
+        """The figures of such a step, without one."""
+        _, references = self._sharded("evaluate_offline", role, rows, algo)
+        return _added(get(references, who=self._who))
+
+    def scores(self, role: str, rows: Packed) -> Tensor:
+        """A reward model's score of every row [reward], [N]."""
+        cut, references = self._sharded("scores", role, rows)
+        return unshard_rows(cut, get(references, who=self._who)[:: self._ring])
+
+    def keep_statistics(self, role: str, scores: Tensor) -> None:
+        """Let a reward model's configuration have the mean and deviation of its scores."""
+        get([rank.call.remote("keep_statistics", role, scores) for rank in self.ranks], who=self._who)
+
+    def top_logp(self, role: str, rows: Packed, *, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """A teacher's likeliest tokens and their log-probabilities [nats] at every action token, [T, K] each."""
+        cut, references = self._sharded("top_logp", role, rows, k=k, temperature=temperature)
+        found = get(references, who=self._who)[:: self._ring]
+        tokens, logp = (unshard(cut, [one[part] for one in found], cu_seqlens=rows.cu_seqlens) for part in range(2))
+        return tokens, logp
 
     def export(self, role: str, directory: str, *, average: bool = False) -> None:
         """Write a role's model in the Hugging Face layout, or the moving average of its weights; rank 0 writes."""

@@ -3,13 +3,13 @@
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hone.launch import flags, recipes, toml
-from hone.launch.config import PolicyGradientConfig, default_config
+from hone.launch.commands import AnyConfig, defaults, implied_backend, training_verbs
 from hone.launch.errors import Problem, UsageError
 from hone.launch.names import closest
 from hone.launch.schema import Setting, replaced, settings, value_of, written
-from hone.launch.verbs import VERBS
 
 ROLES = {"policy": "actor", "critic": "critic", "reference": "ref"}
 """Configuration group of each role a learner process can host."""
@@ -19,7 +19,7 @@ ROLES = {"policy": "actor", "critic": "critic", "reference": "ref"}
 class Resolved:
     """A configuration, the source of each setting, and what was found wrong on the way; settings in `bad` hold a stand-in."""
 
-    config: PolicyGradientConfig
+    config: Any  # of PolicyGradientConfig or OfflineConfig: the rules of each know which
     sources: dict[str, str]
     recipe: str
     recipe_reason: str
@@ -41,7 +41,7 @@ def told(name: str, value: object, source: str) -> str:
 
 def resolve(verb: str, argv: Sequence[str], *, gpus: int) -> Resolved:
     """Read everything the user said and lay it over the defaults. Collects problems; raises nothing for what a user can mend."""
-    config = default_config(verb)
+    config = defaults(verb, _loss(argv))
     known = settings(config)
     elsewhere = {name: other for name, other in _first_verbs().items() if name not in known}
     given = flags.read(argv, known, elsewhere)
@@ -55,7 +55,7 @@ def resolve(verb: str, argv: Sequence[str], *, gpus: int) -> Resolved:
     problems += layer.problems
 
     said = layer.values | given.values
-    built_in = said.get("actor.model_name_or_path") is None and said.get("data.prompt_dataset") is None
+    built_in = all(said.get(name) is None for name in config.built_in_unless)
     recipe, reason = recipes.choose(gpus=gpus, built_in=built_in)
     asked, where = given.actions.get("recipe"), "--recipe"
     if asked is None:
@@ -68,8 +68,8 @@ def resolve(verb: str, argv: Sequence[str], *, gpus: int) -> Resolved:
 
     values, sources = {}, dict.fromkeys(known, "default")
     layers = {f"recipe {recipe}": recipes.values(recipe, known=known, built_in=built_in)}
-    if said.get("run.backend") == "local":
-        layers["run.backend local"] = {"ds.zero_stage": 0}
+    because, implied = implied_backend(config, said)
+    layers[because] = implied
     for source, layer_values in layers.items():
         values |= layer_values
         sources |= dict.fromkeys(layer_values, source)
@@ -90,10 +90,19 @@ def resolve(verb: str, argv: Sequence[str], *, gpus: int) -> Resolved:
     )
 
 
+def _loss(argv: Sequence[str]) -> str | None:
+    """What `--loss` says on the command line or, if not there, in the file: it decides which settings there are."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if "--loss" in words[:-1]:
+        return words[words.index("--loss") + 1]
+    path = words[words.index("--config") + 1] if "--config" in words[:-1] else None
+    return toml.top_level(path, "loss") if path is not None else None
+
+
 @functools.cache
 def _first_verbs() -> dict[str, str]:
     """Every setting there is, and the first command that has it."""
-    return {name: verb for verb in reversed(VERBS) for name in settings(default_config(verb))}
+    return {name: verb for verb in reversed(training_verbs()) for name in settings(defaults(verb))}
 
 
 def _shared_sizes(known: Mapping[str, Setting], values: Mapping[str, object]) -> list[tuple[str, str, object]]:
@@ -113,7 +122,7 @@ def _shared_sizes(known: Mapping[str, Setting], values: Mapping[str, object]) ->
 def _constant_length(known: Mapping[str, Setting], values: Mapping[str, object]) -> list[tuple[str, str, object]]:
     """An algorithm's constant length where nobody gave one, as above: the longest response, or none if it is reduced otherwise."""
     length, over, longest = "algo.reduction.length", "algo.reduction.over", "rollout.max_new_tokens"
-    if known[length].default is None or length in values:
+    if length not in known or known[length].default is None or length in values:
         return []
     if values.get(over, "constant") != "constant":
         return [(length, f"as {over}", None)]
@@ -121,8 +130,8 @@ def _constant_length(known: Mapping[str, Setting], values: Mapping[str, object])
 
 
 def _laid_over(
-    config: PolicyGradientConfig, values: Mapping[str, object], known: Mapping[str, Setting], sources: Mapping[str, str]
-) -> tuple[PolicyGradientConfig, list[Problem]]:
+    config: AnyConfig, values: Mapping[str, object], known: Mapping[str, Setting], sources: Mapping[str, str]
+) -> tuple[AnyConfig, list[Problem]]:
     """The configuration with the values; a group whose dataclass refuses their combination keeps what it had."""
     problems: list[Problem] = []
     for group, own in _by_group(values, known):
@@ -143,8 +152,8 @@ def _combined(group: str, values: Mapping[str, object], known: Mapping[str, Sett
     over = known[f"{group}.over"].flag
     if values.get(length) is not None:
         return f"drop {known[length].flag}, or add {over} constant"
-    longest = values.get("rollout.max_new_tokens", known["rollout.max_new_tokens"].default)
-    return f"add {known[length].flag} {longest}, which is rollout.max_new_tokens, or drop {over}"
+    name = next(one for one in ("rollout.max_new_tokens", "data.max_len") if one in known)
+    return f"add {known[length].flag} {values.get(name, known[name].default)}, which is {name}, or drop {over}"
 
 
 def _by_group(values: Mapping[str, object], known: Mapping[str, Setting]) -> Iterator[tuple[str, dict[str, object]]]:

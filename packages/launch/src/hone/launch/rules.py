@@ -6,11 +6,11 @@ value was refused already.
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hone.datasets.chat import template_problems
-from hone.launch.config import PolicyGradientConfig
+from hone.launch.commands import AnyConfig
 from hone.launch.errors import Problem
 from hone.launch.groups import compares_samples
 from hone.launch.names import flag
@@ -20,9 +20,9 @@ from hone.launch.schema import shown, value_of
 Rule = Callable[[Resolved, int], Iterator[Problem]]
 
 
-def broken(resolved: Resolved, gpus: int) -> Iterator[Problem]:
+def broken(resolved: Resolved, gpus: int, rules: Sequence[Rule] = ()) -> Iterator[Problem]:
     """Every rule a configuration breaks on a machine with so many GPUs, with values and their sources filled in."""
-    for rule in RULES:
+    for rule in rules or RULES:
         for problem in rule(resolved, gpus):
             if not resolved.bad.intersection(problem.settings):
                 yield problem.at(resolved.where(problem.settings))
@@ -49,9 +49,9 @@ def notes(resolved: Resolved, gpus: int) -> Iterator[str]:
         yield f"{', '.join(idle)}: run.backend local has no vLLM engine"
 
 
-def ranks(config: PolicyGradientConfig, group: str = "actor") -> int:
-    """Processes that train the policy, or that host the model of another group."""
-    model = getattr(config, group)
+def ranks(config: AnyConfig, group: str | None = None) -> int:
+    """Processes that train the policy (or whatever the program trains), or that host the model of another group."""
+    model = getattr(config, group or config.groups[0])
     return model.num_nodes * model.num_gpus_per_node
 
 
@@ -106,7 +106,7 @@ def _lengths(resolved: Resolved, _: int) -> Iterator[Problem]:
 def _rings(resolved: Resolved, _: int) -> Iterator[Problem]:
     config = resolved.config
     size = config.ds.ring_attn_size
-    if uneven := [group for group in _models(config) if ranks(config, group) % size]:
+    if uneven := [group for group in config.groups if ranks(config, group) % size]:
         told = ", ".join(f"{group} {ranks(config, group)}" for group in uneven)
         what = f"learner ranks do not fall into rings of {size}: {told}"
         names = ("ds.ring_attn_size", *(f"{group}.{setting}" for group in uneven for setting in ("num_nodes", "num_gpus_per_node")))
@@ -129,14 +129,14 @@ def _models_in_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
     if not ds.lora.rank and (idle := [name for name in adapters if _typed(resolved.sources[name])]):
         what = f"{', '.join(idle)} without adapters does nothing"
         yield Problem(what=what, mend="--ds.lora.rank 16, or drop it", settings=(*idle, "ds.lora.rank"))
-    balanced = [group for group in ("actor", "critic") if f"{group}.aux_loss_coef" in resolved.sources and _coef(config, group)]
+    balanced = [group for group in ("actor", "critic", "model") if f"{group}.aux_loss_coef" in resolved.sources and _coef(config, group)]
     if balanced and ds.ring_attn_size > 1:
         what = f"{balanced[0]}.aux_loss_coef over a ring is not there yet"
         names = (f"{balanced[0]}.aux_loss_coef", "ds.ring_attn_size")
         yield Problem(what=what, mend="--ds.ring-attn-size 1, or drop the balancing loss", settings=names)
 
 
-def _coef(config: PolicyGradientConfig, group: str) -> float:
+def _coef(config: AnyConfig, group: str) -> float:
     return getattr(config, group).aux_loss_coef
 
 
@@ -255,12 +255,12 @@ def _backend(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         if config.ds.zero_stage > 0:
             what = f"run.backend local has one process and no DeepSpeed: there is nothing to shard with zero_stage {config.ds.zero_stage}"
             yield Problem(what=what, mend="--ds.zero-stage 0, or --run.backend ray", settings=("ds.zero_stage", "run.backend"))
-        crowds = {group: ranks(config, group) for group in _models(config) if ranks(config, group) > 1}
+        crowds = {group: ranks(config, group) for group in config.groups if ranks(config, group) > 1}
         if crowds:
             what = f"run.backend local has one process, not {max(crowds.values())} ranks ({', '.join(crowds)})"
             names = (*(f"{group}.{size}" for group in crowds for size in ("num_nodes", "num_gpus_per_node")), "run.backend")
             yield Problem(what=what, mend="--run.backend ray, or one rank", settings=names)
-    if not gpus and config.vllm.sync_backend in ("ipc", "nccl") and not _cluster(config):
+    if not gpus and "vllm.sync_backend" in resolved.sources and config.vllm.sync_backend in ("ipc", "nccl") and not spans_machines(config):
         what = f"vllm.sync_backend {config.vllm.sync_backend} moves weights between GPUs, and none is visible"
         yield Problem(what=what, mend="--vllm.sync-backend auto", settings=("vllm.sync_backend",))
 
@@ -278,12 +278,12 @@ def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     if config.ds.param_offload and config.ds.zero_stage != 3:
         what = f"ds.param_offload needs sharded parameters, which ds.zero_stage {config.ds.zero_stage} has not"
         yield Problem(what=what, mend="--ds.zero-stage 3, or drop --ds.param-offload", settings=("ds.param_offload", "ds.zero_stage"))
-    uneven = [group for group in _models(config) if ranks(config, group) % config.ds.zpg]
+    uneven = [group for group in config.groups if ranks(config, group) % config.ds.zpg]
     if config.ds.zpg > 1 and (config.ds.zero_stage != 3 or uneven):
         what = f"ds.zpg {config.ds.zpg} needs ds.zero_stage 3 and a number of ranks that it divides, in every group"
-        names = ("ds.zpg", "ds.zero_stage", "actor.num_nodes", "actor.num_gpus_per_node")
+        names = ("ds.zpg", "ds.zero_stage", f"{config.groups[0]}.num_nodes", f"{config.groups[0]}.num_gpus_per_node")
         yield Problem(what=what, mend="--ds.zero-stage 3 with such a number of ranks, or drop --ds.zpg", settings=names)
-    for group in ("actor", "critic"):
+    for group in ("actor", "critic", "model"):
         idle = tuple(name for name, source in resolved.sources.items() if name.startswith(f"{group}.muon.") and source.startswith("flag "))
         if idle and getattr(config, group).optim != "muon":
             what = f"{', '.join(idle)}: {group}.optim adam does not read it"
@@ -293,20 +293,14 @@ def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     if config.run.backend == "local" and (asked := tuple(name for name, value in theirs.items() if value)):
         what = f"run.backend local has no DeepSpeed, whose {', '.join(asked)} is"
         yield Problem(what=what, mend="drop it, or --run.backend ray", settings=(*asked, "run.backend"))
-    if params == "fp16" and not gpus and not _cluster(config) and config.run.backend == "ray":
+    if params == "fp16" and not gpus and not spans_machines(config) and config.run.backend == "ray":
         what = "ds.param_dtype fp16 needs a GPU here: vLLM has no fp16 on a CPU, DeepSpeed only on few"
         yield Problem(what=what, mend="--ds.param-dtype fp32", settings=("ds.param_dtype",))
 
 
-def _models(config: PolicyGradientConfig) -> list[str]:
-    """Groups whose model the algorithm runs."""
-    needed = {"policy": True, "critic": "values" in config.algo.needs, "reference": "ref_logp" in config.algo.needs}
-    return [group for role, group in ROLES.items() if needed[role]]
-
-
 def _devices(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     config = resolved.config
-    if not gpus or _cluster(config) or config.run.backend == "local":
+    if not gpus or spans_machines(config) or config.run.backend == "local":
         return
     asked: dict[str, tuple[int, list[str]]] = {}
     for role in (*ROLES, "engine"):
@@ -328,15 +322,18 @@ def _devices(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         yield Problem(what=what, mend=mend, settings=names)
 
 
-def _cluster(config: PolicyGradientConfig) -> bool:
+def spans_machines(config: AnyConfig) -> bool:
     """Whether devices of other machines count, which cannot be seen from here."""
-    return "RAY_ADDRESS" in os.environ or config.actor.num_nodes > 1
+    return "RAY_ADDRESS" in os.environ or getattr(config, config.groups[0]).num_nodes > 1
 
 
 def _typed(source: str) -> bool:
     """Whether a value was typed for this run: a file may be that of an earlier run, which writes out every default."""
     return source.startswith("flag ")
 
+
+SHARED: tuple[Rule, ...] = (_rings, _models_in_parts, _steps, _backend, _formats)
+"""What every program that trains must keep."""
 
 RULES: tuple[Rule, ...] = (
     _batches,

@@ -161,11 +161,12 @@ def take_up(
     num_episodes: int,
     models: Mapping[str, str],
     step: int | None = None,
+    batch_flag: str = "--rollout.batch-size",
 ) -> Resumed:
     """The newest complete checkpoint under `root`, or that of `step`, checked against the run that is to go on from it.
 
-    `models` maps role -> model. Raises CheckpointError where there is none, or where it is of a run whose prompts, algorithm, roles or
-    models were others; reads no weights.
+    `models` maps role -> model, `batch_flag` is what sets the size of a step. Raises CheckpointError where there is none, or where it is
+    of a run whose data, algorithm, roles or models were others; reads no weights.
     """
     found = checkpoints.find(root, step=step)
     try:
@@ -174,8 +175,8 @@ def take_up(
         state = LoopState(**{**fields, "stream": stream, "shuffle": bytes.fromhex(fields["shuffle"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{found.path / STATE} is no state of this loop ({type(error).__name__}: {error}); name another") from error
-    before = {"algorithm": state.algorithm, "--rollout.batch-size": stream.batch_size, "--train.seed": stream.seed}
-    now = {"algorithm": algorithm, "--rollout.batch-size": batch_size, "--train.seed": seed}
+    before = {"algorithm": state.algorithm, batch_flag: stream.batch_size, "--train.seed": stream.seed}
+    now = {"algorithm": algorithm, batch_flag: batch_size, "--train.seed": seed}
     if changed := [f"{name} {before[name]} then, {now[name]} now" for name in now if before[name] != now[name]]:
         raise CheckpointError(f"{found.path} is of another run: {'; '.join(changed)}; give the same again, or start a new run")
     for role, model in models.items():

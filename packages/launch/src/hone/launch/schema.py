@@ -90,7 +90,7 @@ class Setting:
 
 def settings(config: object) -> dict[str, Setting]:
     """Every setting of a configuration that has an effect with its algorithm, by name."""
-    unused = set() if "values" in config.algo.needs else {"critic", "placement.critic"}  # pyright: ignore[reportAttributeAccessIssue]
+    unused: frozenset[str] = config.unused  # pyright: ignore[reportAttributeAccessIssue] - every whole configuration tells
     found = {one.name: one for one in _walk(config, "", "")}
     return {name: one for name, one in found.items() if name not in unused and one.group.partition(".")[0] not in unused}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from hone.launch.verbs import TOOLS, VERBS
+from hone.launch.verbs import OFFLINE, TOOLS, VERBS
 
 if TYPE_CHECKING:  # the front screen reads no settings
     from hone.launch.schema import Setting
@@ -31,7 +31,7 @@ def front(version: str) -> None:
     console.print(f"[bold]hone[/] {version}: RL post-training, from one core to a cluster\n", soft_wrap=True)
     console.print("[cyan]try first[/]")
     console.print("  [bold]launch ppo[/]  trains a small model on this machine; downloads nothing\n")
-    commands = VERBS | TOOLS
+    commands = VERBS | OFFLINE | TOOLS
     widest = max(map(len, commands))
     for section in dict.fromkeys(verb.section for verb in commands.values()):
         console.print(f"[cyan]{section}[/]")
@@ -60,8 +60,10 @@ def options(verb: str, settings: "Mapping[str, Setting]", word: str) -> bool:
     """A command's story, examples and options; with a `word` only the options it occurs in. Whether there was anything to show."""
     from hone.launch.recipes import RECIPES
 
-    console, entry = Console(highlight=False), VERBS[verb]
-    shown = {name: one for name, one in settings.items() if word.lower().replace("_", "-") in f"{one.flag} {_meaning(one)}".lower()}
+    console, entry = Console(highlight=False), (VERBS | OFFLINE)[verb]
+    shown = {
+        name: one for name, one in settings.items() if word.lower().replace("_", "-") in f"{one.flag} {_meaning(one, settings)}".lower()
+    }
     if word and not shown:
         return False
     if not word:
@@ -78,7 +80,7 @@ def options(verb: str, settings: "Mapping[str, Setting]", word: str) -> bool:
         if one.group != group:
             group = one.group
             console.print(Text.assemble("\n", (group, "cyan"), (f"  {one.group_doc}", "dim")))
-        _entry(console, f"{one.flag} {one.metavar}".rstrip(), _meaning(one))
+        _entry(console, f"{one.flag} {one.metavar}".rstrip(), _meaning(one, settings))
     if not word:
         console.print(
             Text("\nHyphens and underscores are the same; a switch is turned off by --GROUP.no-NAME or by the value False.", "dim")
@@ -86,15 +88,15 @@ def options(verb: str, settings: "Mapping[str, Setting]", word: str) -> bool:
     return True
 
 
-def _meaning(one: "Setting") -> str:
+def _meaning(one: "Setting", known: "Mapping[str, Setting]") -> str:
     """A setting's text with all that is to know about its value: range, default, recipes, other names."""
-    from hone.launch.names import ALIASES, flag
-    from hone.launch.recipes import RECIPES
+    from hone.launch.names import aliases, flag
+    from hone.launch.recipes import tables
     from hone.launch.schema import written
 
     facts = [one.limits if one.limits not in one.doc else "", f"default {one.written}"]
-    facts += [f"{recipe} {written(values[one.name])}" for recipe, values in RECIPES.items() if one.name in values]
-    facts += [f"also {flag(name)}" for name, alias in ALIASES.items() if one.name in alias.targets]
+    facts += [f"{recipe} {written(values[one.name])}" for recipe, values in tables(known)[0].items() if one.name in values]
+    facts += [f"also {flag(name)}" for name, alias in aliases(known).items() if one.name in alias.targets]
     return f"{one.doc} [{'; '.join(fact for fact in facts if fact)}]"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hone.launch.config import PolicyGradientConfig, default_config
+from hone.launch.commands import AnyConfig, defaults_of
 from hone.launch.errors import Problem, UsageError
 from hone.launch.flags import targets
 from hone.launch.names import closest, flag, unknown
@@ -79,11 +79,20 @@ def read(path: str, text: str, known: Mapping[str, Setting], elsewhere: Mapping[
     return layer
 
 
-def to_toml(config: PolicyGradientConfig, sources: Mapping[str, str] | None = None) -> str:
+def top_level(path: str, key: str) -> str | None:
+    """A text above the first table of a file; None where there is none, or no file that can be read, which `read` tells of."""
+    try:
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8-sig")).get(key)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def to_toml(config: AnyConfig, sources: Mapping[str, str] | None = None) -> str:
     """Every setting as TOML that `--config` reads back to the same configuration; with `sources`, whence each value is."""
-    lines = [f'verb = "{config.algo.name}"', 'recipe = "none"  # every value is written out below']
+    lines = [f'verb = "{config.verb}"', 'recipe = "none"  # every value is written out below']
     group = ""
-    for name, setting in settings(default_config(config.algo.name)).items():
+    for name, setting in settings(defaults_of(config)).items():
         if setting.group != group:
             group = setting.group
             lines += ["", f"[{group}]"]

@@ -18,6 +18,8 @@ _OWN = """\\
     --actor.model-name-or-path DIR --data.prompt-dataset FILE.jsonl \\
     --data.label-key answer --reward.remote-url reward.py"""
 
+_OWN_ROWS = "--model.model-name-or-path DIR --data.dataset FILE.jsonl"
+
 
 def _learnt(verb: str, summary: str, story: str) -> Verb:
     """A command that learns from rewards and has a model and a task of its own to try it on."""
@@ -124,6 +126,70 @@ VERBS = {
     ),
 }
 
+
+def _labelled(verb: str, summary: str, story: str, *examples: str) -> Verb:
+    """A command that learns from labelled rows and has a model and rows of its own to try it on."""
+    own = f"launch {verb} {_OWN_ROWS}"
+    return Verb(
+        section="learning from labelled rows",
+        summary=summary,
+        story=f"{story} Without arguments it trains a small model of its own on rows of a built-in task.",
+        examples=(f"launch {verb}", own, *examples),
+    )
+
+
+OFFLINE = {
+    "sft": _labelled(
+        "sft",
+        "imitate answers (supervised fine-tuning)",
+        "Trains a model on prompts and answers, on conversations (--data.apply-chat-template), or on documents (--data.pretrain-mode). "
+        "What the assistant says is trained on, its end included, and nothing else.",
+        "launch sft --data.dataset documents.jsonl --data.pretrain-mode --model.model-name-or-path DIR",
+    ),
+    "rm": _labelled(
+        "rm",
+        "a reward model from pairs of answers",
+        "Trains a model to score the chosen answer above the rejected one. The result loads as AutoModelForSequenceClassification, "
+        "with the mean and deviation of its scores in its configuration.",
+        "launch rm --loss log_exp",
+    ),
+    "prm": _labelled(
+        "prm",
+        "a process reward model from judged steps",
+        "Trains a model to tell at the end of each step whether it was good: a classifier of tokens, or, with --data.reward-tokens, a "
+        "language model that says one of two tokens.",
+        "launch prm --data.dataset steps.jsonl --data.placeholder-token '<step>' --data.reward-tokens +,- --model.model-name-or-path DIR",
+    ),
+    "dpo": _labelled(
+        "dpo",
+        "prefer one answer to another (DPO, IPO, SimPO, ...)",
+        "Trains a policy on pairs of answers; --loss chooses among dpo, cdpo, ipo, rpo, simpo and orpo. The reference model is asked once "
+        "for every row before training, and what it said is kept for the next run.",
+        "launch dpo --loss simpo",
+    ),
+    "kto": _labelled(
+        "kto",
+        "learn from answers judged one by one (KTO)",
+        "Trains a policy on answers that were found good or bad. Its anchor is measured on prompts joined with other prompts' answers, "
+        "which are chosen once for the whole data, so that a batch of any size from two has a true one.",
+    ),
+    "kd": Verb(
+        section="distillation",
+        summary="a student learns a teacher's distributions",
+        story=(
+            "Trains a model towards a teacher's distribution at every token of given answers, mixed with the answers' own likelihood. "
+            "The teacher shares the tokenizer and may be of any size. Without arguments a small model learns from another one that "
+            "knows a built-in task."
+        ),
+        examples=(
+            "launch kd",
+            f"launch kd --teacher.model-name-or-path TEACHER {_OWN_ROWS}",
+            "launch kd --teacher.top-k 0 --algo.divergence reverse",
+        ),
+    ),
+}
+"""Commands of the loop over labelled rows."""
+
 TOOLS = {
     "export": Verb(
         section="checkpoints",
@@ -136,6 +202,20 @@ TOOLS = {
             "launch export runs/ppo-20260101-120000 OUT",
             "launch export runs/ppo-20260101-120000/checkpoints/step_10 OUT --role critic",
             "launch export CHECKPOINT OUT --model DIR   # the model the run began with, where it has moved",
+        ),
+    ),
+    "template": Verb(
+        section="data",
+        summary="what a chat template does to sample conversations",
+        story=(
+            "`template check MODEL` prints whether answers begin where they are asked for, what is trained on, the stop token, the BOS, "
+            "what becomes of system messages and thoughts, the thinking toggle, and whether supervised and reinforcement learning see the "
+            "same prompt. Needs the tokenizer alone; ends with 3 where something would spoil training."
+        ),
+        examples=(
+            "launch template check DIR",
+            "launch template check OWNER/MODEL --data.tokenizer-chat-template chatml",
+            "launch template check DIR --data.chat-template-kwargs '{\"enable_thinking\": false}'",
         ),
     ),
 }

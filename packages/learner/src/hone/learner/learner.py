@@ -34,7 +34,7 @@ from hone.learner.logprobs import Slopes
 from hone.learner.mixture import FIGURES, Balance, check_mixture, heard_by
 from hone.learner.model import CriticModel, PolicyModel, hidden_size, load_critic, load_policy
 from hone.learner.model_files import check_ring, copy_tokenizer, resolve
-from hone.learner.offline import Questions, loss_of
+from hone.learner.offline import Questions, told
 from hone.learner.optim import Training
 from hone.learner.over_logits import OverLogits, TopLogp
 from hone.learner.packing import Shard
@@ -341,7 +341,7 @@ class Learner:
             return tuple(self._whole(one) for one in self._over_logits(role, part, reader))
 
         ask = Questions(logp=logp, read=lambda part: self._read(role, part), over_logits=over_logits, slopes=self.wire is None)
-        return loss_of(algo, role=role, kind=self.kinds[role], ask=ask)
+        return told(algo, role=role, kind=self.kinds[role], ask=ask)
 
     def _over_logits(self, role: str, part: Packed, reader: OverLogits) -> tuple[Tensor, ...]:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, 1.0, False)

@@ -88,17 +88,17 @@ def shards(
 
 
 def unshard(parts: Sequence[Shard], arrays: Sequence[Tensor], *, cu_seqlens: Int[Tensor, " N_plus_1"]) -> Tensor:
-    """Per-token results of each rank, flat in its shard's row order, back in the order of the batch `cu_seqlens` belongs to.
+    """Per-token results of each rank ([T] or [T, ...]), in its shard's row order, back in the order of the batch `cu_seqlens` belongs to.
 
     Raises ValueError where the number or the length of the arrays does not fit the shards.
     """
     if len(parts) != len(arrays):
         raise ValueError(f"{len(arrays)} arrays for {len(parts)} shards; hand in one per rank, in rank order")
     starts = cu_seqlens.tolist()
-    result = torch.zeros(starts[-1], dtype=arrays[0].dtype)
+    result = torch.zeros(starts[-1], *arrays[0].shape[1:], dtype=arrays[0].dtype)
     for rank, (shard, found) in enumerate(zip(parts, arrays, strict=True)):
         bounds = shard.batch.cu_seqlens.tolist()
-        if found.shape != (bounds[-1],):
+        if found.shape != (bounds[-1], *arrays[0].shape[1:]):
             raise ValueError(f"rank {rank} returned {tuple(found.shape)} values for the {bounds[-1]} tokens of its shard")
         for index, micro_batch in enumerate(shard.micro_batches):
             # A filler may repeat a row that belongs to another rank, and its results mean nothing.

@@ -20,7 +20,7 @@ def ending(info: RunInfo, view: View, summary: Summary, canvas: Canvas) -> list[
     )
     rows: list[tuple[str, Text]] = []
     if view.rewards:
-        rows.append(("reward", reward_line(view.rewards, max(min(canvas.width, 100) - 12, 0), ascii_only=canvas.ascii_only)))
+        rows.append((view.headline, reward_line(view.rewards, max(min(canvas.width, 100) - 12, 0), ascii_only=canvas.ascii_only)))
     if view.largest_gap is not None:
         rows.append(("gap", Text(f"{number(view.largest_gap)} nats at most between engine and learner")))
     rows.append(("memory", Text(f"{summary.peak_memory_gb:.2f} GB at the peak, all processes together")))

@@ -12,7 +12,7 @@ from hone.launch.observe.metrics import is_healthy
 from hone.launch.observe.progress import FAILED, READY, RunInfo, Start, View
 from hone.launch.observe.text import bar, duration, encodable, inert, number, sparkline
 
-PHASES = ("generation", "make_experience", "ppo_train", "broadcast")
+PHASES = ("generation", "make_experience", "ppo_train", "broadcast", "label", "train", "evaluate")
 _LABEL = 11
 _LARGEST_GAP = "largest gap of the run"
 # Rows of figures: what goes last on a small terminal has the highest number; then the label, and (name, metric, unit) of each figure.
@@ -28,13 +28,16 @@ _ROWS = (
     ),
     (60, "policy", (("KL", "train/kl", "nats"), ("entropy", "train/entropy", "nats"), ("clipped", "train/ppo_clip_ratio", "%"))),
     (50, "loss", (("policy", "train/policy_loss", ""), ("critic", "train/critic_loss", ""), ("gradient", "train/actor_grad_norm", ""))),
+    (68, "held out", (("loss", "eval/loss", ""), ("accuracy", "eval/accuracy", "%"), ("margin", "eval/reward_margin", ""))),
+    (66, "step", (("loss", "train/loss", ""), ("accuracy", "train/accuracy", "%"), ("margin", "train/reward_margin", ""))),
+    (50, "learning", (("gradient", "train/grad_norm", ""), ("rate", "train/lr", ""), ("epoch", "train/epoch", ""))),
     (55, "response", (("length", "rollout/response_length_mean", "tokens"), ("truncated", "rollout/truncated_rate", "%"))),
     (45, "speed", (("sampling", "perf/rollout_tokens_per_second", "tok/s"), ("learning", "perf/train_tokens_per_second", "tok/s"))),
     (35, "memory", (("peak", "perf/peak_memory_gb", "GB"), ("sync", "perf/sync_ms", "ms"))),
 )
 _SPINNER = ("\u280b", "\u2819", "\u2838", "\u2834", "\u2826", "\u2807")
 _ASCII_SPINNER = ("|", "/", "-", "\\")
-_PHASE_STYLES = dict(zip(PHASES, ("cyan", "blue", "magenta", "yellow"), strict=True))
+_PHASE_STYLES = dict(zip(PHASES, ("cyan", "blue", "magenta", "yellow", "blue", "magenta", "cyan"), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,7 @@ def _training(info: RunInfo, view: View, canvas: Canvas) -> list[Block]:
         Block(priority=10, lines=[Text()]),
     ]
     if view.rewards:
-        blocks.append(Block(priority=80, lines=[_row("reward", reward_line(view.rewards, room, ascii_only=canvas.ascii_only))]))
+        blocks.append(Block(priority=80, lines=[_row(view.headline, reward_line(view.rewards, room, ascii_only=canvas.ascii_only))]))
     for priority, label, figures in _ROWS:
         if shown := _figures(figures, metrics, room):
             blocks.append(Block(priority=priority, lines=[_row(label, shown)]))

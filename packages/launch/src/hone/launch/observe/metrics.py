@@ -37,6 +37,31 @@ def _seconds(meaning: str) -> Metric:
     return Metric(unit="s", reduction=_STEP, healthy=_NOT_NEGATIVE, meaning=meaning)
 
 
+def _figures(prefix: str, of: str) -> dict[str, Metric]:
+    """What a loss over labelled rows tells, of the rows of a step or of those held out."""
+
+    def metric(unit: str, meaning: str, *, healthy: Range | None = None, per: str = "rows") -> Metric:
+        return Metric(unit=unit, reduction=f"weighted mean over {per} of {of}", healthy=healthy, meaning=meaning)
+
+    found = {
+        "loss": metric("loss", "The whole loss of a program over labelled rows.", per="tokens, rows or pairs"),
+        "nll": metric("nats", "Negative log-likelihood of the tokens that are to be said.", healthy=_NOT_NEGATIVE, per="tokens or rows"),
+        "preference_loss": metric("loss", "DPO, IPO, SimPO, ORPO or KTO without any likelihood beside it.", per="pairs or rows"),
+        "rm_loss": metric("loss", "-log sigmoid(chosen - rejected - margin) of a reward model.", healthy=_NOT_NEGATIVE, per="pairs"),
+        "centre": metric("reward^2", "Squared sum of a pair's scores, before its coefficient.", healthy=_NOT_NEGATIVE, per="pairs"),
+        "prm_loss": metric("nats", "Cross-entropy of a process reward model.", healthy=_NOT_NEGATIVE, per="steps"),
+        "distillation_loss": metric("nats", "Divergence of teacher and student.", per="tokens"),
+        "accuracy": metric(
+            "fraction", "Pairs whose chosen answer, or steps whose label, is preferred.", healthy=_FRACTION, per="pairs or steps"
+        ),
+        "chosen_reward": metric("reward", "Of the chosen or good answers: a score, or beta times the log-ratio.", per="pairs or rows"),
+        "rejected_reward": metric("reward", "Of the rejected or bad answers.", per="pairs or rows"),
+        "reward_margin": metric("reward", "Chosen less rejected; it should rise.", per="pairs or rows"),
+        "kl_anchor": metric("nats", "KTO's anchor: how far the policy is from the reference.", healthy=_NOT_NEGATIVE, per="rows"),
+    }
+    return {f"{prefix}/{name}": one for name, one in found.items()}
+
+
 METRICS: dict[str, Metric] = {
     "step": Metric(unit="steps", reduction="count", healthy=Range(low=1), meaning="Training steps done, from 1."),
     "rollout/reward_mean": Metric(unit="reward", reduction=_SAMPLES, meaning="The reward function's `rewards`; what the run is to raise."),
@@ -147,6 +172,13 @@ METRICS: dict[str, Metric] = {
     "train/optimizer_steps": Metric(
         unit="steps", reduction="sum", healthy=Range(low=1), meaning="Optimiser steps the policy took in this step."
     ),
+    **_figures("train", "the optimiser step"),
+    **_figures("eval", "those held out"),
+    "train/grad_norm": Metric(unit="L2 norm", reduction=_STEP, healthy=_NOT_NEGATIVE, meaning="Norm of the gradient before it is clipped."),
+    "train/lr": Metric(unit="1", reduction=_STEP, healthy=_NOT_NEGATIVE, meaning="The learning rate."),
+    "train/skipped": Metric(unit="steps", reduction=_STEP, healthy=Range(high=0), meaning="1 for a step left out: not finite."),
+    "train/tokens": Metric(unit="tokens", reduction="sum", healthy=_POSITIVE, meaning="Tokens of the step that are trained on."),
+    "train/epoch": Metric(unit="epochs", reduction=_STEP, healthy=_NOT_NEGATIVE, meaning="Times the data has been gone through so far."),
     "mismatch/logp_abs_diff_mean": Metric(
         unit="nats",
         reduction="mean over action tokens",
@@ -208,13 +240,16 @@ METRICS: dict[str, Metric] = {
     "timing/make_experience": _seconds("Log-probabilities, reference, values, advantages."),
     "timing/ppo_train": _seconds("Forward, backward and optimiser of policy and critic."),
     "timing/broadcast": _seconds("Weights to the engines, verification included."),
-    "timing/step_total": _seconds("The whole step; less the four phases, it is overhead."),
+    "timing/label": _seconds("Packing rows; a teacher's distributions, and KTO's anchor."),
+    "timing/train": _seconds("Forward, backward and optimiser of a program over labelled rows."),
+    "timing/evaluate": _seconds("Measuring the rows held out."),
+    "timing/step_total": _seconds("The whole step; less its phases, it is overhead."),
     "perf/rollout_tokens_per_second": Metric(
         unit="tokens/s", reduction="sampled tokens / timing/generation", healthy=_POSITIVE, meaning="Speed of sampling."
     ),
     "perf/train_tokens_per_second": Metric(
         unit="tokens/s",
-        reduction="packed tokens / timing/ppo_train",
+        reduction="packed tokens / timing/ppo_train, or timing/train",
         healthy=_POSITIVE,
         meaning="Speed of learning; each token once however many epochs.",
     ),

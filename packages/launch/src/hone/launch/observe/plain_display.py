@@ -33,6 +33,11 @@ _STEP_FIGURES = (
     ("entropy", "train/entropy", ""),
     ("length", "rollout/response_length_mean", ""),
     ("truncated", "rollout/truncated_rate", "%"),
+    ("loss", "train/loss", ""),
+    ("accuracy", "train/accuracy", "%"),
+    ("margin", "train/reward_margin", ""),
+    ("held out: loss", "eval/loss", ""),
+    ("accuracy", "eval/accuracy", "%"),
     ("", "perf/rollout_tokens_per_second", "tok/s"),
 )
 

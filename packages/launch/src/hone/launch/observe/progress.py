@@ -13,6 +13,8 @@ from dataclasses import dataclass
 READY = "ready"
 FAILED = "failed"
 _STEPS_FOR_ETA = 10
+HEADLINES = {"reward": "rollout/reward_mean", "loss": "train/loss"}
+"""What a run is judged by at a glance, and its metric: one of them in each kind of run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Running:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Everything to draw, at one moment. `metrics` are the last step's, `step` 0 before the first."""
+    """Everything to draw, at one moment. `metrics` are the last step's, `step` 0 before the first; `rewards` are what `headline` says."""
 
     step: int
     elapsed_s: float
@@ -57,6 +59,7 @@ class View:
     largest_gap: float | None
     starts: tuple[Start, ...]
     running: Running | None
+    headline: str = "reward"
 
 
 class Progress:
@@ -72,6 +75,7 @@ class Progress:
         self._usual: dict[str, float] = {}
         self._metrics: Mapping[str, int | float] = {}
         self._rewards: list[float] = []
+        self._headline = "reward"
         self._gap: float | None = None
         self._step_times: deque[float] = deque(maxlen=_STEPS_FOR_ETA)
 
@@ -93,8 +97,10 @@ class Progress:
         """A step is done; `metrics` holds its number as "step"."""
         with self._lock:
             self._metrics = dict(metrics)
-            if "rollout/reward_mean" in metrics:
-                self._rewards.append(float(metrics["rollout/reward_mean"]))
+            for headline, name in HEADLINES.items():
+                if name in metrics:
+                    self._headline = headline
+                    self._rewards.append(float(metrics[name]))
             gap = metrics.get("mismatch/logp_abs_diff_mean")
             if gap is not None and (self._gap is None or not gap <= self._gap):  # a NaN is the largest of all
                 self._gap = gap if self._gap is None or not math.isnan(self._gap) else self._gap
@@ -118,6 +124,7 @@ class Progress:
                 eta_s=left * sum(self._step_times) / len(self._step_times) if self._step_times else None,
                 metrics=self._metrics,
                 rewards=tuple(self._rewards),
+                headline=self._headline,
                 largest_gap=self._gap,
                 starts=tuple(starts),
                 running=name_began and Running(name=name_began[0], elapsed_s=now - name_began[1], usual_s=self._usual.get(name_began[0])),

@@ -46,6 +46,7 @@ def write_report(run: Path) -> Path:
     sections = [
         _outcome(manifest, end, rows),
         _reward(rows),
+        _loss(rows),
         _metrics_table(rows),
         _timings(rows, end),
         _ledger(events),
@@ -84,6 +85,16 @@ def _reward(rows: Rows) -> list[str]:
     first, last = rewards[:_FIRST_STEPS], rewards[-_LAST_STEPS:]
     means = f"mean of the first {len(first)} steps {number(_mean(first))}, of the last {len(last)} steps {number(_mean(last))}"
     return ["## Reward", "", "```", sparkline(rewards, _CURVE_WIDTH), "```", "", f"{number(rewards[0])} to {number(rewards[-1])}; {means}."]
+
+
+def _loss(rows: Rows) -> list[str]:
+    losses, held_out = _series(rows, "train/loss"), _series(rows, "eval/loss")
+    if not losses:
+        return []
+    lines = ["## Loss", "", "```", sparkline(losses, _CURVE_WIDTH), "```", "", f"{number(losses[0])} to {number(losses[-1])} in training."]
+    if held_out:
+        lines.append(f"Held out: {number(held_out[0])} to {number(held_out[-1])}, lowest {number(min(held_out))}.")
+    return lines
 
 
 def _metrics_table(rows: Rows) -> list[str]:
@@ -130,9 +141,12 @@ def _ledger(events: Sequence[Mapping[str, Any]]) -> list[str]:
         totals = replay(events).verify()
     except LedgerError as error:  # the report is where this is read; hiding it would hide the run's worst news
         return ["## Ledger", "", "**It does not balance.**", "", *_fenced(str(error))]
+    rows = [event for event in events if event["kind"] == "row_dropped"]
+    if not totals.issued and not rows:
+        return []  # labelled rows are drawn by place, in an order that the seed fixes
     lines = ["## Ledger", "", "Every prompt drawn was trained on, dropped with a reason, or still open when the run ended:", ""]
     lines += [f"{totals.issued} issued = {totals.trained} trained + {totals.dropped} dropped + {totals.open} open."]
-    if rows := [event for event in events if event["kind"] == "row_dropped"]:
+    if rows:
         lines += [
             "",
             f"{len(rows)} rows of the data could not be drawn at all, the first: {_cell(rows[0]['reason'])}; all are in `events.jsonl`.",

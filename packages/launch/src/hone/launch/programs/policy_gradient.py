@@ -4,47 +4,36 @@ Order: prompts -> run directory -> model -> parts -> loop -> export -> report ->
 """
 
 import asyncio
-import math
-import os
-import shutil
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
-import psutil
 import transformers
 from rich.console import Console
 
-from hone.launch.builtin import builtin_model, cache_directory
+from hone.launch.builtin import cache_directory
 from hone.launch.config import PolicyGradientConfig
-from hone.launch.errors import INTERRUPTED, PREEMPTED, exit_code
 from hone.launch.interrupt import Interrupt
 from hone.launch.observe import manifest
-from hone.launch.observe.display import Display, make_display
-from hone.launch.observe.files import replace_text
+from hone.launch.observe.display import Display
 from hone.launch.observe.ledger import LedgerError, replay
 from hone.launch.observe.peak_memory import PeakMemory
 from hone.launch.observe.progress import READY, RunInfo
-from hone.launch.observe.redact import redact
-from hone.launch.observe.report import conclude
 from hone.launch.observe.run_directory import RunDirectory, read_events
-from hone.launch.observe.summary import Summary
 from hone.launch.parts import Assembly
 from hone.launch.plan import in_full, make_plan, models_of
-from hone.launch.processes import Descendants, adopt_orphans, keep_bytecode, prepare_environment
+from hone.launch.processes import adopt_orphans, keep_bytecode, prepare_environment
+from hone.launch.programs.conduct import Stage, began, built_in, conduct
+from hone.launch.programs.keeping import Keeper
 from hone.launch.prompts import PromptData, prepare
 from hone.launch.rollout_rows import rows
 from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, place_of, take_up
 from hone.launch.toml import to_toml
 from hone.launch.train import Start, Step, train
-from hone.learner.errors import CheckpointError, ModelError
+from hone.learner.errors import CheckpointError
 from hone.rollout.agents.loading import Agent, load
 from hone.rollout.rewards import judges
 from hone.rollout.types import Prompt
@@ -62,15 +51,14 @@ BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
 
 def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
     """Carry out a run; returns its exit code, or raises what stopped it (the run directory then tells, too)."""
-    # From pressing enter: half of the start is spent before this line, on imports.
-    began = time.monotonic() - (time.time() - psutil.Process().create_time())
+    start = began()
     keep_bytecode(cache_directory() / "bytecode")
     adopt_orphans()
     # Loading and saving are shown by the display; a second bar in between would tear it.
     transformers.utils.logging.disable_progress_bar()
     console = Console(highlight=False)
     asked = config.actor.model_name_or_path
-    model = str(_built_in(console)) if asked is None else in_full(asked)
+    model = str(built_in(console)) if asked is None else in_full(asked)
     resumed = _take_up(config, model) if config.ckpt.load_enable or config.ckpt.resume is not None else None
     prompts = prepare(
         config.data,
@@ -90,45 +78,22 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
     directory.write_manifest(manifest.collect(verb=config.algo.name, seed=config.train.seed, argv=sys.argv))
     info = RunInfo(verb=config.algo.name, model=model, data=prompts.name, directory=str(directory.path), total_steps=steps)
 
-    with ExitStack() as stack:
-        scratch = Path(tempfile.mkdtemp(prefix="hone-ray-"))
-        stack.callback(_remove, scratch, directory)
-        stack.enter_context(Descendants())  # after the directory, so that nobody writes there any more when it is removed
-        memory = stack.enter_context(PeakMemory(os.getpid()))
-        display = stack.enter_context(make_display(console, info))
-
-        def notice(text: str) -> None:
-            directory.append_event("interrupted")
-            display.note(text)
-
-        interrupt = stack.enter_context(Interrupt(notice))
+    def carry_out(stage: Stage, interrupt: Interrupt) -> Literal["finished", "stopped"]:
         session = Session(
             config=config,
             model=model,
             prompts=prompts,
             steps=steps,
             directory=directory,
-            display=display,
-            memory=memory,
-            scratch=scratch,
+            display=stage.display,
+            memory=stage.memory,
+            scratch=stage.scratch,
             resumed=resumed,
         )
-        summarise = partial(_summary, began=began, memory=memory)
-        try:
-            outcome = session.carry_out(interrupt)
-        except KeyboardInterrupt:
-            _finish(directory, display, summarise("stopped"))
-            raise
-        except BaseException as error:
-            _keep_traceback(directory, error)
-            message = str(error) if exit_code(error) != 1 else f"{type(error).__name__}: {error}"
-            _finish(directory, display, summarise("failed", error=message))
-            raise
-        exported = str(directory.model)
-        _finish(directory, display, summarise(outcome, model=exported, next_commands=_next_commands(config, exported, str(directory.path))))
-    if outcome == "finished":
-        return 0
-    return PREEMPTED if interrupt.preempted else INTERRUPTED
+        return session.carry_out(interrupt)
+
+    next_commands = _next_commands(config, str(directory.model), str(directory.path))
+    return conduct(directory, info, carry_out, console=console, began=start, next_commands=next_commands)
 
 
 class Session:
@@ -151,6 +116,7 @@ class Session:
         self._scratch = scratch
         self._config, self._model, self._prompts, self._steps = config, model, prompts, steps
         self._directory, self._display, self._memory = directory, display, memory
+        self._keeper = Keeper(directory, display, role="policy")
         self._ledger = replay(read_events(directory.path)[0], directory.append_event)
         self._done = self._first = 0 if resumed is None else resumed.state.step
 
@@ -163,7 +129,7 @@ class Session:
             self._display.note(f"{len(dropped)} of {total} rows are left out, the first: {dropped[0][1]} (all in events.jsonl)")
         with ExitStack() as stack:
             parts = self._build(self._judge(stack))
-            stack.push(partial(self._close, parts))
+            stack.push(partial(self._keeper.close, parts))
             if self._resumed is not None:
                 for group in parts.role_groups:
                     group.restore(str(self._resumed.path.resolve()))
@@ -174,47 +140,18 @@ class Session:
             try:
                 outcome = self._loop(parts, interrupt)
             except Exception:
-                self._rescue(parts)
+                if self._done > self._first:
+                    self._keeper.rescue(parts, step=self._done + 1)
                 raise
-            self._export(parts, self._directory.model)
+            self._keeper.export(parts, self._directory.model)
             if self._config.train.enable_ema:
-                self._export(parts, self._directory.path / "model_ema", average=True)
+                self._keeper.export(parts, self._directory.path / "model_ema", average=True)
         totals = self._ledger.verify()
         if totals.open:
             raise LedgerError(
                 f"{totals.open} prompts were drawn and neither trained nor dropped: {', '.join(self._ledger.open_prompts[:10])}"
             )
         return outcome
-
-    def _export(self, parts: Assembly, directory: Path, *, average: bool = False) -> None:
-        """Have the policy (or its moving average) written, and see for ourselves that it is there: a rank may live elsewhere."""
-        parts.export("policy", str(directory.resolve()), average=average)
-        if not (directory / "config.json").is_file():
-            raise ModelError(
-                f"the model was exported but is not in {directory}; ranks on other machines need the run directory on a shared disk"
-            )
-
-    def _close(self, parts: Assembly, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """End the parts. What fails here is raised, unless the run is failing already: then it is written down beside that."""
-        try:
-            parts.close()
-        except Exception as closing:
-            if error is None:
-                raise
-            self._directory.append_event("closing_failed", error=f"{type(closing).__name__}: {closing}")
-
-    def _rescue(self, parts: Assembly) -> None:
-        """Keep what was learnt before a failure, if anything was; the failure itself is what the run ends with."""
-        if self._done == self._first:
-            return
-        kept = self._directory.checkpoints / f"failed_in_step_{self._done + 1}"
-        try:
-            self._export(parts, kept)
-        except Exception as error:  # the learner is gone, too: recorded beside the failure that is being raised
-            self._directory.append_event("rescue_failed", error=f"{type(error).__name__}: {error}")
-            return
-        self._directory.append_event("rescued", model=str(kept))
-        self._display.note(f"the policy as it stood is kept in {kept}")
 
     def _judge(self, stack: ExitStack) -> judges.Weighted | Agent:
         """Who gives the rewards: the environment of an agent file, or reward functions and servers, ended by `stack`."""
@@ -266,7 +203,7 @@ class Session:
             start=Start() if self._resumed is None else Start(step=self._first, shuffle=self._resumed.state.shuffle),
         )
         root = self._directory.checkpoints if config.ckpt.path is None else Path(config.ckpt.path)
-        saves = Checkpoints(parts.role_groups, root, keep=config.ckpt.max_num, event=self._saved)
+        saves = Checkpoints(parts.role_groups, root, keep=config.ckpt.max_num, event=self._keeper.saved)
         for step in steps:
             self._ledger.train([group.prompt.prompt_id for group in step.groups], step=step.number)
             self._directory.write_rollouts(step.number, rows(step.groups))
@@ -279,7 +216,7 @@ class Session:
             if config.ckpt.save_steps > 0 and (step.number % config.ckpt.save_steps == 0 or stopping):
                 saves.begin(step.number, self._texts(step))
                 if config.ckpt.save_hf:
-                    self._export(parts, self._directory.checkpoints / f"step_{step.number}_hf")
+                    self._keeper.export(parts, self._directory.checkpoints / f"step_{step.number}_hf")
             if stopping:
                 saves.poll(wait=True)
                 return "stopped"
@@ -291,12 +228,6 @@ class Session:
         state = LoopState(step=step.number, algorithm=self._config.algo.name, stream=self._prompts.stream.state(), shuffle=step.shuffle)
         written = {name: (self._directory.path / name).read_text(encoding="utf-8") for name in (METRICS, EVENTS)}
         return {STATE: state.text(), **written}
-
-    def _saved(self, kind: str, **fields: Any) -> None:
-        """A checkpoint that is complete, or one that failed: written down, and a failure shown, for it must not be found out later."""
-        self._directory.append_event(kind, **fields)
-        if kind == "checkpoint_failed":
-            self._display.note(f"the checkpoint of step {fields['step']} was not written ({fields['error']}); training goes on")
 
     def _happened(self, kind: str, **fields: Any) -> None:
         """What befell an engine: written down and shown."""
@@ -334,47 +265,6 @@ def _take_up(config: PolicyGradientConfig, model: str) -> Resumed:
         models=models_of(config, model),
         step=step,
     )
-
-
-def _built_in(console: Console) -> Path:
-    """The built-in model, made now (with a progress bar) if this is the first run."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if not console.is_terminal and not any(cache_directory().glob("arithmetic-*")):
-        console.print("making the built-in model (first run only, up to a minute)")
-    columns = (
-        TextColumn("making the built-in model (first run only)"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", visible=False, loss=math.nan)
-        return builtin_model(progress=lambda step, steps, loss: bar.update(task, completed=step, total=steps, loss=loss, visible=True))
-
-
-def _remove(scratch: Path, directory: RunDirectory) -> None:
-    """Remove Ray's own files. A run is not failed by what cannot be removed, but it is written down."""
-    try:
-        shutil.rmtree(scratch)
-    except OSError as error:
-        directory.append_event("scratch_left", path=str(scratch), error=str(error))
-
-
-def _keep_traceback(directory: RunDirectory, error: BaseException) -> None:
-    """Where it happened, for whoever looks into it; secrets struck out as everywhere in a run directory."""
-    text = redact("".join(traceback.format_exception(error)))
-    replace_text(directory.logs / "traceback.txt", text)
-
-
-def _summary(outcome: Literal["finished", "stopped", "failed"], *, began: float, memory: PeakMemory, **fields: Any) -> Summary:
-    memory.look()
-    return Summary(outcome=outcome, elapsed_s=time.monotonic() - began, peak_memory_gb=memory.peak_gb, **fields)
-
-
-def _finish(directory: RunDirectory, display: Display, summary: Summary) -> None:
-    conclude(directory, summary)
-    display.done(summary)
 
 
 def _next_commands(config: PolicyGradientConfig, model: str, directory: str) -> tuple[str, ...]:

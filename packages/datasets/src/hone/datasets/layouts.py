@@ -1,0 +1,264 @@
+"""Validation: rows of a source into labelled rows, by the columns that OpenRLHF, TRL and verl use; all faults in one error."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from hone.datasets.errors import BadRow, DataError, bad_rows_error, did_you_mean, shown
+from hone.datasets.labelled import AnyRow, Exchange, ExchangeRow, JudgedRow, LabelledSet, PairRow, TextRow
+from hone.datasets.offline_config import DemonstrationData, JudgedData, LabelledData, MarginPairData, PairData
+from hone.datasets.records import FINGERPRINT_DIGITS, Message, Row, Source
+from hone.datasets.schemas import message_faults, missing_column, surrogate_faults
+
+AnyLabelled = TypeVar("AnyLabelled", bound=AnyRow)
+
+CONVERSATIONS = ("messages", "conversations")
+PROMPTS = ("prompt", "question", "input", "problem", "instruction", "query")
+ANSWERS = ("completion", "response", "output", "answer", "solution", "chosen")
+LABELS = ("label", "labels", "margin")
+TEXTS = ("text", "content", "document")
+FAULTY = "give the rows {}, or delete them"
+
+
+def text_rows(source: Source, config: DemonstrationData) -> LabelledSet[TextRow]:
+    """Documents, every token of which is trained on."""
+    key = config.input_key or found_column(source, (*TEXTS, *PROMPTS), flag="--data.input-key", what="documents")
+
+    def read(row: Row, uid: str) -> Iterator[BadRow | TextRow]:
+        faults = list(text_faults(row, key, source, flag="--data.input-key", what="document"))
+        yield from faults
+        if not faults:
+            yield TextRow(uid=uid, line=row.line, text=str(row.columns[key]))
+
+    return validated(source, read)
+
+
+def exchange_rows(source: Source, config: DemonstrationData) -> LabelledSet[ExchangeRow]:
+    """Demonstrations: a column of the prompt and one of its answer, or one of a whole conversation."""
+    prompt_key, answer_key = demonstration_columns(source, config)
+
+    def read(row: Row, uid: str) -> Iterator[BadRow | ExchangeRow]:
+        for found in exchange(row, prompt_key, answer_key, source, config):
+            yield found if isinstance(found, BadRow) else ExchangeRow(uid=uid, line=row.line, exchange=found)
+
+    return validated(source, read)
+
+
+def judged_rows(source: Source, config: JudgedData) -> LabelledSet[JudgedRow]:
+    """Answers and whether each is good."""
+    prompt_key, answer_key = demonstration_columns(source, config)
+
+    def read(row: Row, uid: str) -> Iterator[BadRow | JudgedRow]:
+        label = verdict(row, config.label_key, source)
+        if isinstance(label, BadRow):
+            yield label
+        for found in exchange(row, prompt_key, answer_key, source, config):
+            if isinstance(found, BadRow):
+                yield found
+            elif not isinstance(label, BadRow):
+                yield JudgedRow(uid=uid, line=row.line, exchange=found, desirable=label)
+
+    return validated(source, read)
+
+
+def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
+    """A chosen and a rejected answer to each prompt; where no column has the prompt, it is what both begin with."""
+    columns = columns_of(source)
+    prompt_key = config.prompt_key or next((name for name in PROMPTS if name in columns), None)
+    margin_key = config.margin_key if isinstance(config, MarginPairData) else None
+    if isinstance(config, MarginPairData) and margin_key is None and "margin" in columns:
+        margin_key = "margin"
+
+    def read(row: Row, uid: str) -> Iterator[BadRow | PairRow]:
+        bad: list[BadRow] = []
+        if prompt_key is not None:
+            bad += side_faults(row, prompt_key, source, config, flag="--data.prompt-key", what="prompt")
+        for key, flag in ((config.chosen_key, "--data.chosen-key"), (config.rejected_key, "--data.rejected-key")):
+            bad += side_faults(row, key, source, config, flag=flag, what="answer")
+        margin = 0.0
+        if margin_key is not None:
+            value = row.columns.get(margin_key)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                bad.append(
+                    BadRow(what=f"margin {margin_key!r} is no number", remedy=FAULTY.format("one"), line=row.line, detail=shown(value))
+                )
+            else:
+                margin = float(value)
+        if not bad:
+            sides = _sides(row.columns, prompt_key, config)
+            if isinstance(sides, str):
+                bad.append(BadRow(what=sides, remedy="delete the rows, or mend the answers", line=row.line))
+            else:
+                yield PairRow(uid=uid, line=row.line, chosen=sides[0], rejected=sides[1], margin=margin)
+        yield from bad
+
+    return validated(source, read)
+
+
+def _sides(columns: Mapping[str, object], prompt_key: str | None, config: PairData) -> tuple[Exchange, Exchange] | str:
+    chosen, rejected = side(columns[config.chosen_key]), side(columns[config.rejected_key])
+    if chosen == rejected:
+        return "chosen and rejected are the same"
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        return "chosen is text and rejected messages, or the other way round"
+    if prompt_key is not None:
+        prompt = side(columns[prompt_key])
+        # Answers given as whole conversations hold the prompt already.
+        if not isinstance(prompt, str) and not isinstance(chosen, str) and chosen[: len(prompt)] == prompt:
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        return Exchange(prompt=prompt, answer=chosen), Exchange(prompt=prompt, answer=rejected)
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    if isinstance(chosen, str):
+        # Where both still say the same a word may be cut in two: back to the last white space.
+        same = max((place + 1 for place in range(same) if chosen[place].isspace()), default=0)
+    if same in (len(chosen), len(rejected)):
+        return "one answer is the beginning of the other, and nothing says where the prompt ends"
+    return Exchange(prompt=chosen[:same], answer=chosen[same:]), Exchange(prompt=rejected[:same], answer=rejected[same:])
+
+
+def demonstration_columns(source: Source, config: DemonstrationData) -> tuple[str, str | None]:
+    """(prompt, answer) columns, or (conversation, None), as named, else the usual ones."""
+    columns = columns_of(source)
+    usual = (*CONVERSATIONS, *PROMPTS)
+    prompt_key = config.input_key or found_column(source, usual, flag="--data.input-key", what="prompts or conversations")
+    if config.output_key is not None:
+        return prompt_key, config.output_key
+    conversation = any(isinstance(row.columns.get(prompt_key), list) and _answered(row.columns[prompt_key]) for row in source.rows[:1])
+    if prompt_key in CONVERSATIONS or conversation:
+        return prompt_key, None
+    own = [name for name in ANSWERS if name in columns and name != prompt_key]
+    if not own:
+        listed = ", ".join(repr(name) for name in columns) or "none"
+        raise DataError(f"{source.name} has no column of answers; columns found: {listed}; name one with --data.output-key")
+    return prompt_key, own[0]
+
+
+def _answered(messages: object) -> bool:
+    assert isinstance(messages, list)
+    return (
+        bool(messages) and isinstance(messages[-1], Mapping) and messages[-1].get("role", messages[-1].get("from")) in ("assistant", "gpt")
+    )
+
+
+def exchange(row: Row, prompt_key: str, answer_key: str | None, source: Source, config: LabelledData) -> Iterator[BadRow | Exchange]:
+    """The exchange of a row, or everything wrong with it."""
+    bad = side_faults(row, prompt_key, source, config, flag="--data.input-key", what="prompt" if answer_key else "conversation")
+    if answer_key is not None:
+        bad += side_faults(row, answer_key, source, config, flag="--data.output-key", what="answer")
+    yield from bad
+    if bad:
+        return
+    prompt = side(row.columns[prompt_key])
+    if answer_key is not None:
+        yield Exchange(prompt=prompt, answer=side(row.columns[answer_key]))
+    elif isinstance(prompt, str):
+        yield BadRow(
+            what=f"conversation {prompt_key!r} is not a list of messages",
+            remedy="name the answer's column with --data.output-key",
+            line=row.line,
+            detail=shown(prompt),
+        )
+    elif not any(message["role"] == "assistant" for message in prompt):
+        yield BadRow(what="the assistant says nothing", remedy="give the rows an answer, or delete them", line=row.line)
+    else:
+        yield Exchange(prompt=(), answer=prompt)
+
+
+def side_faults(row: Row, key: str, source: Source, config: LabelledData, *, flag: str, what: str) -> list[BadRow]:
+    """What is wrong with a column that holds a text or messages."""
+    if key not in row.columns:
+        return [missing_column(key, row.line, columns_of(source), row.columns, flag=flag, usual=(*PROMPTS, *ANSWERS, *CONVERSATIONS))]
+    value = row.columns[key]
+    if isinstance(value, list) and value:
+        found = _named(value)
+        bad = (
+            []
+            if config.apply_chat_template
+            else [BadRow(what="chat messages without a chat template", remedy="turn on --data.apply-chat-template", line=row.line)]
+        )
+        return [*bad, *message_faults(found, row.line, may_end_with_assistant=True)]
+    return list(text_faults(row, key, source, flag=flag, what=what))
+
+
+def text_faults(row: Row, key: str, source: Source, *, flag: str, what: str) -> Iterator[BadRow]:
+    """What is wrong with a column that must hold a text."""
+    if key not in row.columns:
+        yield missing_column(key, row.line, columns_of(source), row.columns, flag=flag, usual=(*TEXTS, *PROMPTS))
+        return
+    value = row.columns[key]
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        yield BadRow(what=f"{what} {key!r} is empty", remedy=FAULTY.format(f"a {what}"), line=row.line, detail=shown(value))
+    elif not isinstance(value, str):
+        yield BadRow(
+            what=f"{what} {key!r} is neither text nor messages",
+            remedy="write a string or a list of messages",
+            line=row.line,
+            detail=shown(value),
+        )
+    else:
+        yield from surrogate_faults(value, row.line)
+
+
+def verdict(row: Row, key: str, source: Source) -> bool | BadRow:
+    """Whether an answer is good, by its label."""
+    if key not in row.columns:
+        return missing_column(
+            key, row.line, columns_of(source), row.columns, flag="--data.label-key", usual=("label", "desirable", "is_correct")
+        )
+    value = row.columns[key]
+    if isinstance(value, bool) or value in (0, 1):
+        return bool(value)
+    return BadRow(
+        what=f"label {key!r} is neither true nor false", remedy="write true or false, or 1 or 0", line=row.line, detail=shown(value)
+    )
+
+
+def side(value: object) -> str | tuple[Message, ...]:
+    """A validated text or its messages."""
+    return value if isinstance(value, str) else tuple(_named(value))  # pyright: ignore[reportArgumentType] - it was validated
+
+
+def _named(messages: Sequence[object]) -> list[Message]:
+    """Messages under the usual keys; ShareGPT's `from` and `value` are taken, too."""
+    roles = {"human": "user", "gpt": "assistant"}
+    return [
+        {"role": roles.get(str(one["from"]), str(one["from"])), "content": one["value"]}
+        if isinstance(one, Mapping) and {"from", "value"} <= one.keys()
+        else one
+        for one in messages
+    ]  # pyright: ignore[reportReturnType] - what is no message is refused by `message_faults`
+
+
+def validated(source: Source, read: Callable[[Row, str], Iterator[BadRow | AnyLabelled]]) -> LabelledSet[AnyLabelled]:
+    """The labelled rows of a source; DataError for the lines that cannot be read and every faulty row together."""
+    bad, rows = list(source.bad), list[AnyLabelled]()
+    for index, row in enumerate(source.rows):
+        for found in read(row, f"{source.fingerprint[:FINGERPRINT_DIGITS]}:{index}"):
+            if isinstance(found, BadRow):
+                bad.append(found)
+            else:
+                rows.append(found)
+    if bad:
+        raise bad_rows_error(source.name, bad, rows=len(source.rows) + len(source.bad))
+    return LabelledSet(name=source.name, fingerprint=source.fingerprint, rows=tuple(rows))
+
+
+def columns_of(source: Source) -> list[str]:
+    """Every column that some row has."""
+    return list(dict.fromkeys(name for row in source.rows for name in row.columns))
+
+
+def found_column(source: Source, usual: Sequence[str], *, flag: str, what: str) -> str:
+    """The first of the usual columns that the data has. Raises DataError naming those it has."""
+    columns = columns_of(source)
+    found = next((name for name in usual if name in columns), None)
+    if found is None and source.rows:
+        others = [name for name in columns if name not in (*ANSWERS, *LABELS)]
+        near = next((did_you_mean(name, others) for name in usual if did_you_mean(name, others)), "")
+        listed = ", ".join(repr(name) for name in columns) or "none"
+        raise DataError(
+            f"{source.name} has no column that usually holds {what} ({', '.join(usual[:4])}, ...); columns found: {listed}; "
+            f"name one with {flag}{near}"
+        )
+    return found or usual[0]

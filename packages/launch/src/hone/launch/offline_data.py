@@ -1,0 +1,107 @@
+"""The run's labelled rows: from the configuration to samples the loop draws, with the tokenizer the model comes with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hone.datasets.chat import template_problems
+from hone.datasets.errors import DataError
+from hone.datasets.labelled import LabelledSet, Sample, Samples
+from hone.datasets.layouts import exchange_rows, judged_rows, pair_rows, text_rows
+from hone.datasets.offline_config import LabelledData, SFTData
+from hone.datasets.reading import open_one
+from hone.datasets.records import Source
+from hone.datasets.rows_stream import SampleStream
+from hone.datasets.samples import samples_of
+from hone.datasets.step_rows import steps_rows
+from hone.datasets.stream import StreamState
+from hone.datasets.tasks import labelled_arithmetic as builtin_rows
+from hone.launch.offline_config import OfflineConfig
+
+if TYPE_CHECKING:
+    import transformers
+
+BUILT_IN_ROWS = 10_000
+EVALUATION_SEED = 1_000_003
+"""Added to the run's seed, so that the built-in task's rows for evaluation are drawn apart from those that are learnt."""
+
+Reader = Callable[[Source, Any], LabelledSet[Any]]
+
+
+def _demonstrations(source: Source, config: Any) -> LabelledSet[Any]:
+    return text_rows(source, config) if isinstance(config, SFTData) and config.pretrain_mode else exchange_rows(source, config)
+
+
+READERS: dict[str, tuple[Reader, Callable[[int, int], Source]]] = {
+    "sft": (_demonstrations, builtin_rows.demonstrations),
+    "kd": (_demonstrations, builtin_rows.demonstrations),
+    "rm": (pair_rows, builtin_rows.pairs),
+    "dpo": (pair_rows, builtin_rows.pairs),
+    "kto": (judged_rows, builtin_rows.judged),
+    "prm": (steps_rows, builtin_rows.steps),
+}
+"""Command -> what reads its rows, and where the built-in ones come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineData:
+    """Samples ready to be drawn, those held out for evaluation, and the tokenizer they were made with."""
+
+    name: str
+    samples: Samples
+    held_out: Samples | None
+    stream: SampleStream
+    tokenizer: "transformers.PreTrainedTokenizerBase"
+
+
+def read_rows(config: OfflineConfig, path: str, *, split: str, at_most: int, flag: str) -> LabelledSet[Any]:
+    """The validated rows of a dataset. Raises DataError."""
+    source = open_one(path, split=split, max_samples=at_most, flag=flag)
+    return READERS[config.verb][0](source, config.data)
+
+
+def check_template(config: LabelledData) -> None:
+    """Raises DataError for a template that cannot be used."""
+    if problems := template_problems(config):
+        raise DataError("\n".join(problems))
+
+
+def prepare(config: OfflineConfig, *, model: str, state: StreamState | None = None) -> OfflineData:
+    """Read, validate, render and tokenise every row; with `state`, go on where a run was saved. Raises DataError, TokenizerError."""
+    from hone.datasets.tokenizer import load_tokenizer
+
+    data, seed = config.data, config.train.seed
+    check_template(data)
+    read, built_in = READERS[config.verb]
+    if data.dataset is None:
+        rows = read(built_in(seed, min(BUILT_IN_ROWS, data.max_samples)), data)
+        held_out = read(built_in(seed + EVALUATION_SEED, config.eval.max_samples), data) if config.eval.dataset is None else None
+    else:
+        rows, held_out = read_rows(config, data.dataset, split=data.dataset_split, at_most=data.max_samples, flag="--data.dataset"), None
+    if config.eval.dataset is not None:
+        held_out = read_rows(config, config.eval.dataset, split=config.eval.split, at_most=config.eval.max_samples, flag="--eval.dataset")
+    tokenizer = load_tokenizer(model)
+    samples = samples_of(rows, tokenizer, data)
+    stream = SampleStream(samples.samples, batch_size=config.train.batch_size, seed=seed, epochs=config.train.max_epochs, state=state)
+    return OfflineData(
+        name=samples.name,
+        samples=samples,
+        held_out=None if held_out is None else samples_of(held_out, tokenizer, data),
+        stream=stream,
+        tokenizer=tokenizer,
+    )
+
+
+def settled(config: OfflineConfig, tokenizer: "transformers.PreTrainedTokenizerBase") -> OfflineConfig:
+    """The configuration with what only the tokenizer knows: the ids of reward tokens. Raises TokenizerError."""
+    from hone.datasets.offline_config import StepData
+    from hone.datasets.step_rows import reward_token_ids
+
+    if not isinstance(config.data, StepData):
+        return config
+    return replace(config, algo=replace(config.algo, reward_tokens=reward_token_ids(config.data, tokenizer)))  # pyright: ignore[reportCallIssue, reportArgumentType] - that of prm
+
+
+def longest(samples: Samples) -> Sample:
+    """The sample of most tokens."""
+    return max(samples.samples, key=lambda sample: sample.length)

@@ -1,0 +1,232 @@
+"""Labelled rows: layouts of OpenRLHF, TRL and verl, what is trained on in plain texts, cutting, documents, and every faulty row told."""
+
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from hone.datasets.errors import DataError
+from hone.datasets.exchanges import cut, filled
+from hone.datasets.labelled import Sample, TokenRow
+from hone.datasets.layouts import exchange_rows, judged_rows, pair_rows, text_rows
+from hone.datasets.offline_config import JudgedData, LabelledData, MarginPairData, PairData, SFTData, StepData
+from hone.datasets.records import Source
+from hone.datasets.rows_stream import SampleStream
+from hone.datasets.samples import mismatched, prompt_of, samples_of
+from hone.datasets.sources import read_file
+from hone.datasets.step_rows import reward_token_ids, steps_rows
+from hone.datasets.tasks import labelled_arithmetic
+from hone.datasets.tasks.arithmetic import build_tokenizer
+
+ASKED, SAID = {"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return build_tokenizer()
+
+
+def source(tmp_path: Path, *rows: dict[str, Any]) -> Source:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_file(str(file), max_samples=1000)
+
+
+def learnt(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """(what stands there, what of it is trained on) for each row."""
+    return [
+        (
+            str(tokenizer.decode(list(row.tokens))),
+            str(tokenizer.decode([token for token, mark in zip(row.tokens, row.trained, strict=True) if mark])),
+        )
+        for row in sample.rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "config"),
+    [
+        ({"prompt": "1+1=", "completion": "2"}, SFTData()),  # TRL
+        ({"input": "1+1=", "output": "2"}, SFTData()),  # OpenRLHF
+        ({"question": "1+1=", "answer": "2"}, SFTData()),  # verl's and GSM8K's
+        ({"q": "1+1=", "a": "2"}, SFTData(input_key="q", output_key="a")),
+        ({"prompt": "1+1", "completion": "2"}, SFTData(input_template="{}=")),
+    ],
+)
+def test_a_prompt_and_its_answer_in_every_layout(
+    row: dict[str, Any], config: SFTData, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (sample,) = samples_of(exchange_rows(source(tmp_path, row), config), tokenizer, config).samples
+    assert learnt(sample, tokenizer) == [("1+1=2<eos>", "2<eos>")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED, SAID]},
+        {"conversations": [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]},
+        {"prompt": [ASKED], "completion": [SAID]},
+        {"prompt": "1+1=", "completion": "2"},
+    ],
+)
+def test_conversations_in_every_layout(row: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    config = SFTData(apply_chat_template=True)
+    (sample,) = samples_of(exchange_rows(source(tmp_path, row), config), tokenizer, config).samples
+    assert learnt(sample, tokenizer) == [("1+1=2<eos>", "2<eos>")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "1+1=", "chosen": "2", "rejected": "-2"},
+        {"question": "1+1=", "chosen": "2", "rejected": "-2"},
+        {"chosen": "1+1= 2", "rejected": "1+1= -2"},  # the prompt is what both begin with
+    ],
+)
+def test_pairs_with_and_without_a_prompt(row: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (sample,) = samples_of(pair_rows(source(tmp_path, row), PairData()), tokenizer, PairData()).samples
+    assert [trained for _, trained in learnt(sample, tokenizer)] == ["2<eos>", "-2<eos>"]
+
+
+def test_pairs_of_conversations_share_their_beginning(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    other = {"role": "assistant", "content": "-2"}
+    config = PairData(apply_chat_template=True)
+    for row in (
+        {"chosen": [ASKED, SAID], "rejected": [ASKED, other]},
+        {"prompt": [ASKED], "chosen": [ASKED, SAID], "rejected": [ASKED, other]},
+        {"prompt": [ASKED], "chosen": [SAID], "rejected": [other]},
+    ):
+        (sample,) = samples_of(pair_rows(source(tmp_path, row), config), tokenizer, config).samples
+        assert learnt(sample, tokenizer) == [("1+1=2<eos>", "2<eos>"), ("1+1=-2<eos>", "-2<eos>")]
+
+
+def test_margins_are_read_where_there_are_any(tmp_path: Path) -> None:
+    rows = source(
+        tmp_path,
+        {"prompt": "1", "chosen": "2", "rejected": "3", "margin": 1.5},
+        {"prompt": "1", "chosen": "2", "rejected": "4", "margin": 0},
+    )
+    assert [row.margin for row in pair_rows(rows, MarginPairData()).rows] == [1.5, 0.0]
+    assert [row.margin for row in pair_rows(rows, PairData()).rows] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("label", [True, 1, 1.0])
+def test_judged_answers(label: object, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = source(tmp_path, {"prompt": "1+1=", "completion": "2", "label": label}, {"prompt": "1+1=", "completion": "-2", "label": False})
+    samples = samples_of(judged_rows(rows, JudgedData()), tokenizer, JudgedData()).samples
+    assert [sample.desirable for sample in samples] == [True, False]
+
+
+def test_steps_of_a_list_and_steps_with_a_placeholder_are_marked_where_they_end(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    listed = StepData(step_separator=" ")
+    rows = steps_rows(source(tmp_path, {"prompt": "1+1= ", "completions": ["1+1=2", "2"], "labels": [True, 0.25]}), listed)
+    (sample,) = samples_of(rows, tokenizer, listed).samples
+    assert learnt(sample, tokenizer) == [("1+1= 1+1=2 2 ", "  ")] and sample.shares == (1.0, 0.25)
+
+    marked = StepData(placeholder_token=" ", reward_tokens="+,-")
+    rows = steps_rows(source(tmp_path, {"input": "1+1=2 1+2=4 ", "label": ["+", "-"]}), marked)
+    (sample,) = samples_of(rows, tokenizer, marked).samples
+    assert learnt(sample, tokenizer) == [("1+1=2 1+2=4 ", "  ")] and sample.shares == (1.0, 0.0)
+    assert reward_token_ids(marked, tokenizer) == tuple(tokenizer.convert_tokens_to_ids(["+", "-"]))
+
+
+def test_an_answer_that_is_cut_is_taught_without_its_end_and_one_without_room_is_dropped(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    config = SFTData(max_len=6)
+    rows = [
+        {"prompt": "1+1=", "completion": "2222"},
+        *[{"prompt": "1+1=", "completion": "2"}] * 198,
+        {"prompt": "1+1+1=", "completion": "3"},
+    ]
+    samples = samples_of(exchange_rows(source(tmp_path, *rows), config), tokenizer, config)
+    assert learnt(samples.samples[0], tokenizer) == [("1+1=22", "22")]
+    assert [dropped.line for dropped in samples.dropped] == [200] and "no room for an answer" in samples.dropped[0].reason
+    assert samples.notes == ("1 answers are cut at --data.max-len 6 and are taught without their end",)
+    with pytest.raises(DataError, match=r"no room for an answer \(1 row\); raise --data.max-len"):
+        samples_of(exchange_rows(source(tmp_path, *rows[-2:]), config), tokenizer, config)
+
+
+def test_documents_fill_rows_together_and_none_is_lost(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = SFTData(pretrain_mode=True, max_len=16)
+    texts = ["1+1=2", "1+2=3", "2+2=4", "123456789012345678901234567890"]
+    samples = samples_of(text_rows(source(tmp_path, *({"text": text} for text in texts)), config), tokenizer, config).samples
+    assert all(sample.length <= 16 for sample in samples) and len(samples) == 4
+    said = [str(tokenizer.decode(list(row.tokens))) for sample in samples for row in sample.rows]
+    assert said[:3] == [f"{text}<eos>" for text in texts[:3]] and "".join(said[3:]) == f"{texts[3]}<eos>"
+    assert all(set(row.trained) == {1} for sample in samples for row in sample.rows)
+
+
+def test_a_row_ends_with_its_last_trained_token() -> None:
+    row = TokenRow(tokens=array("i", [5, 6, 7, 8]), trained=bytes([0, 1, 1, 0]))
+    assert cut(row, 9) == TokenRow(tokens=array("i", [5, 6, 7]), trained=bytes([0, 1, 1]))
+    assert cut(row, 1) is None
+    assert list(filled(iter([("a", 1, [4])]), 8)) == []  # a document of one token has nothing to predict
+
+
+def test_a_mismatched_row_is_a_prompt_with_the_next_other_prompts_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = JudgedData()
+    samples = samples_of(judged_rows(labelled_arithmetic.judged(1, 40), config), tokenizer, config).samples
+    prompts = [prompt_of(sample.rows[0]) for sample in samples]
+    joined = mismatched(samples, prompts, 64)
+    assert len(joined) == 40
+    for index, row in enumerate(joined):
+        assert prompt_of(row) == prompts[index]
+        later = [(index + step) % 40 for step in range(1, 40)]
+        other = next(place for place in later if prompts[place] != prompts[index])
+        assert list(row.tokens[len(prompts[index]) :]) == list(samples[other].rows[0].tokens[len(prompts[other]) :])
+    with pytest.raises(DataError, match="all prompts are the same"):
+        mismatched(samples[:2], [prompts[0], prompts[0]], 64)
+
+
+FAULTS: list[tuple[Any, LabelledData, dict[str, Any], str]] = [
+    (exchange_rows, SFTData(), {"prompt": "", "completion": "2"}, "prompt 'prompt' is empty"),
+    (exchange_rows, SFTData(), {"prompt": "1", "completion": None}, "answer 'completion' is empty"),
+    (exchange_rows, SFTData(), {"prompt": "1", "completion": 3}, "neither text nor messages"),
+    (exchange_rows, SFTData(), {"prompt": "1"}, "has no column of answers; columns found: 'prompt'"),
+    (exchange_rows, SFTData(), {"promt": "1", "completion": "2"}, "did you mean 'promt'"),
+    (exchange_rows, SFTData(output_key="complete"), {"prompt": "1", "completion": "2"}, "did you mean 'completion'"),
+    (exchange_rows, SFTData(), {"messages": [ASKED, SAID]}, "turn on --data.apply-chat-template"),
+    (exchange_rows, SFTData(apply_chat_template=True), {"messages": [ASKED]}, "the assistant says nothing"),
+    (exchange_rows, SFTData(apply_chat_template=True), {"messages": [ASKED, {"role": "assitant", "content": "2"}]}, "unknown role"),
+    (pair_rows, PairData(), {"prompt": "1", "chosen": "2", "rejected": "2"}, "chosen and rejected are the same"),
+    (pair_rows, PairData(), {"chosen": "1 ", "rejected": "1 2"}, "nothing says where the prompt ends"),
+    (pair_rows, PairData(), {"prompt": "1", "chosen": "2"}, "no column 'rejected'"),
+    (pair_rows, MarginPairData(), {"prompt": "1", "chosen": "2", "rejected": "3", "margin": "much"}, "margin 'margin' is no number"),
+    (judged_rows, JudgedData(), {"prompt": "1", "completion": "2", "label": "good"}, "neither true nor false"),
+    (judged_rows, JudgedData(), {"prompt": "1", "completion": "2"}, "no column 'label'"),
+    (steps_rows, StepData(), {"prompt": "1", "completions": [], "labels": []}, "no list of texts"),
+    (steps_rows, StepData(), {"prompt": "1", "completions": ["2"], "labels": [True, False]}, "1 steps, 2 labels"),
+    (steps_rows, StepData(), {"prompt": "1", "completions": ["2"], "labels": [1.5]}, "the share of good in"),
+    (steps_rows, StepData(placeholder_token="#"), {"input": "1", "labels": [True]}, "no '#' in the text"),
+    (text_rows, SFTData(), {"text": "  "}, "document 'text' is empty"),
+]
+
+
+@pytest.mark.parametrize(("read", "config", "row", "told"), FAULTS, ids=[told[:30] for *_, told in FAULTS])
+def test_a_faulty_row_is_told_with_its_line(read: Any, config: Any, row: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as refusal:
+        read(source(tmp_path, row), config)
+    assert told in str(refusal.value)
+    if "\n" in str(refusal.value):
+        assert "rows.jsonl:1" in str(refusal.value)
+
+
+def test_the_order_is_fixed_by_the_seed_and_goes_on_from_a_few_numbers(tokenizer: PreTrainedTokenizerBase) -> None:
+    samples = samples_of(exchange_rows(labelled_arithmetic.demonstrations(1, 10), SFTData()), tokenizer, SFTData()).samples
+    whole = list(SampleStream(samples, batch_size=4, seed=7, epochs=2))
+    assert sorted(place for step in whole for place in step) == sorted([*range(10), *range(10)])
+    assert [len(step) for step in whole] == [4, 4, 4, 4, 4] and whole[0] != next(SampleStream(samples, batch_size=4, seed=8, epochs=2))
+    stream = SampleStream(samples, batch_size=4, seed=7, epochs=2)
+    for _ in range(2):
+        next(stream)
+    assert list(SampleStream(samples, batch_size=4, seed=7, epochs=2, state=stream.state())) == whole[2:]
+    with pytest.raises(DataError, match="the data has changed since the run was saved"):
+        SampleStream(samples[1:], batch_size=4, seed=7, epochs=2, state=stream.state())
