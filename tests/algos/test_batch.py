@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hone.algos.batch import Batch, SamplerContract, Trajectory, pack, select
+from hone.algos.batch import Attachment, Batch, SamplerContract, Trajectory, pack, select
 from tests.algos.strategies import law, scored_batches
 
 CONTRACT = SamplerContract(temperature=0.7, top_p=1.0, top_k=0, seed=1, engine="fake", tokenizer="", template="")
@@ -44,6 +44,17 @@ def test_pack_lays_rows_end_to_end_and_groups_them_by_prompt():
     assert batch.row_of_token.tolist() == [0, 0, 1, 1, 1, 2]
     assert batch.lengths.tolist() == [2, 3, 1]
     assert (batch.rows, batch.temperature) == (3, 0.7)
+
+
+def test_what_is_attached_to_a_row_goes_where_the_row_goes():
+    picture = (Attachment(start=1, count=1, data=b"picture"),)
+    rows = [_trajectory("a", [1, 2]), dataclasses.replace(_trajectory("b", [3, 4]), attached=picture), _trajectory("c", [5])]
+    batch = pack(rows)
+    assert batch.attached == ((), picture, ())
+    assert select(batch, [2, 1]).attached == ((), picture) and select(batch, [0]).attached == ((),)
+    assert pack(rows[:1]).attached == select(pack(rows[:1]), [0]).attached == ()
+    with pytest.raises(ValueError, match="attached has 1 entries for 3 rows; give one for each row, or none at all"):
+        dataclasses.replace(batch, attached=(picture,))
 
 
 def test_pack_refuses_nothing_and_mixed_temperatures():

@@ -59,6 +59,16 @@ def test_key_heads_that_a_head_stride_does_not_divide_are_told(tmp_path: Path) -
     assert (problem.mend, problem.code) == ("choose a divisor of 4", 2)
 
 
+def test_heads_that_a_model_over_ranks_does_not_divide_are_told(tmp_path: Path) -> None:
+    model = a_model(tmp_path / "m", num_attention_heads=8, num_key_value_heads=2)
+    assert of_model(model, "--actor.num-gpus-per-node 2 --ds.tensor-parallel-size 2") == []
+    problem = only(of_model(model, "--actor.num-gpus-per-node 4 --ds.tensor-parallel-size 4"))
+    assert problem.what.startswith("--ds.tensor-parallel-size 4 does not divide the 2 key heads of ")
+    assert (problem.mend, problem.code) == ("choose of [1, 2]", 2)
+    problem = only(missing("grpo --actor.num-gpus-per-node 4 --ds.tensor-parallel-size 4"))
+    assert problem.what == "ds.tensor_parallel_size 4 does not divide the built-in model's 2 key heads"
+
+
 def test_a_hub_id_is_left_to_the_loader(tmp_path: Path) -> None:
     assert of_model("Qwen/Qwen3-0.6B") == []
     a_model(tmp_path / "models" / "tiny")

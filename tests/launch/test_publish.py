@@ -102,7 +102,7 @@ class Served:
     async def suspects(self) -> list[str]:
         return []
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: object = ()) -> list[float]:
         return [-self.received] * (len(tokens) - 1)
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -170,7 +170,7 @@ def test_an_engine_that_dies_in_an_update_is_replaced_and_all_are_updated_anew()
 
 def test_a_replacement_that_does_not_answer_like_the_policy_never_serves() -> None:
     class Deaf(Served):
-        async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+        async def prompt_logp(self, tokens: Sequence[int], images: object = ()) -> list[float]:
             return [-9.0] * (len(tokens) - 1)
 
     learner = Learner(None, EngineLost("engine-0", "died"))

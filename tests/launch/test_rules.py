@@ -53,9 +53,18 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ("ppo --ds.grad-accum-dtype bf16", "gradients of fp32 parameters cannot be summed in bf16", "--ds.grad-accum-dtype fp32"),
         ("ppo --ds.param-dtype fp16", "ds.param_dtype fp16 needs a GPU here", "--ds.param-dtype fp32"),
         ("ppo --ds.adam-offload --ds.zero-stage 0", "ds.adam_offload needs sharded optimiser states", "--ds.zero-stage 1, 2 or 3"),
+        ("ppo --ds.cpu-adam deepspeed", "steps what is offloaded, and ds.adam_offload is off", "add --ds.adam-offload"),
+        (
+            "ppo --ds.cpu-adam deepspeed --ds.adam-offload --actor.optim muon",
+            "is AdamW alone, and actor.optim is muon",
+            "--ds.cpu-adam torch",
+        ),
         ("ppo --ds.param-offload", "ds.param_offload needs sharded parameters, which ds.zero_stage 2 has not", "--ds.zero-stage 3"),
         ("ppo --ds.zpg 2 --ds.zero-stage 3", "ds.zpg 2 needs ds.zero_stage 3 and a number of ranks that it divides", "or drop --ds.zpg"),
         ("ppo --actor.muon.momentum 0.9", "actor.muon.momentum: actor.optim adam does not read it", "--actor.optim muon"),
+        ("ppo --ds.deepcompile --ds.adam-offload", "ds.deepcompile keeps on the device what ds.adam_offload holds", "drop either"),
+        ("ppo --ds.deepcompile --ds.lora.rank 4", "ds.deepcompile is for whole models", "--ds.lora.rank 0"),
+        ("ppo --ds.deepcompile --ds.zero-stage 3", "there is no GPU here", "--ds.zero-stage 2, or drop --ds.deepcompile"),
         (
             "ppo --run.backend local --ds.zero-stage 0 --ds.overlap-comm",
             "run.backend local has no DeepSpeed, whose ds.overlap_comm is",
@@ -72,15 +81,29 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ),
         ("ppo --actor.num-gpus-per-node 3 --ds.ring-attn-size 2", "do not fall into rings of 2: actor 3, critic 3, ref 3", "that divides"),
         ("grpo --run.backend local --ds.ring-attn-size 2", "do not fall into rings of 2: actor 1, ref 1", "that divides"),
+        (
+            "ppo --actor.num-gpus-per-node 3 --ds.tensor-parallel-size 2",
+            "do not fall into models over 2 ranks: actor 3, critic 3, ref 3",
+            "that divides",
+        ),
+        (
+            "grpo --actor.num-gpus-per-node 2 --ds.tensor-parallel-size 2 --ds.ring-attn-size 2",
+            "do not fall into models over 2 ranks in rings of 2: actor 2, ref 2",
+            "that divides",
+        ),
+        (
+            "grpo --actor.num-gpus-per-node 2 --ds.tensor-parallel-size 2 --ds.lora.rank 8",
+            "ds.lora.rank is not there yet for a model over 2 ranks",
+            "--ds.lora.rank 0, or --ds.tensor-parallel-size 1",
+        ),
+        (
+            "grpo --actor.num-gpus-per-node 2 --ds.tensor-parallel-size 2 --actor.optim muon",
+            "actor.optim is not there yet for a model over 2 ranks",
+            "--actor.optim adam",
+        ),
         ("ppo --ds.load-in-4bit", "ds.lora.rank 0 adds no adapters: nothing would train", "--ds.lora.rank 16"),
         ("grpo --ds.load-in-4bit --ds.lora.rank 8 --ds.zero-stage 3", "only make sense whole", "--ds.zero-stage 2"),
         ("ppo --ds.lora.target-modules q_proj", "ds.lora.target_modules without adapters does nothing", "--ds.lora.rank 16"),
-        (
-            "ppo --critic.aux-loss-coef 0.01 --actor.num-gpus-per-node 2 --critic.num-gpus-per-node 2 --ref.num-gpus-per-node 2 "
-            "--ds.ring-attn-size 2",
-            "critic.aux_loss_coef over a ring",
-            "--ds.ring-attn-size 1",
-        ),
         ("ppo --ds.ring-attn-head-stride 2", "ds.ring_attn_head_stride without a ring does nothing", "raise --ds.ring-attn-size"),
         (
             "ppo --actor.num-gpus-per-node 2 --ds.ring-attn-size 2 --train.max-tokens-per-gpu 200 --data.max-len 500",

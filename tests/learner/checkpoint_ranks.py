@@ -25,7 +25,7 @@ from hone.learner.engines import deepspeed
 from hone.learner.learner import Learner
 from hone.learner.packing import shards
 from hone.learner.roles import StepResult
-from tests.learner.tiny import make_batch, make_learner, score
+from tests.learner.tiny import copies, make_batch, make_learner, own, score
 
 LENGTHS = [7, 12, 3, 20, 9, 5, 16, 11, 2]
 MAX_TOKENS = 21
@@ -35,7 +35,7 @@ ALGO = PPO(kl=KLPenalty(init_coef=0.0))
 
 def update(learner: Learner, *, seed: int) -> list[StepResult]:
     """One optimiser step of policy and critic."""
-    part = shards(score(make_batch(LENGTHS), seed=seed), ranks=learner.world_size, max_tokens=MAX_TOKENS)[learner.rank]
+    part = shards(score(make_batch(LENGTHS), seed=seed), ranks=copies(learner), max_tokens=MAX_TOKENS)[own(learner)]
     return [learner.update_policy("policy", part, ALGO), learner.update_critic("critic", part, ALGO)]
 
 
@@ -86,7 +86,7 @@ def save(learner: Learner, root: Path, number: int) -> Path:
 def resume_case(build: Any, root: Path) -> dict[str, Any]:
     """Two steps, a save, two steps; and the same two steps from the checkpoint. What differs, by the name of what was compared."""
     learner: Learner = build()
-    seed_all(100 + learner.rank)
+    seed_all(100 + own(learner))
     for _ in range(2):
         drawn_update(learner)
     path = save(learner, root, 2)
@@ -122,7 +122,7 @@ def cross_case(build: Any, path: Path) -> dict[str, Any]:
     for role in ROLES:
         reader = RoleReader(path, role)
         for piece in learner.engines[role].pieces():
-            saved = reader.read(piece.section, piece.name, start=piece.start, numel=piece.values.numel())
+            saved = reader.read(piece.section, piece.name, start=piece.start, numel=piece.values.numel(), columns=piece.columns)
             wrong += [] if torch.equal(saved, piece.values) else [f"{role}/{piece.key}"]
         for name, weight in learner.weights(role):
             wrong += [] if torch.equal(reader.whole("master", name).to(weight.dtype), weight) else [f"{role}/weight/{name}"]
@@ -151,7 +151,8 @@ def main(spec_file: str, rank: int) -> None:
             }
             if case["stage"] is None:
                 return make_learner(roles, **common)
-            return make_learner(roles, backend="deepspeed", stage=case["stage"], port=next(ports), **common)
+            settings = {"stage": case["stage"], "tensor_parallel_size": case["tensor"]}
+            return make_learner(roles, backend="deepspeed", port=next(ports), **settings, **common)
 
         return build
 

@@ -22,7 +22,7 @@ from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards
 from hone.learner.roles import StepResult
 from tests.learner.ranks import _Poison, weights
-from tests.learner.tiny import make_batch, make_learner, score
+from tests.learner.tiny import copies, make_batch, make_learner, own, score
 
 LENGTHS = [7, 12, 3, 20, 9, 5, 16, 11, 2]
 MAX_TOKENS = 24
@@ -33,7 +33,7 @@ ALGO = PPO(kl=KLPenalty(init_coef=0.0))
 
 
 def part(learner: Learner, seed: int) -> Shard:
-    return shards(score(make_batch(LENGTHS), seed=seed), ranks=learner.world_size, max_tokens=MAX_TOKENS)[learner.rank]
+    return shards(score(make_batch(LENGTHS), seed=seed), ranks=copies(learner), max_tokens=MAX_TOKENS)[own(learner)]
 
 
 def update(learner: Learner, seed: int) -> list[StepResult]:

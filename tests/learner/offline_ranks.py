@@ -64,11 +64,13 @@ def rows_of(name: str) -> Packed:
     return weighed_taught(rows, top.values, reduction=Reduction(), teacher_tokens=top.indices)
 
 
-def build(model: str, *, backend: str, stage: int, ring: int, rank: int, world_size: int, port: int, max_tokens: int) -> Learner:
+def build(
+    model: str, *, backend: str, stage: int, ring: int, tensor: int, rank: int, world_size: int, port: int, max_tokens: int
+) -> Learner:
     config = ActorConfig(adam=AdamConfig(lr=0.5, eps=1.0))
     learner = Learner(
         roles={kind: RoleSpec(kind=kind, model=model, config=config, total_steps=100) for kind in ("policy", "reward", "process")},
-        ds=DeepSpeedConfig(zero_stage=stage, param_dtype="fp32", ring_attn_size=ring),
+        ds=DeepSpeedConfig(zero_stage=stage, param_dtype="fp32", ring_attn_size=ring, tensor_parallel_size=tensor),
         backend=backend,
         rank=rank,
         world_size=world_size,
@@ -81,11 +83,11 @@ def build(model: str, *, backend: str, stage: int, ring: int, rank: int, world_s
     return learner
 
 
-def train(learner: Learner, *, rank: int, rings: int, ring: int, max_tokens: int) -> dict[str, Any]:
+def train(learner: Learner, *, rank: int, ranks: int, ring: int, tensor: int, max_tokens: int) -> dict[str, Any]:
     """Two steps of each algorithm: figures before and of the steps, norms, weights after; and what models say in the end."""
 
     def part(name: str) -> Shard:
-        return shards(rows_of(name), ranks=rings, max_tokens=max_tokens * ring)[rank // ring]
+        return shards(rows_of(name), ranks=ranks // (ring * tensor), max_tokens=max_tokens * ring)[rank // (ring * tensor)]
 
     result: dict[str, Any] = {"steps": {}}
     for name, (role, algo) in ALGORITHMS.items():
@@ -105,7 +107,7 @@ def run(spec: dict[str, Any], rank: int) -> None:
     for case in spec["cases"]:
         settings = case["settings"]
         learner = build(spec["model"], backend="deepspeed", rank=rank, world_size=2, port=case["port"], **settings)
-        result = train(learner, rank=rank, rings=2 // settings["ring"], ring=settings["ring"], max_tokens=settings["max_tokens"])
+        result = train(learner, rank=rank, ranks=2, **{name: settings[name] for name in ("ring", "tensor", "max_tokens")})
         learner.export("reward", case["out"] + "-reward")
         learner.close()
         torch.save(result, f"{case['out']}-{rank}.pt")

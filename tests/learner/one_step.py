@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from hone.algos.algorithms import GRPO, GSPO, PPO
 from hone.algos.algorithms.dpo import DPO
@@ -29,12 +31,13 @@ from hone.algos.algorithms.sft import SFT
 from hone.algos.algorithms.terms import Clip, KLPenalty
 from hone.algos.batch import Packed
 from hone.algos.offline import weighed_demonstrations, weighed_pairs
-from hone.algos.protocol import Outputs
+from hone.algos.protocol import Loss, Outputs
 from hone.algos.reduce import Reduction
 from hone.learner.checkpoint.pieces import MASTER
-from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig
+from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, LoraConfig
 from hone.learner.engines import deepspeed
 from hone.learner.learner import Learner
+from hone.learner.mixture import FIGURES
 from hone.learner.packing import shards
 from hone.learner.roles import RoleSpec
 from tests.learner.ring_ranks import gradients
@@ -46,7 +49,10 @@ MODELS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=False),
     "moe": Qwen3MoeConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False),
     "tied": Qwen3Config(**SHAPE, tie_word_embeddings=True),
+    "adapters": LlamaConfig(**SHAPE, tie_word_embeddings=False),
 }
+LORA = LoraConfig(rank=3, alpha=6)
+"""Of the model called "adapters", whose own weights stand still: beside every linear layer W but the head, W + alpha / rank B A."""
 ROWS = [7, 40, 1, 30, 9, 5, 16, 11, 2]
 PAIRS = [7, 12, 9, 5, 16, 11, 2, 30, 6, 4]
 """Rows of the steps that learn from rewards or demonstrations, and of pairs; one has no action token, one is longer than some caps."""
@@ -69,6 +75,8 @@ STEPS: dict[str, Any] = {
 """One optimiser step of each, all from the same weights and a fresh optimiser; the last is the critic's, all others the policy's."""
 ADAM = AdamConfig(lr=0.5, eps=1.0, weight_decay=0.01)
 SETTINGS: dict[str, Any] = {"adam": ADAM, "lr_scheduler": "constant", "lr_warmup_ratio": 0.0, "max_norm": 0.5}
+BALANCE = 0.2
+"""Weight of the load-balancing loss of the mixture of experts."""
 RANKS_AT_ONCE = 4
 
 
@@ -103,15 +111,16 @@ def reference(model: str, dtype: torch.dtype) -> dict[str, Any]:
     head = nn.Linear(SHAPE["hidden_size"], 1, bias=False, dtype=dtype)
     # Not zero, as a fresh head is: nothing would reach the layers below it.
     head.weight.data = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    critic = {f"model.{name}": one for name, one in backbone.named_parameters()} | {"score.weight": head.weight}
-    named = {"policy": dict(policy.named_parameters()), "critic": critic}
+    make = Adapted if Path(model).name == "adapters" else Plain
+    parts = {"policy": make(policy, prefix=""), "critic": make(backbone, prefix="model.")}
+    named = {"policy": parts["policy"].trained(), "critic": {**parts["critic"].trained(), "score.weight": head.weight}}
 
     def tokens_under_policy(row: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        distribution = (policy(input_ids=row[None], use_cache=False).logits[0, :-1] / temperature).log_softmax(-1)
+        distribution = (parts["policy"](row).logits[0, :-1] / temperature).log_softmax(-1)
         return distribution.gather(1, row[1:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)
 
     def values(row: Tensor) -> tuple[Tensor]:
-        return (head(backbone(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1])[:, 0],)
+        return (head(parts["critic"](row).last_hidden_state[0, :-1])[:, 0],)
 
     def logp_of(rows: Packed) -> Tensor:
         with torch.no_grad():
@@ -125,22 +134,82 @@ def reference(model: str, dtype: torch.dtype) -> dict[str, Any]:
         for name, one in own.items():
             one.data.copy_(start[role][name])
         batch = batch_of(step, logp_of)
+        parts[role].heard.clear()
         if role == "critic":
             loss = algo.value_loss(one_by_one(batch, values)[0], batch)
         else:
             logp, entropy = one_by_one(batch, lambda row, batch=batch: tokens_under_policy(row, batch.temperature))
             loss = algo.loss(Outputs(logp=logp, entropy=entropy), batch)
+        if "moe" in Path(model).name:
+            loss += parts[role].balance(FIGURES[role][0])
         for one in own.values():
             one.grad = None
         loss.total.backward()
         found = {name: one.grad.clone() for name, one in own.items()}
         norm = float(nn.utils.clip_grad_norm_(own.values(), SETTINGS["max_norm"]))
         adamw_of(own).step()
-        weights = {name: one.detach().clone() for name, one in own.items()}
+        weights = parts[role].weights() | ({"score.weight": head.weight.detach().clone()} if role == "critic" else {})
         metrics = {name: float(value) for name, value in loss.metrics.items()}
         told = {"batch": batch, "start": {name: one.float() for name, one in start[role].items()}}
         result[step] = {**told, "gradients": found, "norm": norm, "metrics": metrics, "weights": weights}
     return result
+
+
+class Plain:
+    """A transformers model, all of which trains; its weights are called `prefix` and its own names."""
+
+    def __init__(self, model: nn.Module, *, prefix: str) -> None:
+        self.model, self.prefix = model, prefix
+        self.routed = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
+        self.heard: list[tuple[Tensor, ...]] = []
+
+    def __call__(self, row: Tensor) -> Any:
+        output = self.model(input_ids=row[None], use_cache=False, **self.routed)
+        if self.routed:
+            self.heard.append(output.router_logits)
+        return output
+
+    def balance(self, figure: str) -> Loss:
+        """Transformers' own load-balancing loss over all rows that were heard."""
+        logits = tuple(torch.cat(layer) for layer in zip(*self.heard, strict=True))
+        loss = load_balancing_loss_func(logits, EXPERTS["num_experts"], EXPERTS["num_experts_per_tok"])
+        return Loss(total=BALANCE * loss, metrics={figure: loss.detach()})
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {f"{self.prefix}{name}": one for name, one in self.model.named_parameters()}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: one.detach().clone() for name, one in self.trained().items()}
+
+
+class Adapted(Plain):
+    """The same with adapters by their formula: W + alpha / rank B A is put in W's place for every call."""
+
+    def __init__(self, model: nn.Module, *, prefix: str) -> None:
+        super().__init__(model, prefix=prefix)
+        generator = torch.Generator().manual_seed(7)
+        self.own: dict[str, nn.Parameter] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                for kind, shape in {"A": (LORA.rank, layer.in_features), "B": (layer.out_features, LORA.rank)}.items():
+                    drawn = torch.randn(shape, generator=generator) * 0.1
+                    self.own[f"{name}.lora_{kind}.weight"] = nn.Parameter(drawn.to(layer.weight.dtype))
+
+    def merged(self) -> dict[str, Tensor]:
+        """The weights that have adapters, with them."""
+        layers = [name.removesuffix(".lora_A.weight") for name in self.own if ".lora_A." in name]
+        product = {name: self.own[f"{name}.lora_B.weight"] @ self.own[f"{name}.lora_A.weight"] for name in layers}
+        return {f"{name}.weight": self.model.get_parameter(f"{name}.weight") + LORA.alpha / LORA.rank * product[name] for name in layers}
+
+    def __call__(self, row: Tensor) -> Any:
+        return functional_call(self.model, self.merged(), (), {"input_ids": row[None], "use_cache": False})
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {f"{self.prefix}{name}": one for name, one in self.own.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        whole = dict(self.model.named_parameters()) | self.merged()
+        return {f"{self.prefix}{name}": one.detach().clone() for name, one in whole.items()}
 
 
 def adamw_of(own: dict[str, nn.Parameter]) -> torch.optim.AdamW:
@@ -160,8 +229,9 @@ class Weights:
     def sections(self, name: str) -> frozenset[str]:
         return frozenset({MASTER})
 
-    def read(self, section: str, name: str, *, start: int, numel: int) -> Tensor:
-        return self.weights[name].flatten()[start : start + numel]
+    def read(self, section: str, name: str, *, start: int, numel: int, columns: tuple[int, int] | None = None) -> Tensor:
+        whole = self.weights[name]
+        return (whole if columns is None else whole[:, columns[0] : columns[1]]).flatten()[start : start + numel]
 
 
 def role_of(step: str) -> str:
@@ -169,14 +239,18 @@ def role_of(step: str) -> str:
 
 
 def build(model: str, case: dict[str, Any], *, rank: int, port: int) -> Learner:
-    configs = {
-        "policy": ActorConfig(**SETTINGS, gradient_checkpointing_enable=case["recompute"]),
-        "critic": CriticConfig(**SETTINGS, gradient_checkpointing_enable=case["recompute"]),
-    }
-    plain = case["stage"] is None
+    settings = SETTINGS | {"gradient_checkpointing_enable": case["recompute"], "aux_loss_coef": BALANCE * (case["model"] == "moe")}
+    configs = {"policy": ActorConfig(**settings), "critic": CriticConfig(**settings)}
+    plain, lora = case["stage"] is None, LORA if case["model"] == "adapters" else LoraConfig()
     return Learner(
         roles={role: RoleSpec(kind=role, model=model, config=config, total_steps=100) for role, config in configs.items()},
-        ds=DeepSpeedConfig(zero_stage=case["stage"] or 0, param_dtype="fp32", ring_attn_size=case["ring"]),
+        ds=DeepSpeedConfig(
+            zero_stage=case["stage"] or 0,
+            param_dtype="fp32",
+            ring_attn_size=case["ring"],
+            tensor_parallel_size=case["tensor"],
+            lora=lora,
+        ),
         backend="single" if plain else "deepspeed",
         rank=rank,
         world_size=case["ranks"],
@@ -204,7 +278,8 @@ def train(learner: Learner, case: dict[str, Any], known: dict[str, dict[str, Any
     for step, algo in STEPS.items():
         role, unit = role_of(step), 2 if step == "dpo" else 1
         packing = {name: unit * value for name, value in PACKINGS[case["packing"]].items()}
-        part = shards(known[step]["batch"], ranks=case["ranks"] // case["ring"], **packing)[rank // case["ring"]]
+        sharing = case["ring"] * case["tensor"]
+        part = shards(known[step]["batch"], ranks=case["ranks"] // sharing, **packing)[rank // sharing]
         engine, seen = learner.engines[role], {}
         engine.restore(Weights(known[step]["start"]))
         own_step = engine.step
@@ -242,7 +317,7 @@ def run_rank(root: Path, name: str, case: dict[str, Any], rank: int, port: int) 
 
 def main(root: Path) -> None:
     """All jobs, as many at a time as make `RANKS_AT_ONCE` processes. A case that fails leaves its ranks' logs and no results."""
-    from tests.learner.test_ranks import free_port
+    from tests.learner.processes import free_port
 
     spec = json.loads((root / "jobs.json").read_text())
     deepspeed._import()

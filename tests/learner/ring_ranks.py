@@ -26,6 +26,7 @@ from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards
 from hone.learner.roles import RoleSpec
 from hone.learner.supervised import NextToken
+from hone.learner.tensor_parallel.cut import cut_of
 from tests.learner.tiny import make_batch, score
 
 LENGTHS = [7, 40, 1, 30, 9, 5, 16, 11, 2]
@@ -79,13 +80,19 @@ def build(
 
 
 def gradients(learner: Learner, role: str) -> dict[str, torch.Tensor]:
-    """The summed gradient of every parameter, in full, after the step's last backward."""
-    named = learner.engines[role].module.named_weights()
+    """The summed gradient of every parameter that trains, in full, after the step's last backward."""
+    named = [(name, parameter) for name, parameter in learner.engines[role].module.named_weights() if parameter.requires_grad]
     if learner.backend == "single" or learner.engines[role].stage == 0:
-        return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+        return {name: whole(parameter, parameter.grad) for name, parameter in named if parameter.grad is not None}
     from deepspeed.utils import safe_get_full_grad
 
-    return {name: safe_get_full_grad(parameter).clone() for name, parameter in named}
+    return {name: whole(parameter, safe_get_full_grad(parameter)) for name, parameter in named}
+
+
+def whole(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A copy of a parameter's gradient, over tensor-parallel ranks put together."""
+    cut = cut_of(parameter)
+    return gradient.clone() if cut is None else cut.whole(gradient)
 
 
 def train(learner: Learner, *, rank: int, rings: int, ring: int, max_tokens: int) -> dict[str, Any]:

@@ -35,10 +35,24 @@ CASES = {
     "stage3-whole": (3, "fp32", True, [2]),
     "stage2-bf16": (2, "bf16", False, [2]),
     "stage3-bf16": (3, "bf16", False, [2]),
+    # one model over both ranks
+    "stage0-tensor": (0, "fp32", False, [2]),
+    "stage2-tensor": (2, "bf16", False, [2]),
+    "stage3-tensor": (3, "fp32", False, [2]),
 }
 RESUMED = [(name, ranks) for name, case in CASES.items() for ranks in case[3]]
-CROSS = [("stage3", 2, 1, 1), ("stage3", 2, 1, 0), ("stage2", 1, 2, 3), ("stage2", 1, 2, 1)]
-"""Case and number of ranks that saved it; number of ranks and stage it is taken up with."""
+CROSS = [
+    ("stage3", 2, 1, 1, 1),
+    ("stage3", 2, 1, 0, 1),
+    ("stage2", 1, 2, 3, 1),
+    ("stage2", 1, 2, 1, 1),
+    ("stage0-tensor", 2, 1, 2, 1),
+    ("stage3-tensor", 2, 2, 3, 1),
+    ("stage3-tensor", 2, 2, 1, 2),
+    ("stage2", 1, 2, 0, 2),
+    ("stage3", 2, 2, 3, 2),
+]
+"""Case and number of ranks that saved it; number of ranks, stage and ranks of one model it is taken up with."""
 
 
 def folder(root: Path, name: str, ranks: int) -> Path:
@@ -54,10 +68,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, ranks in RESUMED:
         stage, dtype, whole, _ = CASES[name]
         case = {"name": f"{name}-{ranks}", "cross": False, "path": str(folder(root, name, ranks))}
-        cases.append({**case, "ranks": ranks, "stage": stage, "dtype": dtype, "whole": whole})
-    for name, saved_by, ranks, stage in CROSS:
-        case = {"name": f"{name}-{saved_by}-{ranks}-{stage}", "cross": True, "path": str(folder(root, name, saved_by) / "step_2")}
-        cases.append({**case, "ranks": ranks, "stage": stage, "dtype": "fp32", "whole": False})
+        tensor = 2 if name.endswith("tensor") else 1
+        cases.append({**case, "ranks": ranks, "stage": stage, "dtype": dtype, "whole": whole, "tensor": tensor})
+    for name, saved_by, ranks, stage, tensor in CROSS:
+        case = {"name": f"{name}-{saved_by}-{ranks}-{stage}-{tensor}", "cross": True, "path": str(folder(root, name, saved_by) / "step_2")}
+        cases.append({**case, "ranks": ranks, "stage": stage, "dtype": "fp32", "whole": False, "tensor": tensor})
     for case in cases:
         case["ports"] = [[free_port(), free_port()] for _ in range(2)]
     (root / "spec.json").write_text(json.dumps({"model": model, "out": str(root / "results"), "cases": cases}))
@@ -93,11 +108,13 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(runs: dict[str, Any], 
         assert_never_stopped(runs["results"][rank][f"{name}-{ranks}"])
 
 
-@pytest.mark.parametrize(("name", "saved_by", "ranks", "stage"), CROSS)
-def test_other_ranks_and_stages_go_on_from_the_same_numbers(runs: dict[str, Any], name: str, saved_by: int, ranks: int, stage: int) -> None:
+@pytest.mark.parametrize(("name", "saved_by", "ranks", "stage", "tensor"), CROSS)
+def test_other_ranks_and_stages_go_on_from_the_same_numbers(
+    runs: dict[str, Any], name: str, saved_by: int, ranks: int, stage: int, tensor: int
+) -> None:
     model, path = runs["model"], folder(runs["root"], name, saved_by) / "step_2"
     single = cross_case(lambda: make_learner(dict.fromkeys(ROLES, model), lr=1e-3, max_tokens=MAX_TOKENS, ema_beta=0.9), path)
-    for result in [*(runs["results"][rank][f"{name}-{saved_by}-{ranks}-{stage}"] for rank in range(ranks)), single]:
+    for result in [*(runs["results"][rank][f"{name}-{saved_by}-{ranks}-{stage}-{tensor}"] for rank in range(ranks)), single]:
         assert result["wrong"] == []
         for weight_name, weight in result["weights"].items():
             # One Adam step of 1e-3 whose gradient was summed in another order.
@@ -105,7 +122,7 @@ def test_other_ranks_and_stages_go_on_from_the_same_numbers(runs: dict[str, Any]
             assert_close(weight, expected, rtol=1e-5, atol=2e-5, msg=lambda text, name=weight_name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("name", ["stage0", "stage2-bf16", "stage3", "stage3-bf16"])
+@pytest.mark.parametrize("name", ["stage0", "stage2-bf16", "stage3", "stage3-bf16", "stage0-tensor", "stage3-tensor"])
 def test_a_checkpoint_of_two_ranks_exports_in_one_process(runs: dict[str, Any], name: str, tmp_path: Path) -> None:
     path = folder(runs["root"], name, 2) / "step_2"
     for role in ROLES:

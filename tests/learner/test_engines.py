@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hone.learner.config import DeepSpeedConfig
-from hone.learner.engines import zero_settings
+from hone.learner.engines import deepspeed, zero_settings
 from hone.learner.engines.ema import Average
 from hone.learner.engines.loss_scale import LossScale
+from hone.learner.errors import ModelError
 from tests.learner.engine_ranks import BETA, MAX_TOKENS, ROLES, measure
 from tests.learner.test_ranks import free_port, wait
 from tests.learner.tiny import make_learner, save_model
@@ -27,11 +29,17 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"stage{stage}-muon": {"stage": stage, "dtype": "fp32", "ds": {}, "optim": "muon"} for stage in range(4)},
     "stage2-offload": {"stage": 2, "dtype": "fp32", "ds": {"adam_offload": True, "overlap_comm": True}},
     "stage3-offload": {"stage": 3, "dtype": "fp32", "ds": {"adam_offload": True}},
+    "stage2-cpu-adam": {"stage": 2, "dtype": "fp32", "ds": {"adam_offload": True, "cpu_adam": "deepspeed"}},
     "stage3-param-offload": {"stage": 3, "dtype": "fp32", "ds": {"param_offload": True, "adam_offload": True}},
     "stage3-hpz": {"stage": 3, "dtype": "fp32", "ds": {"zpg": 2, "overlap_comm": True}},
     "stage2-bf16": {"stage": 2, "dtype": "bf16", "ds": {}},
     "stage3-bf16": {"stage": 3, "dtype": "bf16", "ds": {}},
+    "stage0-tensor": {"stage": 0, "dtype": "fp32", "ds": {"tensor_parallel_size": 2}},
+    "stage2-tensor-offload": {"stage": 2, "dtype": "fp32", "ds": {"tensor_parallel_size": 2, "adam_offload": True, "overlap_comm": True}},
+    "stage3-tensor-offload": {"stage": 3, "dtype": "fp32", "ds": {"tensor_parallel_size": 2, "param_offload": True, "adam_offload": True}},
+    "stage2-tensor-bf16": {"stage": 2, "dtype": "bf16", "ds": {"tensor_parallel_size": 2}},
 }
+pytestmark = pytest.mark.timeout(600)
 SINGLE = ("single", "single-bf16", "single-muon")
 
 
@@ -57,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
         with log.open("w") as output:
             processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT))
     try:
-        codes = wait(processes, timeout_s=280)
+        codes = wait(processes, timeout_s=580)
     finally:
         for process in processes:
             process.kill()
@@ -159,6 +167,7 @@ def test_the_average_golden() -> None:
     [
         ({"grad_accum_dtype": "bf16", "param_dtype": "fp32"}, "gradients of fp32 parameters cannot be summed in bf16"),
         ({"adam_offload": True, "zero_stage": 0, "param_dtype": "fp32"}, "--ds.adam-offload needs sharded optimiser states"),
+        ({"cpu_adam": "deepspeed"}, "--ds.cpu-adam deepspeed steps what is offloaded"),
         ({"param_offload": True, "zero_stage": 2}, "--ds.param-offload needs sharded parameters"),
         ({"zpg": 2, "zero_stage": 2}, "--ds.zpg 2 needs --ds.zero-stage 3"),
         ({"zpg": 3, "zero_stage": 3}, "a number of ranks it divides, not stage 3 of 4"),
@@ -167,6 +176,17 @@ def test_the_average_golden() -> None:
 def test_what_deepspeed_cannot_do_is_said_before_it_is_started(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         zero_settings.check(DeepSpeedConfig(**settings), device=torch.device("cpu"), world_size=4)
+
+
+def test_a_cpu_adam_that_cannot_be_built_is_an_error_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("DeepSpeedCPUAdam requires the cpu_adam op, which failed to build/load.") from OSError("no c++ here")
+
+    monkeypatch.setattr(deepspeed, "_import", lambda: None)
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", SimpleNamespace(DeepSpeedCPUAdam=refuse))
+    make = deepspeed._make_adamw(DeepSpeedConfig(adam_offload=True, cpu_adam="deepspeed"))
+    with pytest.raises(ModelError, match=r"could not be built here \(no c\+\+ here\).*--ds\.cpu-adam torch"):
+        make([torch.zeros(1)], lr=1.0)
 
 
 def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window() -> None:

@@ -115,8 +115,6 @@ def test_a_frozen_router_stays(model: str) -> None:
     assert all(moved for name, moved in changed.items() if name not in routers)
 
 
-def test_a_balancing_loss_needs_routers_and_no_ring(tmp_path: Path, model: str) -> None:
+def test_a_balancing_loss_needs_routers(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"LlamaModel\) has no routers .*aux-loss-coef"):
         make_learner({"policy": save_model(tmp_path, "llama-untied")}, trained={"aux_loss_coef": 0.01})
-    with pytest.raises(ValueError, match="over a ring is not there yet"):
-        make_learner({"policy": model}, ring=2, trained={"aux_loss_coef": 0.01})

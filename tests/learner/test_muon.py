@@ -1,12 +1,21 @@
 """Muon against its formula written out, against torch's own, and each of its settings against doing nothing."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+from hone.learner.checkpoint.pieces import MASTER
 from hone.learner.config import ActorConfig, AdamConfig, MuonConfig
 from hone.learner.muon import Muon, hidden_matrix, orthogonalised
 from hone.learner.optim import Training, optimiser
+from tests.learner.engine_ranks import MAX_TOKENS
+from tests.learner.processes import free_port, run_ranks
+from tests.learner.settings_ranks import take_steps
+from tests.learner.tiny import MIXTURE, make_learner, save_config
 
 SETTINGS = MuonConfig(lr=0.05, momentum=0.9, nesterov=True, ns_steps=5, weight_decay=0.1)
 
@@ -109,3 +118,43 @@ def test_matrices_of_numbered_layers_are_hidden() -> None:
     assert hidden_matrix("model.layers.3.mlp.up_proj.weight", matrix)
     others = {"model.embed_tokens.weight": matrix, "lm_head.weight": matrix, "score.weight": matrix, "model.layers.3.norm.weight": vector}
     assert not any(hidden_matrix(name, parameter) for name, parameter in others.items())
+
+
+def test_of_a_stack_of_experts_each_is_orthogonalised_by_itself() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for shape in ((3, 8, 5), (3, 5, 8)):
+        stack, gradients = torch.randn(shape, generator=generator), torch.randn(2, *shape, generator=generator)
+        settings = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "ns_steps": 5, "weight_decay": 0.1, "use_muon": True}
+        whole, alone = nn.Parameter(stack.clone()), [nn.Parameter(one.clone()) for one in stack]
+        ours, each = Muon([{"params": [whole], **settings}]), Muon([{"params": alone, **settings}])
+        for step in gradients:
+            whole.grad = step.clone()
+            for one, gradient in zip(alone, step, strict=True):
+                one.grad = gradient.clone()
+            ours.step()
+            each.step()
+        assert_close(whole.detach(), torch.stack([one.detach() for one in alone]), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_matrices_are_muons_and_convolutions_are_not() -> None:
+    stack = nn.Parameter(torch.zeros(2, 3, 4))
+    assert hidden_matrix("model.layers.0.mlp.experts.gate_up_proj", stack)
+    assert not hidden_matrix("model.layers.0.mixer.conv1d.weight", stack)
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_step_experts_as_plain_torch_does(tmp_path: Path) -> None:
+    model = save_config(tmp_path / "model", MIXTURE)
+    cases = {str(stage): {"stage": stage, "optim": "muon", "port": free_port()} for stage in (0, 1, 3)}
+    (tmp_path / "spec.json").write_text(json.dumps({"model": model, "results": str(tmp_path / "results"), "cases": cases}))
+    run_ranks("tests.learner.settings_ranks", tmp_path / "spec.json", root=tmp_path, ranks=2, timeout_s=560)
+    learner = make_learner({"policy": model}, optim="muon", max_tokens=MAX_TOKENS, lr=1e-3)
+    single = take_steps(learner)
+    assert {one.section for one in learner.engines["policy"].pieces() if ".experts." in one.name} == {MASTER, "optimiser.momentum_buffer"}
+    for rank in range(2):
+        for name, found in torch.load(tmp_path / f"results-{rank}.pt").items():
+            assert_close(found["norms"], single["norms"], rtol=1e-5, atol=1e-5)
+            for key, weight in single["weights"].items():
+                assert_close(
+                    found["weights"][key], weight, rtol=1e-5, atol=3e-5, msg=lambda text, key=key, name=name: f"{name} {key}: {text}"
+                )

@@ -1,4 +1,6 @@
-"""Every offline algorithm on two gloo ranks, under ZeRO 3 and over a ring, against one process: the same steps, the same answers."""
+"""Every offline algorithm on two gloo ranks, under ZeRO 3, over a ring, and with one model over both, against one process: the same steps,
+the same answers.
+"""
 
 import json
 import os
@@ -19,9 +21,10 @@ from tests.learner.test_ranks import free_port
 from tests.learner.tiny import save_model
 
 CASES = {
-    "zero 2": {"ring": 1, "stage": 2, "max_tokens": 34},
-    "zero 3": {"ring": 1, "stage": 3, "max_tokens": 50},
-    "ring of 2": {"ring": 2, "stage": 3, "max_tokens": 18},
+    "zero 2": {"ring": 1, "tensor": 1, "stage": 2, "max_tokens": 34},
+    "zero 3": {"ring": 1, "tensor": 1, "stage": 3, "max_tokens": 50},
+    "ring of 2": {"ring": 2, "tensor": 1, "stage": 3, "max_tokens": 18},
+    "model over 2": {"ring": 1, "tensor": 2, "stage": 2, "max_tokens": 34},
 }
 
 
@@ -42,8 +45,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=240).returncode
     if code:
         pytest.fail((root / "ranks.log").read_text()[-8000:])
-    alone = build(model, backend="single", stage=0, ring=1, rank=0, world_size=1, port=0, max_tokens=200)
-    single = train(alone, rank=0, rings=1, ring=1, max_tokens=200)
+    alone = build(model, backend="single", stage=0, ring=1, tensor=1, rank=0, world_size=1, port=0, max_tokens=200)
+    single = train(alone, rank=0, ranks=1, ring=1, tensor=1, max_tokens=200)
     return {"root": root, "single": single, **{name: [torch.load(root / f"{name}-{rank}.pt") for rank in range(2)] for name in CASES}}
 
 
@@ -74,12 +77,12 @@ def test_steps_of_two_ranks_are_those_of_one_process(runs: dict[str, Any], case:
 @pytest.mark.parametrize("case", CASES)
 def test_what_models_say_comes_back_in_order(runs: dict[str, Any], case: str) -> None:
     settings, single = CASES[case], runs["single"]
-    ring, rings = settings["ring"], 2 // settings["ring"]
+    ring, sharing = settings["ring"], settings["ring"] * settings["tensor"]
 
     def cut(name: str) -> Any:
-        return shards(rows_of(name), ranks=rings, max_tokens=settings["max_tokens"] * ring)
+        return shards(rows_of(name), ranks=2 // sharing, max_tokens=settings["max_tokens"] * ring)
 
-    ranks = runs[case][::ring]
+    ranks = runs[case][::sharing]
     close(unshard_rows(cut("rm"), [rank["scores"] for rank in ranks]), single["scores"], what="scores")
     steps = rows_of("prm")
     columns = [unshard(cut("prm"), [rank["label_logits"][:, label] for rank in ranks], cu_seqlens=steps.cu_seqlens) for label in range(2)]
@@ -91,8 +94,9 @@ def test_what_models_say_comes_back_in_order(runs: dict[str, Any], case: str) ->
             close(found, single["top"][index][:, place].double(), what=what)
 
 
-def test_a_reward_model_trained_by_two_ranks_is_transformers_own(runs: dict[str, Any]) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(runs["root"] / "zero 3-reward", attn_implementation="eager")
+@pytest.mark.parametrize("case", ["zero 3", "model over 2"])
+def test_a_reward_model_trained_by_two_ranks_is_transformers_own(runs: dict[str, Any], case: str) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(runs["root"] / f"{case}-reward", attn_implementation="eager")
     rows = rows_of("rm")
     bounds = rows.cu_seqlens.tolist()
     with torch.no_grad():

@@ -126,3 +126,13 @@ def make_learner(
         seed=0,
         max_tokens=max_tokens,
     )
+
+
+def copies(learner: Learner) -> int:
+    """Ranks, or groups of ranks that hold one model, that share a step's rows among them."""
+    return learner.world_size if learner.parallel is None else learner.parallel.copies
+
+
+def own(learner: Learner) -> int:
+    """Which of them the calling rank is of."""
+    return learner.rank * copies(learner) // learner.world_size

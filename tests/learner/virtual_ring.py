@@ -44,6 +44,16 @@ class QueueWire:
         tensor.copy_(torch.stack(self.shared.parts).sum(0))
         self.shared.barrier.wait(timeout=30)
 
+    def take_highest(self, tensor: Tensor) -> None:
+        tensor.copy_(torch.stack(self.gather(tensor)).amax(0))
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        self.shared.parts[self.rank] = tensor.clone()
+        self.shared.barrier.wait(timeout=30)
+        parts = [part.clone() for part in self.shared.parts]
+        self.shared.barrier.wait(timeout=30)
+        return parts
+
 
 class Shared:
     def __init__(self, size: int) -> None:

@@ -77,11 +77,11 @@ def test_a_dictionary_is_read_as_openrlhf_reads_it() -> None:
     assert stepped(required) == Turn(terminated=False, reward=1.0, feedback="")
     assert stepped({**required, "done": True, "scores": 0.5}) == Turn(terminated=True, reward=1.0, score=0.5)
     assert stepped({**required, "done": True, "truncated": True}) == Turn(terminated=False, truncated=True, reward=1.0)
+    assert stepped({**required, "environment_images": ["x.png"]}).images == ["x.png"]
     for answer, message in (
         (None, r"returned None \(NoneType\); it must return a dict"),
         ({"rewards": 1}, r"returned no environment_feedback, done \(it returned rewards\)"),
         ({**required, "sampling_params": {"temperature": 0.1}}, "how tokens are sampled is the run's to say"),
-        ({**required, "environment_images": ["x.png"]}, "environment_images, which are not supported"),
     ):
         with pytest.raises(EnvironmentFailure, match=message):
             stepped(answer)

@@ -180,7 +180,7 @@ class Recorded:
     async def suspects(self) -> list[str]:
         return ["w (packed)"]
 
-    async def prompt_logp(self, tokens: Any) -> list[float]:
+    async def prompt_logp(self, tokens: Any, images: Any = ()) -> list[float]:
         self.calls.append("canary")
         return [-1.0]
 

@@ -52,11 +52,24 @@ class SamplerContract:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attachment:
+    """What `count` tokens of a row, from its token `start` on, stand for: an image, say, as the bytes of a file.
+
+    It is carried with its row to whoever runs the model; nothing here looks into `data`.
+    """
+
+    start: int
+    count: int
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """One sampled segment: what the policy saw and what it chose, as it was sampled (never tokenised twice).
 
     `rewards` is sparse: a turn's reward stands on its last action token. `version` is the policy version that was
     serving when the token was fed or sampled. `score` is the ungraded quality in [0, 1] used for filters and metrics.
+    `segment` counts the segments of one episode from 0 (its history was rewritten, or it branched); each carries the episode's reward.
     """
 
     prompt_id: str
@@ -69,11 +82,16 @@ class Trajectory:
     truncated: bool
     score: float
     contract: SamplerContract
+    attached: tuple[Attachment, ...] = ()
+    segment: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Rows of tokens lying end to end. `ref_logp` is filled by the learner where an algorithm's `needs` asks for it."""
+    """Rows of tokens lying end to end. `ref_logp` is filled by the learner where an algorithm's `needs` asks for it.
+
+    `attached` has a tuple of Attachments for each row, or no entry at all where no row has any.
+    """
 
     # Fields with one entry per row; tensors without an axis belong to the whole step; all others have one entry per token.
     PER_ROW: ClassVar[frozenset[str]] = frozenset()
@@ -86,12 +104,18 @@ class Packed:
     action_mask: Bool[Tensor, " T"]
     temperature: float = 1.0
     ref_logp: Float[Tensor, " T"] | None = None
+    # Not tuple[tuple[Attachment, ...], ...]: tests check annotations by looking at random items, which hypothesis forbids.
+    attached: tuple[typing.Any, ...] = ()
 
     def __post_init__(self) -> None:
         stage = type(self).__name__
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         check_arguments(stage, _specs(type(self)), tensors)
         check_offsets(stage, self.cu_seqlens, tokens=self.tokens.shape[0])
+        if self.attached and len(self.attached) != self.rows:
+            raise ValueError(
+                f"{stage}: attached has {len(self.attached)} entries for {self.rows} rows; give one for each row, or none at all"
+            )
 
     @property
     def rows(self) -> int:
@@ -131,10 +155,11 @@ class Batch(Packed):
 
     `group[i]` is the index of row i's prompt within the batch. `old_logp`, `ref_logp` and `values` are filled by the
     learner when an algorithm's `needs` asks for them, `greedy_scores` (of the prompt's greedy response, for every row) by
-    `with_greedy`; reading one that is missing is an error (`require`).
+    `with_greedy`; reading one that is missing is an error (`require`). Neighbouring rows with one number in `episode` are
+    segments of one episode, each with the episode's reward: together they count as one sample. None: every row is its own.
     """
 
-    PER_ROW: ClassVar[frozenset[str]] = frozenset({"group", "truncated", "greedy_scores"})
+    PER_ROW: ClassVar[frozenset[str]] = frozenset({"group", "truncated", "greedy_scores", "episode"})
 
     rollout_logp: Float[Tensor, " T"]
     rewards: Float[Tensor, " T"]
@@ -144,6 +169,35 @@ class Batch(Packed):
     old_logp: Float[Tensor, " T"] | None = None
     values: Float[Tensor, " T"] | None = None
     greedy_scores: Float[Tensor, " N"] | None = None
+    episode: Int[Tensor, " N"] | None = None
+
+    @property
+    def episode_rows(self) -> Int[Tensor, " E_plus_1"]:
+        """Offsets of the episodes' rows: episode e is rows `[episode_rows[e], episode_rows[e + 1])`."""
+        if self.episode is None:
+            return torch.arange(self.rows + 1)
+        first = torch.ones(self.rows, dtype=torch.bool)
+        first[1:] = self.episode[1:] != self.episode[:-1]
+        return torch.cat([first.nonzero().flatten(), torch.tensor([self.rows])])
+
+    @property
+    def episode_cu_seqlens(self) -> Int[Tensor, " E_plus_1"]:
+        """Offsets of the episodes' tokens, as `cu_seqlens` are those of the rows."""
+        return self.cu_seqlens if self.episode is None else self.cu_seqlens[self.episode_rows]
+
+    @property
+    def episode_group(self) -> Int[Tensor, " E"]:
+        """Group of each episode."""
+        return self.group if self.episode is None else self.group[self.episode_rows[:-1]]
+
+    @property
+    def rewards_once(self) -> Float[Tensor, " T"]:
+        """Rewards without the copies that an episode's earlier segments carry."""
+        if self.episode is None:
+            return self.rewards
+        last = torch.zeros(self.rows, dtype=torch.bool)
+        last[self.episode_rows[1:] - 1] = True
+        return torch.where(last[self.row_of_token], self.rewards, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,15 +223,23 @@ AnyPacked = TypeVar("AnyPacked", bound=Packed)
 
 
 def pack(trajectories: Sequence[Trajectory]) -> Batch:
-    """Trajectories end to end, in the order given; rows with the same `prompt_id` form a group.
+    """Trajectories end to end, in the order given; rows with the same `prompt_id` form a group, segments from 0 up an episode.
 
-    Raises ValueError for an empty list, or for trajectories drawn at different temperatures.
+    Raises ValueError for an empty list, for trajectories drawn at different temperatures, or a segment behind another episode's.
     """
     if not trajectories:
         raise ValueError("no trajectories to pack: every prompt of the step was dropped")
     temperatures = {trajectory.contract.temperature for trajectory in trajectories}
     if len(temperatures) > 1:
         raise ValueError(f"trajectories sampled at different temperatures {sorted(temperatures)} cannot share a batch")
+    for place, after in enumerate(trajectories):
+        before = trajectories[max(place - 1, 0)]
+        expected = (after.prompt_id, after.sample, after.segment - 1)
+        if after.segment and (before.prompt_id, before.sample, before.segment) != expected:
+            raise ValueError(
+                f"segment {after.segment} of sample {after.sample} of {after.prompt_id!r} does not stand behind the one before it"
+            )
+    whole = all(trajectory.segment == 0 for trajectory in trajectories)
     lengths = [trajectory.tokens.numel() for trajectory in trajectories]
     group_of = {prompt_id: index for index, prompt_id in enumerate(dict.fromkeys(t.prompt_id for t in trajectories))}
     return Batch(
@@ -191,6 +253,8 @@ def pack(trajectories: Sequence[Trajectory]) -> Batch:
         group=torch.tensor([group_of[t.prompt_id] for t in trajectories]),
         truncated=torch.tensor([t.truncated for t in trajectories]),
         temperature=temperatures.pop(),
+        attached=tuple(t.attached for t in trajectories) if any(t.attached for t in trajectories) else (),
+        episode=None if whole else torch.tensor([t.segment == 0 for t in trajectories]).cumsum(0) - 1,
     )
 
 
@@ -209,7 +273,9 @@ def select(batch: AnyPacked, rows: Sequence[int]) -> AnyPacked:
     cu_seqlens = torch.tensor([0, *accumulate(int(length) for length in batch.lengths[row_index])], dtype=torch.int32)
     shift = batch.cu_seqlens[row_index] - cu_seqlens[:-1]
     index = torch.arange(int(cu_seqlens[-1])) + shift[rows_of_tokens(cu_seqlens)]
-    changes: dict[str, Tensor] = {"cu_seqlens": cu_seqlens}
+    changes: dict[str, typing.Any] = {"cu_seqlens": cu_seqlens}
+    if batch.attached:
+        changes["attached"] = tuple(batch.attached[row] for row in rows)
     for name in (one.name for one in dataclasses.fields(batch)):
         value = getattr(batch, name)
         if isinstance(value, Tensor) and value.dim() > 0 and name != "cu_seqlens":

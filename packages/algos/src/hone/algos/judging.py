@@ -54,19 +54,24 @@ def judge(algo: Algorithm, batch: Batch) -> Scored:
         advantages = scaled_advantages(advantages, factor, batch.action_mask)
         _require_finite(batch, advantages, f"corrected advantages of {algo.name}", remedy=MEND_SIZE)
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
-    weights = token_weights(batch.action_mask, batch.cu_seqlens, algo.reduction)
+    weights = token_weights(batch.action_mask, batch.episode_cu_seqlens, algo.reduction)
     figures = {**judged.figures, **_disagreement(batch), **({} if factor is None else _corrected(batch, factor, algo.correction.level))}
     return Scored(**fields, advantages=advantages, returns=judged.returns, weights=weights, figures=figures)
 
 
 def optimiser_steps(scored: Scored, *, batch_size: int, reduction: Reduction, generator: torch.Generator) -> Iterator[Scored]:
-    """Shuffled rows in steps of `batch_size` rows (the last may be smaller), each with weights of its own."""
+    """Shuffled samples in steps of `batch_size` (the last may be smaller), each with weights of its own.
+
+    A sample is a row, or the rows of an episode: they stay together, and weigh what one sequence weighs.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; an optimiser step needs at least 1 row")
-    order = [int(row) for row in torch.randperm(scored.rows, generator=generator)]
-    for start in range(0, scored.rows, batch_size):
-        step = select(scored, order[start : start + batch_size])
-        yield dataclasses.replace(step, weights=token_weights(step.action_mask, step.cu_seqlens, reduction))
+    bounds = [int(row) for row in scored.episode_rows]
+    order = [int(sample) for sample in torch.randperm(len(bounds) - 1, generator=generator)]
+    for start in range(0, len(order), batch_size):
+        rows = [row for one in order[start : start + batch_size] for row in range(bounds[one], bounds[one + 1])]
+        step = select(scored, rows)
+        yield dataclasses.replace(step, weights=token_weights(step.action_mask, step.episode_cu_seqlens, reduction))
 
 
 def _disagreement(batch: Batch) -> dict[str, Float[Tensor, ""]]:

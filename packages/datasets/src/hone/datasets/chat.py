@@ -42,22 +42,34 @@ def template_problems(config: Templates) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def render(prompts: PromptSet, tokenizer: "transformers.PreTrainedTokenizerBase", *, config: DataConfig) -> list[str]:
-    """The text of every prompt, in order.
+def render(
+    prompts: PromptSet,
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    *,
+    config: DataConfig,
+    processor: "transformers.ProcessorMixin | None" = None,
+) -> list[str]:
+    """The text of every prompt, in order; an image is what the `processor`'s template writes for one.
 
     With a chat template, a plain string becomes one user message. Raises TokenizerError when the tokenizer has no chat
     template, DataError for unsound settings (`template_problems`), and one for all rows the template fails on or drops part of.
     """
     texts: list[str] = []
     bad: list[BadRow] = []
-    for found in rendered(prompts.rows, tokenizer, config=config):
+    for found in rendered(prompts.rows, tokenizer, config=config, processor=processor):
         (texts if isinstance(found, str) else bad).append(found)  # pyright: ignore[reportArgumentType] - each goes to its own list
     if bad:
         raise bad_rows_error(prompts.name, bad, rows=len(prompts.rows))
     return texts
 
 
-def rendered(rows: Iterable[PromptRow], tokenizer: "transformers.PreTrainedTokenizerBase", *, config: DataConfig) -> Iterator[str | BadRow]:
+def rendered(
+    rows: Iterable[PromptRow],
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    *,
+    config: DataConfig,
+    processor: "transformers.ProcessorMixin | None" = None,
+) -> Iterator[str | BadRow]:
     """The text of each row in order, or everything the template does wrong with it. Raises as `render` does for what is not a row's."""
     problems = template_problems(config)
     if problems:
@@ -65,10 +77,13 @@ def rendered(rows: Iterable[PromptRow], tokenizer: "transformers.PreTrainedToken
     if not config.apply_chat_template:
         yield from (_fill(config.input_template, row.prompt) for row in rows)
         return
-    use_template(tokenizer, config)
+    own = processor is None or processor.chat_template is None or config.tokenizer_chat_template is not None
+    if own:
+        use_template(tokenizer, config)
+    renderer = tokenizer if own or processor is None else processor
     given = template_kwargs(config)
     for row in rows:
-        text = _apply(row, tokenizer, given)
+        text = _apply(row, renderer, given, name=str(tokenizer.name_or_path))
         lost = [] if isinstance(text, BadRow) else _lost_messages(row, text)
         yield from lost or [text]
 
@@ -92,16 +107,22 @@ def _as_messages(prompt: str | Sequence[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def _apply(row: PromptRow, tokenizer: "transformers.PreTrainedTokenizerBase", given: Mapping[str, Any]) -> str | BadRow:
+def _apply(
+    row: PromptRow,
+    renderer: "transformers.PreTrainedTokenizerBase | transformers.ProcessorMixin",
+    given: Mapping[str, Any],
+    *,
+    name: str,
+) -> str | BadRow:
     from jinja2.exceptions import TemplateError
 
     # The annotation of apply_chat_template knows text values only; templates take any (tool calls are lists).
     messages = cast("list[dict[str, str]]", [dict(message) for message in _as_messages(row.prompt)])
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given)
+        text = renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given)
     except (TemplateError, TypeError, ValueError) as error:
         return BadRow(
-            what=f"the chat template of {tokenizer.name_or_path!r} fails",
+            what=f"the chat template of {name!r} fails",
             remedy="mend the rows, or put a chat_template.jinja that takes them beside the tokenizer",
             line=row.line,
             detail=f"{type(error).__name__}: {error}; messages {shown(messages)}",
@@ -113,8 +134,9 @@ def _apply(row: PromptRow, tokenizer: "transformers.PreTrainedTokenizerBase", gi
 def _lost_messages(row: PromptRow, text: str) -> list[BadRow]:
     """Messages whose content does not stand in the rendered text: what the policy would never see."""
     lost: list[BadRow] = []
-    for index, message in enumerate(_as_messages(row.prompt)):
-        content = str(message["content"]).strip()
+    texts = [(index, message, piece) for index, message in enumerate(_as_messages(row.prompt)) for piece in _texts(message["content"])]
+    for index, message, piece in texts:
+        content = piece.strip()
         if message["role"] not in KEPT_ROLES or content in text:
             continue
         thoughts = "delete the <think> parts from the rows" if "<think>" in content else "move the text to a role that it keeps"
@@ -127,3 +149,8 @@ def _lost_messages(row: PromptRow, text: str) -> list[BadRow]:
             )
         )
     return lost
+
+
+def _texts(content: object) -> list[str]:
+    """What a message says: its content, or the text parts of it."""
+    return [str(part["text"]) for part in content if part["type"] == "text"] if isinstance(content, list) else [str(content)]

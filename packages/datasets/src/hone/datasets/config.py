@@ -49,6 +49,8 @@ class DataConfig:
     label_key: str | None = None
     """Column handed to the reward function as the label, or a path into one: reward_model.ground_truth. The layouts of
     verl, GSM8K and MATH have theirs without asking. TRL's and verl's reward functions get the other columns by name."""
+    image_key: str | None = "images"
+    """Column of a prompt's images: paths, data URIs or bytes, one for each "<image>" or image part; rows need not have any."""
     input_template: str | None = None
     """Text with one {} that a string prompt is put into; other braces stand for themselves."""
     apply_chat_template: bool = False

@@ -28,6 +28,12 @@ class Dataset:
     name: str
     sources: tuple[Source, ...]
 
+    @property
+    def folder(self) -> Path:
+        """Where relative paths in its rows begin."""
+        path = Path(self.name).expanduser()
+        return path if path.is_dir() else path.parent
+
 
 def dataset_names(text: str) -> tuple[str, ...]:
     """The names in a list separated by commas; a path that is there as a whole is one name, whatever commas it has."""

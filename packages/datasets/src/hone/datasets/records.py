@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from hone.datasets.errors import BadRow
+from hone.datasets.images import Picture
 
 FINGERPRINT_DIGITS = 12
 
@@ -40,29 +41,40 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRow:
-    """A validated row: a text or chat messages, what the reward function judges by, and the row's other columns."""
+    """A validated row: a text or chat messages, what the reward function judges by, and the row's other columns.
+
+    A row with `images` has messages, with a part {"type": "image"} in the place of each.
+    """
 
     uid: str
     prompt: str | tuple[Message, ...]
     label: object
     line: int
     columns: Mapping[str, object] = field(default_factory=dict)
+    images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """The validated rows of one source, or of several end to end: `sizes` are the rows of each, `weights` its share of the draws."""
+    """The validated rows of one source, or of several end to end: `sizes` are the rows of each, `weights` its share of the draws.
+
+    `with_images` says that some row has images.
+    """
 
     name: str
     fingerprint: str
     rows: Sequence[PromptRow]
     sizes: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
+    with_images: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRecord:
-    """A prompt ready to be drawn: `tokens` are the ids of `text`, which is the rendered prompt."""
+    """A prompt ready to be drawn: `tokens` are the ids of `text`, which is the rendered prompt; `given` is what was rendered.
+
+    Of every image `tokens` have as many placeholders as the model has features of it; `places` has the first one, and how many.
+    """
 
     uid: str
     tokens: tuple[int, ...]
@@ -70,6 +82,9 @@ class PromptRecord:
     label: object
     line: int
     columns: Mapping[str, object] = field(default_factory=dict)
+    images: tuple[Picture, ...] = ()
+    places: tuple[tuple[int, int], ...] = ()
+    given: str | tuple[Message, ...] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from hone.datasets.config import DataConfig
 from hone.datasets.errors import BadRow, DataError, bad_rows_error, did_you_mean, shown
+from hone.datasets.images import BadImageError, Picture, picture
 from hone.datasets.lazy import Joined, Lazy
+from hone.datasets.places import column_of, count_faults, part_faults, placed
 from hone.datasets.prompt_layouts import MISSING, recognise, value_at
 from hone.datasets.reading import dataset_names, open_datasets, probabilities
 from hone.datasets.records import FINGERPRINT_DIGITS, Message, PromptRow, PromptSet, Row, Source
@@ -27,7 +29,10 @@ def load_prompts(config: DataConfig) -> PromptSet:
     """
     assert config.prompt_dataset is not None, "the caller takes the built-in task when no file is given"
     stamps = tuple(stamp for name in dataset_names(config.prompt_dataset) for stamp in _stamps(Path(name).expanduser()))
-    return _load_prompts(config, stamps)
+    found = _load_prompts(config, stamps)
+    if found.with_images:
+        _load_prompts.cache_clear()  # whether their files have changed, only reading them tells
+    return found
 
 
 @functools.lru_cache(maxsize=1)
@@ -42,7 +47,8 @@ def _load_prompts(config: DataConfig, stamps: tuple[object, ...]) -> PromptSet:
         sets.append([])
         for source in dataset.sources:
             try:
-                rows = prompt_rows(source, input_key=config.input_key, label_key=config.label_key, chat=config.apply_chat_template)
+                keys = {"input_key": config.input_key, "label_key": config.label_key, "image_key": config.image_key}
+                rows = prompt_rows(source, **keys, chat=config.apply_chat_template, folder=dataset.folder)
             except DataError as error:
                 errors.append(error)
             else:
@@ -58,11 +64,16 @@ def _load_prompts(config: DataConfig, stamps: tuple[object, ...]) -> PromptSet:
         rows=Joined([one.rows for one in whole]),
         sizes=tuple(sum(len(one.rows) for one in inside) for inside in sets),
         weights=weights,
+        with_images=any(one.with_images for one in whole),
     )
 
 
-def prompt_rows(source: Source, *, input_key: str, label_key: str | None, chat: bool) -> PromptSet:
-    """Rows into prompts; `chat` says that a chat template will render them, which a list of messages needs.
+def prompt_rows(
+    source: Source, *, input_key: str, label_key: str | None, chat: bool, image_key: str | None = None, folder: Path | None = None
+) -> PromptSet:
+    """Rows into prompts; `chat` says that a chat template will render them, which messages and images need.
+
+    Paths of images begin at `folder`; without `image_key` no column is looked at for images.
 
     Where the rows have no column `input_key`, and it is the usual "input", their layout may name another one, and the label's.
     Raises DataError that lists the unreadable lines and every faulty row together.
@@ -70,17 +81,39 @@ def prompt_rows(source: Source, *, input_key: str, label_key: str | None, chat: 
     if input_key == "input" and len(source.rows) and (layout := recognise(source.rows[0].columns)):
         input_key, label_key = layout.prompt, label_key or layout.label
     judge = _Judge(source=source, input_key=input_key, label_key=label_key, chat=chat)
-    bad = [*source.bad, *(fault for row in source.rows for fault in judge.faults(row))]
+    bad = list(source.bad)
+    pictures: dict[int, tuple[Picture, ...]] = {}
+    for index, row in enumerate(source.rows):
+        faults = judge.faults(row)
+        value = None if faults else row.columns[input_key]
+        column = [] if image_key is None or faults else column_of(row.columns.get(image_key))
+        # A text without a column of images, which most are, has none.
+        if value is not None and (column or not isinstance(value, str)):
+            _, values, places = placed(value if isinstance(value, str) else _messages(value), column)
+            faults += count_faults(places, column, key=image_key, line=row.line)
+            images = () if faults else tuple(_pictures(values, row.line, folder or Path(), faults, chat=chat))
+            if images:
+                pictures[index] = images
+        bad += faults
     if bad:
         raise bad_rows_error(source.name, bad, rows=len(source.rows) + len(source.bad))
-    rows = _PromptRows(source, input_key=input_key, label_key=label_key)
-    return PromptSet(name=source.name, fingerprint=source.fingerprint, rows=rows)
+    rows = _PromptRows(source, pictures, input_key=input_key, label_key=label_key, image_key=image_key)
+    return PromptSet(name=source.name, fingerprint=source.fingerprint, rows=rows, with_images=bool(pictures))
 
 
 class _PromptRows(Lazy[PromptRow]):
     """Validated rows, each made a prompt when it is asked for."""
 
-    def __init__(self, source: Source, *, input_key: str, label_key: str | None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        pictures: Mapping[int, tuple[Picture, ...]],
+        *,
+        input_key: str,
+        label_key: str | None,
+        image_key: str | None,
+    ) -> None:
+        self._pictures, self._image_key = pictures, image_key
         self._rows, self._first, self._uid = source.rows, source.first, source.fingerprint[:FINGERPRINT_DIGITS]
         self._input_key, self._label_key = input_key, label_key
 
@@ -95,13 +128,16 @@ class _PromptRows(Lazy[PromptRow]):
         return (self._prompt(index, row) for index, row in enumerate(self._rows))
 
     def _prompt(self, index: int, row: Row) -> PromptRow:
-        value = row.columns[self._input_key]
+        value, images = row.columns[self._input_key], self._pictures.get(index, ())
+        prompt = value if isinstance(value, str) else _messages(value)
+        taken = {self._input_key, *([self._image_key] * bool(images))}
         return PromptRow(
             uid=f"{self._uid}:{self._first + index}",
-            prompt=value if isinstance(value, str) else _messages(value),
+            prompt=placed(prompt, column_of(row.columns.get(str(self._image_key))))[0] if images else prompt,
             label=None if self._label_key is None else value_at(row.columns, self._label_key),
             line=row.line,
-            columns={name: column for name, column in row.columns.items() if name != self._input_key},
+            columns={name: column for name, column in row.columns.items() if name not in taken},
+            images=images,
         )
 
 
@@ -159,6 +195,19 @@ class _Judge:
             yield from message_faults(value, line)
 
 
+def _pictures(values: Sequence[object], line: int, folder: Path, faults: list[BadRow], *, chat: bool) -> Iterator[Picture]:
+    """The row's images; what is wrong with one goes to `faults`."""
+    if values and not chat:
+        remedy = "turn on --data.apply-chat-template, which says how the model is shown an image"
+        faults.append(BadRow(what="images without a chat template", remedy=remedy, line=line))
+        return
+    for value in values:
+        try:
+            yield picture(value, folder=folder)
+        except BadImageError as error:
+            faults.append(BadRow(what=error.what, remedy=error.remedy, line=line, detail=error.detail))
+
+
 def missing_column(key: str, line: int, columns: Sequence[str], found: Mapping[str, object], *, flag: str, usual: Sequence[str]) -> BadRow:
     """A row without the column `key`: either no row has it (then the flag is wrong) or only some have not (then the row is)."""
     if key in columns:
@@ -213,7 +262,9 @@ def message_faults(messages: Sequence[object], line: int, *, may_end_with_assist
             yield BadRow(
                 what="unknown role", remedy=f"use one of {', '.join(ROLES)}", line=line, detail=f"{where} has role {shown(role)}{nearest}"
             )
-        if "content" in message and not isinstance(content, str):
+        if isinstance(content, list) and content:
+            yield from part_faults(content, where, line)
+        elif "content" in message and not isinstance(content, str):
             yield BadRow(what="content is not text", remedy=shape, line=line, detail=f"{where} has content {shown(content)}")
         elif isinstance(content, str):
             if role == "user" and not content.strip():

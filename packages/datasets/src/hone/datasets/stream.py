@@ -133,7 +133,8 @@ class _Listed:
         self._records = tuple(records)
         digest = hashlib.blake2b(digest_size=8)
         for record in self._records:
-            digest.update(f"{record.uid} {record.tokens}\n".encode())
+            seen = " ".join(image.digest for image in record.images)
+            digest.update(f"{record.uid} {record.tokens}{seen and ' '}{seen}\n".encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:

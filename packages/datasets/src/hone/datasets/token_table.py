@@ -1,6 +1,7 @@
 """Token ids of many rows in one Arrow table, kept in the cache under a hash of all that made them, and mapped from there.
 
-Columns: `text` (rendered), `tokens`, `length` [tokens], `unknown` (tokens outside the vocabulary), `doubled` (begins with two BOS).
+Columns: `text` (rendered), `tokens`, `length` [tokens], `unknown` (tokens outside the vocabulary), `doubled` (begins with two BOS),
+`places` (of every image its first placeholder, and how many).
 """
 
 import hashlib
@@ -32,6 +33,7 @@ class Encoded:
     tokens: list[int]
     unknown: int
     doubled: bool
+    places: tuple[tuple[int, int], ...] = ()
 
 
 def table_of(rows: Callable[[], Iterator[list[Encoded]]], *, key: Sequence[object] | None) -> "pa.Table":
@@ -58,14 +60,16 @@ def table_of(rows: Callable[[], Iterator[list[Encoded]]], *, key: Sequence[objec
 class TokenRecords(Lazy[PromptRecord]):
     """The prompts of a table's `kept` rows, put together when they are asked for."""
 
-    def __init__(self, table: "pa.Table", rows: Sequence[PromptRow], kept: "array[int]", *, data: str) -> None:
-        self._texts, self._tokens = table["text"], table["tokens"]
+    def __init__(self, table: "pa.Table", rows: Sequence[PromptRow], kept: "array[int]", *, data: str, with_images: bool) -> None:
+        self._texts, self._tokens, self._places = table["text"], table["tokens"], table["places"]
         self._rows, self._kept = rows, kept
         digest = hashlib.blake2b(f"{data} {rows[0].uid if len(rows) else ''}".encode(), digest_size=8)
         digest.update(kept.tobytes())
         for chunk in self._tokens.chunks:
             digest.update(chunk.offsets.to_numpy().tobytes())
             digest.update(chunk.values.to_numpy().tobytes())
+        if with_images:
+            digest.update(" ".join(image.digest for place in kept for image in rows[place].images).encode())
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -78,18 +82,21 @@ class TokenRecords(Lazy[PromptRecord]):
     def _at(self, index: int) -> PromptRecord:
         place = self._kept[index]
         tokens, text = self._tokens[place].values.to_numpy().tolist(), self._texts[place].as_py()
-        return record(self._rows[place], text, tokens)
+        flat = self._places[place].as_py()
+        return record(self._rows[place], text, tokens, tuple(zip(flat[::2], flat[1::2], strict=True)))
 
 
-def record(row: PromptRow, text: str, tokens: Sequence[int]) -> PromptRecord:
-    """A row with its text and ids."""
-    return PromptRecord(uid=row.uid, tokens=tuple(tokens), text=text, label=row.label, line=row.line, columns=row.columns)
+def record(row: PromptRow, text: str, tokens: Sequence[int], places: tuple[tuple[int, int], ...]) -> PromptRecord:
+    """A row with its text and ids, and the places of its images."""
+    seen = {"images": row.images, "places": places, "given": row.prompt}
+    return PromptRecord(uid=row.uid, tokens=tuple(tokens), text=text, label=row.label, line=row.line, columns=row.columns, **seen)
 
 
 def _schema() -> "pa.Schema":
     import pyarrow as pa
 
     kinds = {"text": pa.string(), "tokens": pa.list_(pa.int32()), "length": pa.int32(), "unknown": pa.int32(), "doubled": pa.bool_()}
+    kinds["places"] = pa.list_(pa.int32())
     return pa.schema(list(kinds.items()))
 
 
@@ -102,5 +109,6 @@ def _batch(part: Sequence[Encoded]) -> "pa.RecordBatch":
         "length": [len(one.tokens) for one in part],
         "unknown": [one.unknown for one in part],
         "doubled": [one.doubled for one in part],
+        "places": [[number for place in one.places for number in place] for one in part],
     }
     return pa.RecordBatch.from_pydict(columns, schema=_schema())

@@ -7,12 +7,14 @@ Up to `UPFRONT_ROWS` rows are tokenised before the first is drawn; of more, only
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from hone.datasets.chat import rendered, template_text
 from hone.datasets.config import DataConfig
 from hone.datasets.errors import BadRow, TokenizerError, bad_rows_error, shown
+from hone.datasets.expand import Expander
 from hone.datasets.lazy import Lazy
 from hone.datasets.records import Dropped, PromptRecord, PromptRow, Prompts, PromptSet
 from hone.datasets.token_table import CACHED_ROWS, Encoded, TokenRecords, record, table_of
@@ -35,14 +37,16 @@ def tokenise(
     config: DataConfig,
     max_new_tokens: int,
     tokenizer_hash: str | None = None,
+    processor: "transformers.ProcessorMixin | None" = None,
 ) -> Prompts:
     """Every prompt with its ids, rows without room for `max_new_tokens` within `config.max_len` [tokens] left out.
 
-    With `tokenizer_hash` (of this tokenizer) the ids are taken from the cache, or put there. Raises DataError when more than
-    1 % of the rows are too long or hold characters the tokenizer does not know, and for any prompt that begins with two BOS;
-    TokenizerError when the tokenizer puts its EOS after a prompt.
+    Rows with images need the model's `processor`. With `tokenizer_hash` (of this tokenizer) the ids of rows without are taken from
+    the cache, or put there. Raises DataError when more than 1 % of the rows are too long or hold characters the tokenizer does
+    not know, for any prompt that begins with two BOS, and for images that do not fit their prompt; TokenizerError when the
+    tokenizer puts its EOS after a prompt.
     """
-    encoder = Encoder(tokenizer, config)
+    encoder = Encoder(tokenizer, config, processor)
     judge = Judge(tokenizer, max_len=config.max_len, max_new_tokens=max_new_tokens)
     count = len(prompts.rows)
     if count > UPFRONT_ROWS:
@@ -52,14 +56,14 @@ def tokenise(
         records = DrawnRecords(prompts, encoder, judge, identity=identity)
         return Prompts(name=prompts.name, records=records, sizes=prompts.sizes, weights=prompts.weights)
     key = None
-    if tokenizer_hash is not None and count >= CACHED_ROWS:
+    if tokenizer_hash is not None and count >= CACHED_ROWS and processor is None:
         rows = (prompts.fingerprint, prompts.rows[0].uid, prompts.rows[-1].uid, count, config.input_key)
         key = (*rows, config.apply_chat_template, template_text(tokenizer, config=config), tokenizer_hash)
     table = table_of(lambda: encoder.parts(prompts.name, prompts.rows), key=key)
     kept, dropped = judge.refuse(prompts.name, prompts.rows, table)
     return Prompts(
         name=prompts.name,
-        records=TokenRecords(table, prompts.rows, kept, data=prompts.fingerprint),
+        records=TokenRecords(table, prompts.rows, kept, data=prompts.fingerprint, with_images=prompts.with_images),
         dropped=tuple(dropped),
         sizes=_sizes_of(kept, prompts.sizes),
         weights=prompts.weights,
@@ -83,23 +87,39 @@ def ids_of(texts: list[str], tokenizer: "transformers.PreTrainedTokenizerBase", 
 class Encoder:
     """Rows into texts and ids, many at a time."""
 
-    def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase", config: DataConfig) -> None:
-        self._tokenizer, self._config = tokenizer, config
+    def __init__(
+        self,
+        tokenizer: "transformers.PreTrainedTokenizerBase",
+        config: DataConfig,
+        processor: "transformers.ProcessorMixin | None" = None,
+    ) -> None:
+        self._tokenizer, self._config, self._processor = tokenizer, config, processor
+        self._expander = None if processor is None else Expander(processor, name=str(tokenizer.name_or_path))
 
     def parts(self, name: str, rows: Sequence[PromptRow]) -> Iterator[list[Encoded]]:
         """All rows, some at a time; DataError at the end for those that the template fails on."""
         bad: list[BadRow] = []
         remaining = iter(rows)
         while part := list(islice(remaining, TEXTS_PER_CALL)):
-            found = list(rendered(part, self._tokenizer, config=self._config))
+            found = list(rendered(part, self._tokenizer, config=self._config, processor=self._processor))
             bad += [one for one in found if isinstance(one, BadRow)]
             if not bad:
-                yield self._encoded([one for one in found if isinstance(one, str)])
+                encoded = [
+                    one if self._expander is None else self._seen(one, row) for one, row in zip(self._encoded(found), part, strict=True)
+                ]
+                bad += [one for one in encoded if isinstance(one, BadRow)]
+                yield [one for one in encoded if isinstance(one, Encoded)]
         if bad:
             raise bad_rows_error(name, bad, rows=len(rows))
 
-    def _encoded(self, texts: list[str]) -> list[Encoded]:
-        tokenizer = self._tokenizer
+    def _seen(self, one: Encoded, row: PromptRow) -> Encoded | BadRow:
+        """A row's ids with as many placeholders of each image as the model has features of it."""
+        assert self._expander is not None
+        found = self._expander.expanded(one.tokens, row, one.text)
+        return found if isinstance(found, BadRow) else replace(one, tokens=found[0], places=tuple(found[1]))
+
+    def _encoded(self, found: "list[str | BadRow]") -> list[Encoded]:
+        texts, tokenizer = [one for one in found if isinstance(one, str)], self._tokenizer
         # A chat template writes the special tokens itself: a second BOS would be one the model never saw.
         special = not self._config.apply_chat_template
         ids = ids_of(texts, tokenizer, special=special)
@@ -202,7 +222,7 @@ class DrawnRecords(Lazy[PromptRecord | Dropped]):
         found = [self._prompts.rows[row] for row in rows]
         encoded = [one for part in self._encoder.parts(self._prompts.name, found) for one in part]
         return [
-            self._judge.dropped(row, len(one.tokens), one.unknown) or record(row, one.text, one.tokens)
+            self._judge.dropped(row, len(one.tokens), one.unknown) or record(row, one.text, one.tokens, one.places)
             for row, one in zip(found, encoded, strict=True)
         ]
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
+SEEING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Model types that images can be shown to: those of `hone.learner.vision.FAMILIES`, which trains them."""
+
+
 def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer of a model directory, or of a hub id: from the local cache if it is there, else from the hub.
 
@@ -36,6 +40,27 @@ def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
             f"the model directory {path!r} does not exist; name a directory with a tokenizer, or a hub id such as 'owner/model'"
         )
     return _load(path, path, local_files_only=isinstance(try_to_load_from_cache(path, "tokenizer_config.json"), str))
+
+
+def load_processor(path: str) -> "transformers.ProcessorMixin":
+    """The processor (tokenizer and image processor) of a vision-language model that is understood here; raises TokenizerError."""
+    from transformers import AutoConfig, AutoProcessor
+
+    folder = Path(path).expanduser()
+    location = str(folder) if folder.is_dir() else path
+    try:
+        kind = AutoConfig.from_pretrained(location, trust_remote_code=False).model_type
+        if kind not in SEEING:
+            raise TokenizerError(
+                f"the data has images, and {path!r} is a model of type {kind!r}, which is not shown any here; name one of type "
+                f"{', '.join(SEEING)} (--actor.model-name-or-path), or leave the images out (--data.image-key none)"
+            )
+        return AutoProcessor.from_pretrained(location, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise TokenizerError(
+            f"the processor of {path!r} cannot be loaded: {_first_line(error)}; copy preprocessor_config.json (or processor_config.json) "
+            "of the model into it, and install hone-datasets[vision]"
+        ) from error
 
 
 def _load(location: str, path: str, *, local_files_only: bool) -> "transformers.PreTrainedTokenizerBase":

@@ -98,6 +98,7 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         vocabulary=plan.vocabulary,
         tolerance=tolerance(DTYPES[config.ds.param_dtype], config.vllm.sync_tolerance),
         seed=config.train.seed,
+        shown=plan.canary_images,
     )
 
     def close_engines() -> None:
@@ -238,6 +239,7 @@ def learner_ranks(
         ranks,
         cut=plan.cut(),
         ring=plan.config.ds.ring_attn_size,
+        tensor_parallel=plan.config.ds.tensor_parallel_size,
         settings={
             "roles": {role: specs[role] for role in group.roles},
             "ds": plan.config.ds,

@@ -18,6 +18,8 @@ _ALONE: dict[str, object] = {
     "ds.zpg": 1,
     "ds.overlap_comm": False,
     "ds.ring_attn_size": 1,
+    "ds.tensor_parallel_size": 1,
+    "ds.deepcompile": False,
 }
 
 
@@ -41,9 +43,9 @@ def implied_backend(config: AnyConfig, said: Mapping[str, object]) -> tuple[str,
 
     One rank without DeepSpeed needs no Ray: an offline program then begins in seconds, in this process. In one process nothing is sharded.
     """
-    if isinstance(config, OfflineConfig) and "run.backend" not in said:
-        if asked := [name for name, alone in _ALONE.items() if said.get(name, alone) != alone]:
-            return f"as {asked[0]}", {"run.backend": "ray"}
+    asked = [name for name, alone in _ALONE.items() if said.get(name, alone) != alone]
+    if isinstance(config, OfflineConfig) and "run.backend" not in said and asked:
+        return f"as {asked[0]}", {"run.backend": "ray"}
     if said.get("run.backend", config.run.backend) == "local":
         return "run.backend local", {"ds.zero_stage": 0}
     return "", {}

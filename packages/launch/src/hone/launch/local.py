@@ -5,13 +5,14 @@ For a debugger, for tests, and for machines where vLLM does not run. The same lo
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from hone.algos.batch import Batch, Packed, Scored
+from hone.algos.batch import Attachment, Batch, Packed, Scored
 from hone.algos.offline import Offline
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.observe.progress import READY
@@ -22,6 +23,7 @@ from hone.learner.learner import Learner
 from hone.learner.model_files import resolve
 from hone.learner.packing import Shard, shards, unshard, unshard_rows
 from hone.learner.roles import DTYPES, StepResult
+from hone.learner.vision import sees
 from hone.rollout.engines.transformers import TransformersEngine
 from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
 from hone.rollout.weight_sync.verify import tolerance
@@ -143,9 +145,9 @@ class ServedHere:
         """Every byte can be read back here."""
         return []
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` under the weights served now."""
-        return await self._engine.prompt_logp(tokens)
+        return await self._engine.prompt_logp(tokens, images)
 
 
 class _Weights:
@@ -178,8 +180,7 @@ def build(plan: Plan) -> Assembly:
     )
     plan.on_start("learner", READY)
     plan.on_start("engine", "loading model")
-    model = transformers.AutoModelForCausalLM.from_pretrained(resolve(plan.models["policy"]), dtype=dtype)
-    engine = TransformersEngine(model, eos_ids=plan.eos_token_ids)
+    engine = TransformersEngine(**_loaded(resolve(plan.models["policy"]), dtype), eos_ids=plan.eos_token_ids)
     plan.on_start("engine", READY)
     served, group = ServedHere(engine), LocalGroup(learner, cut=plan.cut())
     source = FingerprintedSource(_Weights(learner))
@@ -193,6 +194,7 @@ def build(plan: Plan) -> Assembly:
         vocabulary=plan.vocabulary,
         tolerance=tolerance(str(dtype).removeprefix("torch."), config.vllm.sync_tolerance),
         seed=config.train.seed,
+        shown=plan.canary_images,
     )
     return Assembly(
         host=dict.fromkeys(plan.models, group),
@@ -204,3 +206,11 @@ def build(plan: Plan) -> Assembly:
         closers=[group.close],
         sleeps=config.ds.enable_sleep,
     )
+
+
+def _loaded(directory: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The engine's own model, and the image processor of one that sees."""
+    if not sees(transformers.AutoConfig.from_pretrained(directory)):
+        return {"model": transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)}
+    model = transformers.AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
+    return {"model": model, "image_processor": transformers.AutoImageProcessor.from_pretrained(directory)}

@@ -14,7 +14,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards, lengths [tokens] and truncation over every sample; the spread of rewards within a group, averaged."""
     samples = [sample for group in groups for sample in group.samples]
     rewards = torch.tensor([sample.reward for sample in samples], dtype=torch.float64)
-    lengths = torch.tensor([int(sample.trajectory.action_mask.sum()) for sample in samples], dtype=torch.float64)
+    lengths = torch.tensor([sum(int(part.action_mask.sum()) for part in sample.segments) for sample in samples], dtype=torch.float64)
     within = [torch.tensor([sample.reward for sample in group.samples], dtype=torch.float64) for group in groups]
     spreads = [float(one.std()) if one.numel() > 1 else 0.0 for one in within]
     metrics = {

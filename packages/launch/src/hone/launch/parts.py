@@ -63,6 +63,7 @@ class Plan:
     until every process has ended; `optimiser_steps` is the length of the
     learning-rate schedule; `vocabulary` the number of token ids the tokenizer knows, `hidden_size` the policy's;
     `on_start(role, state)` hears of what is being brought up, `on_event(kind, **fields)` of what must be written down.
+    `canary_images` is a prompt with images that engines are asked about after every update, where prompts have any.
     """
 
     config: PolicyGradientConfig
@@ -75,6 +76,7 @@ class Plan:
     source: Callable[[], Iterator[list[Prompt]]]
     logs: Path
     scratch: Path
+    canary_images: Prompt | None
     on_start: Callable[[str, str], None]
     on_phase: Callable[[str, float | None], None]
     on_event: Callable[..., None]

@@ -11,9 +11,12 @@ from hone.launch.config import PolicyGradientConfig
 from hone.launch.parts import Plan
 from hone.launch.prompts import PromptData
 from hone.learner.errors import ModelError
+from hone.learner.vision import sees
 from hone.rollout.agents.loading import Agent
+from hone.rollout.endpoint.rollout import Caller, Calling
 from hone.rollout.executor import Executor, Judge, SingleTurn
 from hone.rollout.multi_turn import MultiTurn
+from hone.rollout.pictures import Placeholders
 from hone.rollout.types import Engine
 
 
@@ -67,7 +70,7 @@ def make_plan(
     model: str,
     prompts: PromptData,
     steps: int,
-    judge: Judge | Agent,
+    judge: Judge | Agent | Caller,
     logs: Path,
     scratch: Path,
     on_start: Callable[[str, str], None],
@@ -89,9 +92,12 @@ def make_plan(
             "template_hash": prompts.template_hash,
             "greedy": "greedy_scores" in config.algo.needs,
         }
+        if isinstance(judge, Caller):
+            return Calling(agent=judge.agent, judge=judge.judge, served=judge.served, stop_ids=stop_ids(model, prompts.tokenizer), **common)
         if isinstance(judge, Agent):
             deadline, turns = config.reward.timeout_s, config.rollout.max_turns
-            return MultiTurn(environment=judge.make, where=judge.where, max_turns=turns, step_timeout_s=deadline, **common)
+            settings = {"max_turns": turns, "step_timeout_s": deadline, "placeholders": _placeholders(model)}
+            return MultiTurn(environment=judge.make, where=judge.where, **settings, **common)
         return SingleTurn(judge=judge, prompts_per_call=prompts_per_call, **common)
 
     samples = config.rollout.batch_size * config.rollout.n_samples_per_prompt
@@ -106,7 +112,14 @@ def make_plan(
         source=prompts.steps,
         logs=logs,
         scratch=scratch,
+        canary_images=prompts.with_images,
         on_start=on_start,
         on_phase=on_phase,
         on_event=on_event,
     )
+
+
+def _placeholders(model: str) -> Placeholders | None:
+    """For images that an environment shows; None where the model reads text only."""
+    config = transformers.AutoConfig.from_pretrained(model)
+    return Placeholders(transformers.AutoImageProcessor.from_pretrained(model), image_token=config.image_token_id) if sees(config) else None

@@ -21,7 +21,7 @@ from hone.launch.errors import ENVIRONMENT, USAGE, Problem, exit_code
 from hone.launch.model_directory import faults, numbers_in, stated
 from hone.launch.resolve import Resolved
 from hone.launch.schema import shown
-from hone.learner.model_files import check_ring
+from hone.learner.model_files import check_ring, check_tensor_parallel
 
 STATE_BYTES = 12
 """Of a parameter in a checkpoint: its master and Adam's two moments, each in fp32."""
@@ -32,6 +32,7 @@ READS_ROWS = (
     "data.input_key",
     "data.label_key",
     "data.apply_chat_template",
+    "data.image_key",
     "data.max_samples",
 )
 """What decides which rows are read, and which of them are faulty."""
@@ -87,6 +88,10 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
         what = f"data.max_len {config.data.max_len} is more than the built-in model's {longest} positions"
         names = ("data.max_len", "actor.model_name_or_path")
         yield Problem(what=what, mend=f"--data.max-len {longest} or less, or --recipe laptop", settings=names)
+    heads, parts = BuiltinModel().key_value_heads, config.ds.tensor_parallel_size
+    if config.actor.model_name_or_path is None and heads % parts:
+        what = f"ds.tensor_parallel_size {parts} does not divide the built-in model's {heads} key heads"
+        yield Problem(what=what, mend=f"a divisor of {heads}", settings=("ds.tensor_parallel_size", "actor.model_name_or_path"))
     seen: dict[str, str] = {}
     for group in ("actor", "critic", "ref"):
         path = getattr(config, group).model_name_or_path
@@ -100,10 +105,15 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
 
 
 def head_stride(config: AnyConfig, directory: str) -> Iterator[Problem]:
-    """Whether a model's heads can be cut as `ds.ring_attn_head_stride` says."""
-    size, stride = config.ds.ring_attn_size, config.ds.ring_attn_head_stride
+    """Whether a model's heads can be cut as the ring's stride and `ds.tensor_parallel_size` say."""
+    size, stride, parts = config.ds.ring_attn_size, config.ds.ring_attn_head_stride, config.ds.tensor_parallel_size
     try:
-        check_ring(directory, world_size=size, size=size, head_stride=stride)
+        check_tensor_parallel(directory, size=parts)
+    except ValueError as error:
+        yield replace(stated(error, otherwise="--ds.tensor-parallel-size 1"), code=USAGE, settings=("ds.tensor_parallel_size",))
+        return
+    try:
+        check_ring(directory, world_size=size, size=size, head_stride=stride, tensor_parallel_size=parts)
     except ValueError as error:
         yield replace(stated(error, otherwise="--ds.ring-attn-head-stride 1"), code=USAGE, settings=("ds.ring_attn_head_stride",))
 
@@ -135,16 +145,24 @@ def named_setting(error: DataError, otherwise: str) -> tuple[str, ...]:
 
 
 def _agent(config: PolicyGradientConfig) -> Iterator[Problem]:
-    source = config.rollout.agent_func_path
+    from hone.rollout.errors import EnvironmentFailure
+
+    source, command = config.rollout.agent_func_path, config.rollout.agent_command
+    if command is not None:
+        from hone.rollout.agents.calling import check_command
+
+        try:
+            check_command(command)
+        except EnvironmentFailure as error:
+            yield replace(stated(error, otherwise="a program that can be run"), settings=("rollout.agent_command",))
     if source is None:
         return
     from hone.rollout.agents.loading import check_agent_file
-    from hone.rollout.errors import EnvironmentFailure
 
     try:
         check_agent_file(source)
     except EnvironmentFailure as error:
-        mend = "--rollout.agent-func-path FILE.py with `class AgentInstance`, or `def make_env() -> Env`"
+        mend = "--rollout.agent-func-path FILE.py with `class AgentInstance`, `def make_env() -> Env` or `def agent(...)`"
         yield replace(stated(error, otherwise=mend), settings=("rollout.agent_func_path",))
 
 

@@ -1,17 +1,18 @@
 """The run's prompts: from the configuration to what the loop draws, with the tokenizer the model comes with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hone.algos.batch import Attachment
 from hone.datasets.config import DataConfig
-from hone.datasets.records import PromptRecord
+from hone.datasets.records import Dropped, PromptRecord
 from hone.datasets.schemas import load_prompts, prompt_rows
 from hone.datasets.stream import PromptStream, StreamState
 from hone.datasets.tasks import arithmetic
 from hone.datasets.templates import use_template
 from hone.datasets.tokenise import tokenise
-from hone.datasets.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from hone.datasets.tokenizer import load_processor, load_tokenizer, template_hash, tokenizer_hash
 from hone.rollout.types import Prompt
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ FIRST = 2
 class PromptData:
     """Prompts ready to be drawn, what was dropped on the way (id and reason), and how they were rendered.
 
-    `first` are a few of them, not drawn: for the reward to be tried out on.
+    `first` are a few of them, not drawn: for the reward to be tried out on. `with_images` is one that has images, if there is any.
     """
 
     name: str
@@ -39,11 +40,12 @@ class PromptData:
     tokenizer_hash: str
     template_hash: str
     first: tuple[Prompt, ...] = ()
+    with_images: Prompt | None = None
 
     def steps(self) -> Iterator[list[Prompt]]:
         """The prompts of one step after another."""
         for draws in self.stream:
-            yield [_prompt(draw.record, draw.prompt_id) for draw in draws]
+            yield [_prompt(draw.prompt_id, draw.record) for draw in draws]
 
 
 def prepare(
@@ -59,9 +61,11 @@ def prepare(
     else:
         rows = load_prompts(config)
     tokenizer = load_tokenizer(model)
-    use_template(tokenizer, config)
+    processor = load_processor(model) if rows.with_images else None
+    if processor is None or config.tokenizer_chat_template is not None:
+        use_template(tokenizer, config)
     hashed = tokenizer_hash(tokenizer)
-    prompts = tokenise(rows, tokenizer, config=config, max_new_tokens=max_new_tokens, tokenizer_hash=hashed)
+    prompts = tokenise(rows, tokenizer, config=config, max_new_tokens=max_new_tokens, tokenizer_hash=hashed, processor=processor)
     records, shares = prompts.records, {"sizes": prompts.sizes, "weights": prompts.weights}
     if state is None:
         stream = PromptStream(records, batch_size=batch_size, seed=seed, num_episodes=num_episodes, **shares)
@@ -76,9 +80,18 @@ def prepare(
         tokenizer=tokenizer,
         tokenizer_hash=hashed,
         template_hash=template_hash(tokenizer, config=config),
-        first=tuple(_prompt(record, record.uid) for record in first if isinstance(record, PromptRecord)),
+        with_images=_with_images(records) if rows.with_images else None,
+        first=tuple(_prompt(record.uid, record) for record in first if isinstance(record, PromptRecord)),
     )
 
 
-def _prompt(record: PromptRecord, prompt_id: str) -> Prompt:
-    return Prompt(prompt_id=prompt_id, tokens=record.tokens, text=record.text, label=record.label, columns=record.columns)
+def _with_images(records: Iterable[PromptRecord | Dropped]) -> Prompt | None:
+    return next((_prompt(one.uid, one) for one in records if isinstance(one, PromptRecord) and one.images), None)
+
+
+def _prompt(prompt_id: str, record: PromptRecord) -> Prompt:
+    """A record as it is drawn, its images read now. Raises DataError for an image file that has changed since."""
+    placed = zip(record.places, record.images, strict=True)
+    images = tuple(Attachment(start=start, count=count, data=image.encoded()) for (start, count), image in placed)
+    known = {"tokens": record.tokens, "text": record.text, "label": record.label, "given": record.given, "columns": record.columns}
+    return Prompt(prompt_id=prompt_id, images=images, **known)

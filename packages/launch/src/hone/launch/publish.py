@@ -12,8 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hone.algos.batch import Batch
+from hone.algos.batch import Attachment, Batch
 from hone.rollout.errors import EngineLost
+from hone.rollout.types import Prompt
 from hone.rollout.weight_sync.protocol import Sent, ServedEngine, Synced, sync
 from hone.rollout.weight_sync.verify import Canary, canary_tokens
 
@@ -62,7 +63,8 @@ class Publisher:
 
     `send` runs the sending end on every rank of the policy's group and returns the fingerprints it sent; `connect` points that
     end at the engines it is given, whenever they are others than before. An engine that dies in between is the fleet's to
-    replace, and the update is begun anew with all of them.
+    replace, and the update is begun anew with all of them. Where prompts have images, the canary is one of them (`shown`): a
+    vision tower is seen through its images only.
     """
 
     def __init__(
@@ -76,9 +78,11 @@ class Publisher:
         vocabulary: int,
         tolerance: float,
         seed: int,
+        shown: Prompt | None = None,
     ) -> None:
         self._served, self._policy, self._send, self._connect, self._runner = served, policy, send, connect, runner
-        self._tokens = canary_tokens(vocabulary, seed, CANARY_TOKENS)
+        self._tokens = canary_tokens(vocabulary, seed, CANARY_TOKENS) if shown is None else list(shown.tokens)
+        self._images = () if shown is None else shown.images
         self._tolerance = tolerance
         self._previous: dict[str, Canary] = {}
         self._connected: Sequence[ServedEngine] = ()
@@ -112,21 +116,22 @@ class Publisher:
                 await asyncio.to_thread(self._connect, engines)
                 self._connected = engines
             # The weights are final already: the learner answers for them while the engines are still pausing.
-            answering = asyncio.create_task(asyncio.to_thread(self._policy.logp, "policy", _one_row(self._tokens)))
+            row = _one_row(self._tokens, self._images)
+            answering = asyncio.create_task(asyncio.to_thread(self._policy.logp, "policy", row))
 
             async def send() -> Sent:
                 # One after the other: both are collectives, and every rank must meet them in the same order.
                 logp = await answering
                 return Sent(fingerprints=await asyncio.to_thread(self._send), canary_logp=logp[1:].tolist())
 
-            settings = {"canary": self._tokens, "tolerance": self._tolerance, "previous": self._previous}
+            settings = {"canary": self._tokens, "images": self._images, "tolerance": self._tolerance, "previous": self._previous}
             try:
                 return await sync(engines, version=self._version, send=send, **settings)
             finally:
                 await asyncio.gather(answering, return_exceptions=True)  # a thread cannot be cancelled, and the ranks answer in order
 
 
-def _one_row(tokens: Sequence[int]) -> Batch:
+def _one_row(tokens: Sequence[int], images: tuple[Attachment, ...]) -> Batch:
     """The canary as a batch in which every token but the first counts as chosen."""
     length = len(tokens)
     action_mask = torch.ones(length, dtype=torch.bool)
@@ -141,4 +146,5 @@ def _one_row(tokens: Sequence[int]) -> Batch:
         version=torch.zeros(length, dtype=torch.long),
         group=torch.zeros(1, dtype=torch.long),
         truncated=torch.zeros(1, dtype=torch.bool),
+        attached=(images,) if images else (),
     )

@@ -5,6 +5,7 @@ object store once, and the ranks read it there; per-token results travel back th
 policy's group drives the engines through vLLM's own four calls (`EngineClient`), so no weight passes the controller.
 """
 
+import asyncio
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from hone.algos.batch import Batch, Packed, Scored
+from hone.algos.batch import Attachment, Batch, Packed, Scored
 from hone.algos.offline import Offline
 from hone.algos.protocol import ActorCritic, Algorithm
+from hone.launch.sent import Sent, sent
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards, unshard, unshard_rows
@@ -108,7 +110,8 @@ class LearnerRank:
 
     def call(self, method: str, *args: Any, **options: Any) -> Any:
         """A method of the learner."""
-        return getattr(self._learner, method)(*args, **options)
+        given = [arg.shard() if isinstance(arg, Sent) else arg for arg in args]
+        return getattr(self._learner, method)(*given, **options)
 
 
 class EngineClient:
@@ -182,12 +185,12 @@ class RemoteEngine:
         await self._call("check_health")
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Draw all samples of one prompt."""
-        return await self._call("generate", requests)
+        """Draw all samples of one prompt; whoever gives up waiting has them aborted in the engine, too."""
+        return await self._call("generate", requests, abort=True)
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` under the weights served now."""
-        return await self._call("prompt_logp", tokens)
+        return await self._call("prompt_logp", tokens, images)
 
     async def pause(self) -> None:
         """Freeze the requests in flight."""
@@ -213,9 +216,14 @@ class RemoteEngine:
         """Parameters whose bytes the engine cannot vouch for."""
         return await self._call("suspects")
 
-    async def _call(self, method: str, *args: Any) -> Any:
+    async def _call(self, method: str, *args: Any, abort: bool = False) -> Any:
+        reference = getattr(self.handle, method).remote(*args)
         try:
-            return await getattr(self.handle, method).remote(*args)
+            return await reference
+        except asyncio.CancelledError:
+            if abort:
+                ray.cancel(reference)  # by itself Ray lets the task run on
+            raise
         except ray.exceptions.RayTaskError as error:
             raise unwrapped(error) from error
         except ray.exceptions.RayActorError as error:
@@ -225,11 +233,21 @@ class RemoteEngine:
 class RemoteGroup:
     """A group of learner ranks behind the RoleGroup protocol; `cut` is what `shards` takes, `settings` what the Learner does.
 
-    Call `wait` before anything else. Every `ring` consecutive ranks share a shard, and each of them returns the whole shard's results.
+    Call `wait` before anything else. Every `ring` times `tensor_parallel` consecutive ranks share a shard, and each of them returns the
+    whole shard's results.
     """
 
-    def __init__(self, name: str, ranks: Sequence[ActorHandle], *, cut: Mapping[str, Any], ring: int, settings: Mapping[str, Any]) -> None:
-        self.name, self.ranks, self._ring = name, list(ranks), ring
+    def __init__(
+        self,
+        name: str,
+        ranks: Sequence[ActorHandle],
+        *,
+        cut: Mapping[str, Any],
+        ring: int,
+        tensor_parallel: int,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.name, self.ranks, self._sharing = name, list(ranks), ring * tensor_parallel
         self._cut = {**cut, "max_tokens": cut["max_tokens"] * ring}
         self._written: dict[int, Outcome] = {}
         self._who = f"a process of group {name!r}"
@@ -250,10 +268,10 @@ class RemoteGroup:
         return get([rank.send.remote() for rank in self.ranks], who=self._who)[0]
 
     def _sharded(self, method: str, role: str, batch: Packed, *args: Any, **options: Any) -> tuple[list[Shard], list[Any]]:
-        cut = shards(batch, ranks=len(self.ranks) // self._ring, **self._cut)
-        stored = [ray.put(shard) for shard in cut]
+        cut = shards(batch, ranks=len(self.ranks) // self._sharing, **self._cut)
+        stored = [ray.put(sent(shard)) for shard in cut]
         references = [
-            rank.call.remote(method, role, stored[index // self._ring], *args, **options) for index, rank in enumerate(self.ranks)
+            rank.call.remote(method, role, stored[index // self._sharing], *args, **options) for index, rank in enumerate(self.ranks)
         ]
         return cut, references
 
@@ -267,7 +285,7 @@ class RemoteGroup:
 
     def _per_token(self, method: str, role: str, batch: Packed) -> Tensor:
         cut, references = self._sharded(method, role, batch)
-        return unshard(cut, get(references, who=self._who)[:: self._ring], cu_seqlens=batch.cu_seqlens)
+        return unshard(cut, get(references, who=self._who)[:: self._sharing], cu_seqlens=batch.cu_seqlens)
 
     def update_policy(self, role: str, scored: Scored, algo: Algorithm) -> StepResult:
         """One optimiser step of a policy."""
@@ -299,7 +317,7 @@ class RemoteGroup:
     def scores(self, role: str, rows: Packed) -> Tensor:
         """A reward model's score of every row [reward], [N]."""
         cut, references = self._sharded("scores", role, rows)
-        return unshard_rows(cut, get(references, who=self._who)[:: self._ring])
+        return unshard_rows(cut, get(references, who=self._who)[:: self._sharing])
 
     def keep_statistics(self, role: str, scores: Tensor) -> None:
         """Let a reward model's configuration have the mean and deviation of its scores."""
@@ -308,7 +326,7 @@ class RemoteGroup:
     def top_logp(self, role: str, rows: Packed, *, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """A teacher's likeliest tokens and their log-probabilities [nats] at every action token, [T, K] each."""
         cut, references = self._sharded("top_logp", role, rows, k=k, temperature=temperature)
-        found = get(references, who=self._who)[:: self._ring]
+        found = get(references, who=self._who)[:: self._sharing]
         tokens, logp = (unshard(cut, [one[part] for one in found], cu_seqlens=rows.cu_seqlens) for part in range(2))
         return tokens, logp
 

@@ -1,4 +1,4 @@
-"""The samples of a step as plain rows for the rollout log."""
+"""The samples of a step as plain rows for the rollout log; an episode of several segments has a row for each, texts on the last."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,18 +7,19 @@ from hone.rollout.executor import Group
 
 
 def rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """One row a sample: texts, ids with their log-probabilities [nats], the judgement, and how it was drawn."""
+    """One row a segment: texts, ids with their log-probabilities [nats], the judgement, and how it was drawn."""
     result: list[dict[str, Any]] = []
     for group in groups:
-        for sample in group.samples:
-            trajectory, contract = sample.trajectory, sample.trajectory.contract
-            chosen = trajectory.action_mask
+        for sample, trajectory in [(one, segment) for one in group.samples for segment in one.segments]:
+            contract, chosen = trajectory.contract, trajectory.action_mask
+            last = trajectory is sample.trajectory
             result.append(
                 {
                     "prompt_id": trajectory.prompt_id,
                     "sample": trajectory.sample,
-                    "prompt": sample.prompt_text,
-                    "response": sample.response_text,
+                    "segment": trajectory.segment,
+                    "prompt": sample.prompt_text if last else "",
+                    "response": sample.response_text if last else "",
                     "label": sample.label,
                     "reward": sample.reward,
                     "score": sample.score,

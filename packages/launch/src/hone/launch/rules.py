@@ -68,11 +68,11 @@ def _batches(resolved: Resolved, _: int) -> Iterator[Problem]:
         above = next(size for size in range(train.batch_size, samples + 1) if samples % size == 0)
         mend = f"nearest --train.batch-size {below} or {above}"
         yield Problem(what=f"train.batch_size {train.batch_size} does not divide {made}", mend=mend, settings=names)
-    rings = max(1, ranks(resolved.config) // resolved.config.ds.ring_attn_size)
-    if train.batch_size < rings:
-        what = f"{rings} learner ranks share an optimiser step of {train.batch_size} samples: some would have none"
+    shares = max(1, ranks(resolved.config) // resolved.config.ds.ranks_per_shard)
+    if train.batch_size < shares:
+        what = f"{shares} learner ranks share an optimiser step of {train.batch_size} samples: some would have none"
         names = ("train.batch_size", "actor.num_nodes", "actor.num_gpus_per_node")
-        yield Problem(what=what, mend=f"--train.batch-size {rings} or more, or fewer ranks", settings=names)
+        yield Problem(what=what, mend=f"--train.batch-size {shares} or more, or fewer ranks", settings=names)
 
 
 def _fleet(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -117,6 +117,35 @@ def _rings(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend=mend, settings=("ds.ring_attn_head_stride", "ds.ring_attn_size"))
 
 
+def _tensor_parallel(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config = resolved.config
+    ds, name = config.ds, "ds.tensor_parallel_size"
+    size = ds.tensor_parallel_size
+    if size == 1:
+        return
+    if uneven := [group for group in config.groups if ranks(config, group) % ds.ranks_per_shard]:
+        told = ", ".join(f"{group} {ranks(config, group)}" for group in uneven)
+        rings = "" if ds.ring_attn_size == 1 else f" in rings of {ds.ring_attn_size}"
+        what = f"learner ranks do not fall into models over {size} ranks{rings}: {told}"
+        names = (name, *(f"{group}.{setting}" for group in uneven for setting in ("num_nodes", "num_gpus_per_node")))
+        yield Problem(what=what, mend="a --ds.tensor-parallel-size that divides the ranks of each, or more ranks", settings=names)
+    for setting, chosen, mend in (
+        ("ds.lora.rank", ds.lora.rank > 0, "--ds.lora.rank 0"),
+        ("ds.load_in_4bit", ds.load_in_4bit, "drop --ds.load-in-4bit"),
+        ("ds.use_liger_kernel", ds.use_liger_kernel, "drop --ds.use-liger-kernel"),
+        ("ds.zpg", ds.zpg > 1, "--ds.zpg 1"),
+        *((f"{group}.optim", True, f"--{group}.optim adam") for group in _muons(config)),
+    ):
+        if chosen:
+            what = f"{setting} is not there yet for a model over {size} ranks"
+            yield Problem(what=what, mend=f"{mend}, or --ds.tensor-parallel-size 1", settings=(setting, name))
+
+
+def _muons(config: AnyConfig) -> list[str]:
+    """Groups whose matrices Muon steps."""
+    return [group for group in config.groups if getattr(getattr(config, group), "optim", "adam") == "muon"]
+
+
 def _models_in_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
     config = resolved.config
     ds, adapters = config.ds, ("ds.lora.alpha", "ds.lora.dropout", "ds.lora.target_modules")
@@ -129,15 +158,6 @@ def _models_in_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
     if not ds.lora.rank and (idle := [name for name in adapters if _typed(resolved.sources[name])]):
         what = f"{', '.join(idle)} without adapters does nothing"
         yield Problem(what=what, mend="--ds.lora.rank 16, or drop it", settings=(*idle, "ds.lora.rank"))
-    balanced = [group for group in ("actor", "critic", "model") if f"{group}.aux_loss_coef" in resolved.sources and _coef(config, group)]
-    if balanced and ds.ring_attn_size > 1:
-        what = f"{balanced[0]}.aux_loss_coef over a ring is not there yet"
-        names = (f"{balanced[0]}.aux_loss_coef", "ds.ring_attn_size")
-        yield Problem(what=what, mend="--ds.ring-attn-size 1, or drop the balancing loss", settings=names)
-
-
-def _coef(config: AnyConfig, group: str) -> float:
-    return getattr(config, group).aux_loss_coef
 
 
 def _penalty(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -202,7 +222,8 @@ def _own_parts(resolved: Resolved, _: int) -> Iterator[Problem]:
         what = "the built-in model reads only the digits and signs of the built-in task, not your prompts"
         mend = "name a model for your prompts: --actor.model-name-or-path DIR"
         yield Problem(what=what, mend=mend, settings=("actor.model_name_or_path", "data.prompt_dataset"))
-    if config.reward.remote_url is None and config.rollout.agent_func_path is None:
+    rollout = config.rollout
+    if config.reward.remote_url is None and rollout.agent_func_path is None and rollout.agent_command is None:
         what = "your own prompts need a reward: the built-in one judges only the built-in task"
         mend = "add --reward.remote-url FILE.py with `def reward_func(queries, prompts, labels)`, or --rollout.agent-func-path FILE.py"
         yield Problem(what=what, mend=mend, settings=("reward.remote_url", "data.prompt_dataset"))
@@ -213,6 +234,9 @@ def _judges(resolved: Resolved, _: int) -> Iterator[Problem]:
     if config.rollout.agent_func_path is not None and config.reward.remote_url is not None:
         what = "an environment gives the rewards of its episodes, and there is a reward function, too"
         yield Problem(what=what, mend="drop one of them", settings=("rollout.agent_func_path", "reward.remote_url"))
+    if config.rollout.agent_func_path is not None and config.rollout.agent_command is not None:
+        what = "a file and a command both say who acts"
+        yield Problem(what=what, mend="drop one of them", settings=("rollout.agent_command", "rollout.agent_func_path"))
 
 
 def _steps(resolved: Resolved, _: int) -> Iterator[Problem]:
@@ -275,9 +299,25 @@ def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     if config.ds.adam_offload and config.ds.zero_stage == 0 and params == "fp32":
         what = "ds.adam_offload needs sharded optimiser states, which ds.zero_stage 0 has not"
         yield Problem(what=what, mend="--ds.zero-stage 1, 2 or 3", settings=("ds.adam_offload", "ds.zero_stage"))
+    if config.ds.cpu_adam == "deepspeed" and not config.ds.adam_offload:
+        what = "ds.cpu_adam deepspeed steps what is offloaded, and ds.adam_offload is off"
+        yield Problem(what=what, mend="add --ds.adam-offload, or drop it", settings=("ds.cpu_adam", "ds.adam_offload"))
+    if config.ds.cpu_adam == "deepspeed" and (muons := _muons(config)):
+        what = f"ds.cpu_adam deepspeed is AdamW alone, and {muons[0]}.optim is muon, which steps with torch"
+        yield Problem(what=what, mend="--ds.cpu-adam torch", settings=("ds.cpu_adam", f"{muons[0]}.optim"))
     if config.ds.param_offload and config.ds.zero_stage != 3:
         what = f"ds.param_offload needs sharded parameters, which ds.zero_stage {config.ds.zero_stage} has not"
         yield Problem(what=what, mend="--ds.zero-stage 3, or drop --ds.param-offload", settings=("ds.param_offload", "ds.zero_stage"))
+    if config.ds.deepcompile and (offloaded := [name for name in ("ds.adam_offload", "ds.param_offload") if getattr(config.ds, name[3:])]):
+        what = f"ds.deepcompile keeps on the device what {offloaded[0]} holds on the host"
+        yield Problem(what=what, mend="drop either", settings=("ds.deepcompile", *offloaded))
+    if config.ds.deepcompile and (config.ds.lora.rank or config.ds.load_in_4bit):
+        yield Problem(
+            what="ds.deepcompile is for whole models", mend="drop it, or --ds.lora.rank 0", settings=("ds.deepcompile", "ds.lora.rank")
+        )
+    if config.ds.deepcompile and config.ds.zero_stage == 3 and not gpus and not spans_machines(config):
+        what = "ds.deepcompile knows the gathers of ds.zero_stage 3 on CUDA only, and there is no GPU here"
+        yield Problem(what=what, mend="--ds.zero-stage 2, or drop --ds.deepcompile", settings=("ds.deepcompile", "ds.zero_stage"))
     uneven = [group for group in config.groups if ranks(config, group) % config.ds.zpg]
     if config.ds.zpg > 1 and (config.ds.zero_stage != 3 or uneven):
         what = f"ds.zpg {config.ds.zpg} needs ds.zero_stage 3 and a number of ranks that it divides, in every group"
@@ -289,7 +329,7 @@ def _formats(resolved: Resolved, gpus: int) -> Iterator[Problem]:
             what = f"{', '.join(idle)}: {group}.optim adam does not read it"
             yield Problem(what=what, mend=f"--{group}.optim muon, or drop it", settings=(*idle, f"{group}.optim"))
     offload = {"ds.adam_offload": config.ds.adam_offload, "ds.param_offload": config.ds.param_offload}
-    theirs = {**offload, "ds.zpg": config.ds.zpg > 1, "ds.overlap_comm": config.ds.overlap_comm}
+    theirs = {**offload, "ds.zpg": config.ds.zpg > 1, "ds.overlap_comm": config.ds.overlap_comm, "ds.deepcompile": config.ds.deepcompile}
     if config.run.backend == "local" and (asked := tuple(name for name, value in theirs.items() if value)):
         what = f"run.backend local has no DeepSpeed, whose {', '.join(asked)} is"
         yield Problem(what=what, mend="drop it, or --run.backend ray", settings=(*asked, "run.backend"))
@@ -341,6 +381,7 @@ RULES: tuple[Rule, ...] = (
     _groups,
     _lengths,
     _rings,
+    _tensor_parallel,
     _models_in_parts,
     _penalty,
     _teacher,

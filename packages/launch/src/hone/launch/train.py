@@ -69,7 +69,7 @@ def train(
             groups = parts.act(prompts, step=number)
 
         with parts.phase("make_experience"):
-            batch = pack([sample.trajectory for group in groups for sample in group.samples])
+            batch = pack([segment for group in groups for sample in group.samples for segment in sample.segments])
             batch = parts.recompute(batch, algo.needs)
             if "greedy_scores" in algo.needs:
                 rewards = [math.nan if group.greedy is None else group.greedy.reward for group in groups]

@@ -27,7 +27,7 @@ class AdamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    """Muon, for the matrices of numbered layers; everything else is AdamW's, with its own settings."""
+    """Muon, for the matrices of numbered layers, each expert's by itself; everything else is AdamW's, with its own settings."""
 
     lr: Annotated[float, Range(low=0, high=1, open_high=True)] = 0.02
     """Peak learning rate, in units of the spectral norm."""
@@ -148,15 +148,21 @@ class DeepSpeedConfig:
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format in which gradients of micro-batches are summed: fp32, or that of the parameters."""
     adam_offload: bool = False
-    """Hold masters and optimiser states in the host's memory and step them there, with torch's AdamW or Muon; ZeRO stages 1 to 3."""
+    """Hold masters and optimiser states in the host's memory and step them there; ZeRO stages 1 to 3."""
+    cpu_adam: Literal["torch", "deepspeed"] = "torch"
+    """Whose AdamW steps what is offloaded: torch's fused one, or DeepSpeed's, built by a C++ compiler at its first use (minutes)."""
     param_offload: bool = False
     """Hold the parameters' shards in the host's memory, and bring them to the device layer by layer; ZeRO stage 3."""
     zpg: Annotated[int, Range(low=1)] = 1
     """ZeRO++ hpZ: stage 3 keeps a second copy of its shards within so many neighbouring ranks, and gathers from them; 1 is off."""
     overlap_comm: bool = False
     """Reduce gradients while backward goes on; more buffers, the same numbers."""
+    deepcompile: bool = False
+    """Compile the transformers that train: on CUDA from ZeRO 1 on with the ranks' transfers in the graph, else by torch alone."""
     enable_sleep: bool = False
     """Keep on the device only the role that computes: between phases parameters, gradients and optimiser states go to the host."""
+    tensor_parallel_size: Annotated[int, Range(low=1)] = 1
+    """Consecutive ranks that hold one model together and share every micro-batch: heads, MLP columns and vocabulary are cut among them."""
     ring_attn_size: Annotated[int, Range(low=1)] = 1
     """Consecutive ranks that share every micro-batch, long rows cut among them; it may hold this many times the tokens of one rank."""
     ring_attn_head_stride: Annotated[int, Range(low=1)] | None = None
@@ -171,3 +177,8 @@ class DeepSpeedConfig:
     """Hold the weights of linear layers in 4 bits (nf4 of bitsandbytes), frozen below adapters; for frozen models, too."""
     use_liger_kernel: bool = False
     """Liger's Triton kernels for norms, rotary embeddings and gated MLPs; on CUDA, where the package is installed."""
+
+    @property
+    def ranks_per_shard(self) -> int:
+        """Consecutive ranks that work on the same micro-batches: a ring, of ranks or of groups that hold one model."""
+        return self.ring_attn_size * self.tensor_parallel_size

@@ -52,6 +52,8 @@ class Piece:
     places: Int[Tensor, " T"]
     rows: Int[Tensor, " n_plus_1"]
     ring: Ring | None
+    held: int
+    """S, but 0 of a rank with no tokens of its own: the one it runs is no result."""
 
     def row_arguments(self) -> dict[str, Any]:
         """Keyword arguments for a transformers model's forward over this rank's tokens; see `varlen.row_arguments`."""
@@ -94,12 +96,14 @@ def piece_of(cut: Cut, cu_seqlens: Int[Tensor, " N_plus_1"], *, wire: Wire, head
     own = torch.cat([*alone, *chunks]) if alone or chunks else torch.zeros(0, dtype=torch.long)
     places = torch.full((starts[-1],), -1)
     places[own] = torch.arange(len(own))
-    if not len(own):
+    held = len(own)
+    if not held:
         own, alone = torch.zeros(1, dtype=torch.long), [torch.zeros(1, dtype=torch.long)]
     rows = [0, *accumulate(len(row) for row in alone)]
     by_chunk = tuple(zip(*cut.chunks, strict=True))
     ring = Ring(wire=wire, chunks=by_chunk, whole=rows[-1], head_stride=head_stride, device=device) if cut.long else None
-    return Piece(index=own.to(device), places=places.to(device), rows=torch.tensor(rows, dtype=torch.int32, device=device), ring=ring)
+    bounds = torch.tensor(rows, dtype=torch.int32, device=device)
+    return Piece(index=own.to(device), places=places.to(device), rows=bounds, ring=ring, held=held)
 
 
 def _place(lengths: Sequence[int], costs: Sequence[float], long: Sequence[int], short: Sequence[int], size: int) -> Cut:

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hone.learner.kernels.tiles import Projection
+from hone.learner.kernels.vocabulary import Vocabulary
 from hone.learner.logprobs import Slopes, predicting_states, scored_positions, state_values, states_at, token_logprobs
 from hone.learner.over_logits import OverLogits
 
@@ -27,8 +28,14 @@ class TokenHead(nn.Module):
         super().__init__()
         self.weight = output_embedding.weight
         self.bias = output_embedding.bias
-        self.softcap = softcap
+        self.softcap, self.chunk_logits = softcap, chunk_logits
+        self.vocabulary: Vocabulary | None = None
         self.chunk_tokens = max(1, chunk_logits // output_embedding.out_features)
+
+    def cut(self, weight: nn.Parameter, bias: nn.Parameter | None, vocabulary: Vocabulary) -> None:
+        """From here on only this rank's rows of the output embedding; chunks are the same on all ranks."""
+        self.weight, self.bias, self.vocabulary = weight, bias, vocabulary
+        self.chunk_tokens = max(1, self.chunk_logits * vocabulary.cut.wire.size // vocabulary.cut.shape[0])
 
     def forward(
         self,
@@ -47,8 +54,13 @@ class TokenHead(nn.Module):
             read = states_at if over.at_token else predicting_states
             wanted = action_mask.nonzero().squeeze(1) if over.at_token else scored_positions(cu_seqlens, action_mask)
             positions, states = read(wanted, places)
-            projection = Projection(weight=self.weight, bias=self.bias, temperature=1.0, softcap=self.softcap)
-            return over.run(projection, hidden.index_select(0, states), positions, self.chunk_tokens)
+            projection = Projection(weight=self.weight, bias=self.bias, temperature=1.0, softcap=self.softcap, vocabulary=self.vocabulary)
+            own = hidden.index_select(0, states)
+            if self.vocabulary is None:
+                return over.run(projection, own, positions, self.chunk_tokens)
+            # Its logits are of all words, not of a rank's.
+            chunk_tokens = max(1, self.chunk_tokens // self.vocabulary.cut.wire.size)
+            return over.run(projection, self.vocabulary.entered(own), positions, chunk_tokens)
         return token_logprobs(
             hidden,
             self.weight,
@@ -62,6 +74,7 @@ class TokenHead(nn.Module):
             softcap=self.softcap,
             places=places,
             slopes=slopes,
+            vocabulary=self.vocabulary,
         )
 
 

@@ -7,7 +7,6 @@ Flow of one optimiser step: Batch --logp, values--> filled fields --(judging, el
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,22 +17,25 @@ from torch import Tensor
 from hone.algos.batch import Packed, select
 from hone.algos.offline import LogpLoss, Offline
 from hone.algos.protocol import Loss, Outputs
-from hone.learner.adapters import adaptation, adapter_of, check_settings, dropout_awake, save_adapter
-from hone.learner.attention.wire import add_over_ring, ring_of
+from hone.learner.adapters import adaptation, dropout_awake
+from hone.learner.attention.wire import add_over_ring, group_of
 from hone.learner.checkpoint import role_files
 from hone.learner.checkpoint.files import Files
 from hone.learner.checkpoint.random_state import random_state, set_random_state
 from hone.learner.checkpoint.snapshot import Outcome, Writer
+from hone.learner.combinations import check_combinations, check_heads
 from hone.learner.config import DeepSpeedConfig, RefConfig
 from hone.learner.context import Piece, cut_rows, piece_of
+from hone.learner.engines.model_parallel import ModelParallel
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
+from hone.learner.exporting import write
 from hone.learner.heads import statistics_of
 from hone.learner.liger import apply_liger, check_liger
 from hone.learner.logprobs import Slopes
 from hone.learner.mixture import FIGURES, Balance, check_mixture, heard_by
 from hone.learner.model import CriticModel, PolicyModel, hidden_size, load_critic, load_policy
-from hone.learner.model_files import check_ring, copy_tokenizer, resolve
+from hone.learner.model_files import resolve
 from hone.learner.offline import Questions, told
 from hone.learner.optim import Training
 from hone.learner.over_logits import OverLogits, TopLogp
@@ -41,14 +43,15 @@ from hone.learner.packing import Shard
 from hone.learner.per_token import PerToken, PolicyLoss
 from hone.learner.ring_probe import check_cut
 from hone.learner.roles import DTYPES, LABELLED, Figures, RoleSpec, StepResult, ValueLoss, made_of
+from hone.learner.tensor_parallel.split import split
 
 
 class Learner:
     """One rank. Every method is collective: all ranks call it with their own shard of the same batch, in the same order.
 
-    `max_tokens` caps every micro-batch [tokens]; `seed` fixes what a fresh model part draws. The ranks of a ring
-    (`ds.ring_attn_size` consecutive ones) get the same shard, whose micro-batches may be that many times `max_tokens`; all of
-    them return the whole shard's results, and the first one its figures.
+    `max_tokens` caps every micro-batch [tokens]; `seed` fixes what a fresh model part draws. `ds.ring_attn_size` times
+    `ds.tensor_parallel_size` consecutive ranks get the same shard, whose micro-batches may be `ds.ring_attn_size` times
+    `max_tokens`; all of them return the whole shard's results, and the first one its figures.
     """
 
     def __init__(
@@ -64,33 +67,28 @@ class Learner:
         seed: int,
         max_tokens: int,
     ) -> None:
-        if backend == "single" and world_size != 1:
-            raise ValueError(f"the single-process engine has one rank, not {world_size}; choose the deepspeed backend for more")
-        if backend == "single" and (ds.adam_offload or ds.param_offload or ds.zpg > 1 or ds.overlap_comm):
-            raise ValueError("offload, --ds.zpg and --ds.overlap-comm are DeepSpeed's; choose the deepspeed backend")
+        check_combinations(roles, ds, backend=backend, world_size=world_size)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if ds.use_liger_kernel:
             check_liger(self.device)
         self.rank, self.world_size, self.backend, self.max_tokens = rank, world_size, backend, max_tokens
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
-        check_settings(ds)
         self.aux_loss_coefs = {role: getattr(spec.config, "aux_loss_coef", 0.0) for role, spec in roles.items()}
-        if ds.ring_attn_size > 1 and any(self.aux_loss_coefs.values()):
-            raise ValueError("a load-balancing loss over a ring is not there yet; --ds.ring-attn-size 1, or aux-loss-coef 0")
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
-        self.sleeps = ds.enable_sleep
+        self.sleeps, self.head_stride = ds.enable_sleep, ds.ring_attn_head_stride
         self.kinds = {role: spec.kind for role, spec in roles.items()}
         self.hidden_sizes = {role: hidden_size(source) for role, source in self.sources.items()}
         self.made_of = {role: made_of(spec, model=self.sources[role], ds=ds) for role, spec in roles.items()}
-        self.head_stride = ds.ring_attn_head_stride
-        for source in self.sources.values():
-            check_ring(str(source), world_size=world_size, size=ds.ring_attn_size, head_stride=self.head_stride)
+        check_heads(self.sources.values(), ds, world_size=world_size)
         if backend == "deepspeed":
             from hone.learner.engines import deepspeed, zero_settings
 
-            zero_settings.check(ds, device=self.device, world_size=world_size)
+            zero_settings.check(ds, device=self.device, world_size=world_size, trained=sum(spec.trained for spec in roles.values()))
             deepspeed.join(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port, device=self.device)
-        self.wire = ring_of(rank=rank, world_size=world_size, size=ds.ring_attn_size)
+        tensor = group_of(rank=rank, world_size=world_size, size=ds.tensor_parallel_size)
+        self.parallel = None if tensor is None else ModelParallel(tensor, rank=rank, world_size=world_size)
+        self.wire = group_of(rank=rank, world_size=world_size, size=ds.ring_attn_size, stride=ds.tensor_parallel_size)
+        self.tells = rank % ds.ranks_per_shard == 0
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             self.engines = {role: self._engine(role, spec, ds) for role, spec in roles.items()}
@@ -157,7 +155,7 @@ class Learner:
         loss, figures = self._offline(role, algo), Figures()
         for index in range(len(shard.micro_batches)):
             figures.add(loss(self._micro_batch(shard, index)), filler=index in shard.fillers)
-        return figures.told(self.wire)
+        return figures.told() if self.tells else {}
 
     def update_policy(self, role: str, shard: Shard, algo: PolicyLoss | LogpLoss[Any]) -> StepResult:
         """One optimiser step over all micro-batches of a shard, Scored or of labelled rows (`hone.algos.offline`) as `algo` reads them.
@@ -190,25 +188,9 @@ class Learner:
 
         With `average`, the moving average of its weights; raises ValueError if none is kept.
         """
-        engine = self._awake(role, training=average)
-        with engine.averaged() if average else nullcontext():
-            weights = {name: tensor.cpu().clone() for name, tensor in engine.weights() if self.rank == 0}
-        if self.rank == 0:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            engine.module.save(Path(directory), weights)
-            copy_tokenizer(self.sources[role], Path(directory))
-        self._export_adapter(role, Path(directory) / "adapter")
+        write(self._awake(role, training=average), Path(directory), source=self.sources[role], rank=self.rank, average=average)
         if self.backend == "deepspeed":
             torch.distributed.barrier()
-
-    def _export_adapter(self, role: str, directory: Path) -> None:
-        """Beside the merged weights, the adapter alone, as PEFT writes and loads it."""
-        engine = self.engines[role]
-        if engine.module.adapted.config is None:
-            return
-        tensors = {name: tensor.cpu().clone() for name, tensor in engine.weights(adapter_of(engine.module)) if self.rank == 0}
-        if self.rank == 0:
-            save_adapter(directory, engine.module.adapted, tensors, base=str(self.sources[role]))
 
     def sleep(self) -> int:
         """Gives up the device's memory of every role; returns the bytes that were moved. Whatever a later call needs is woken by it."""
@@ -266,8 +248,7 @@ class Learner:
             training = Training(config=spec.config, total_steps=spec.total_steps, ema_beta=spec.ema_beta)
             recompute = spec.config.gradient_checkpointing_enable
         name = str(self.sources[role])
-        freeze = None if isinstance(spec.config, RefConfig) else spec.config.freeze
-        adapted = adaptation(ds, freeze=freeze, trained=training is not None)
+        adapted = adaptation(ds, freeze=getattr(spec.config, "freeze", None), trained=training is not None)
         loading = {"dtype": dtype, "device": self.device, "gradient_checkpointing": recompute, "adaptation": adapted}
         if spec.kind in ("critic", "reward", "process"):
             labels = spec.labels if spec.kind == "process" else 1
@@ -278,13 +259,15 @@ class Learner:
         check_mixture(module.adaptable()[0].base_model, name, coef=self.aux_loss_coefs[role])
         if ds.use_liger_kernel:
             apply_liger(module.backbone if isinstance(module, CriticModel) else module.causal_lm, name=name)
+        if self.parallel is not None:
+            split(module, name, wire=self.parallel.tensor)
         if self.wire is not None:
             check_cut(module, name, wire=self.wire, head_stride=self.head_stride)
         if self.backend == "single":
             return SingleEngine(module, role=role, training=training, grad_accum_dtype=DTYPES[ds.grad_accum_dtype])
         from hone.learner.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, role=role, training=training, ds=ds)
+        return DeepSpeedEngine(module, role=role, training=training, ds=ds, parallel=self.parallel)
 
     def _awake(self, role: str, *, training: bool = False) -> Engine:
         """A role's engine, fit to evaluate or to train; with `ds.enable_sleep`, no other one is awake."""
@@ -296,12 +279,13 @@ class Learner:
 
     def _policy(self, role: str, part: Packed, *, with_entropy: bool, slopes: Slopes | None = None) -> Outputs:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, part.temperature, with_entropy)
-        logp, entropy = self.engines[role](*inputs, self._piece(role, part), slopes)
+        logp, entropy = self.engines[role](*inputs, self._piece(role, part), slopes, None, part.attached)
         return Outputs(logp=self._whole(logp), entropy=None if entropy is None else self._whole(entropy))
 
     def _read(self, role: str, part: Packed) -> Tensor:
         """What a critic's, reward or process model's head says."""
-        return self._whole(self.engines[role](part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, self._piece(role, part)))
+        inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask)
+        return self._whole(self.engines[role](*inputs, self._piece(role, part), part.attached))
 
     def _piece(self, role: str, part: Packed) -> Piece | None:
         """What this rank of a ring runs of a micro-batch."""
@@ -345,7 +329,7 @@ class Learner:
 
     def _over_logits(self, role: str, part: Packed, reader: OverLogits) -> tuple[Tensor, ...]:
         inputs = (part.tokens, part.position_ids, part.cu_seqlens, part.action_mask, 1.0, False)
-        return self.engines[role](*inputs, self._piece(role, part), None, reader)
+        return self.engines[role](*inputs, self._piece(role, part), None, reader, part.attached)
 
     def _update(self, role: str, shard: Shard, loss_of: Callable[[Any], Loss]) -> StepResult:
         if not isinstance(shard.batch, LABELLED):
@@ -363,7 +347,7 @@ class Learner:
         info = engine.step()
         if balance is not None and self.rank == 0:
             figures.sums |= balance.busiest()
-        return StepResult(metrics=figures.told(self.wire), grad_norm=info.grad_norm, lr=info.lr, applied=info.applied)
+        return StepResult(metrics=figures.told() if self.tells else {}, grad_norm=info.grad_norm, lr=info.lr, applied=info.applied)
 
     @torch.no_grad()
     def _balance(self, role: str, shard: Shard) -> Balance | None:
@@ -372,7 +356,8 @@ class Learner:
         if not coef:
             return None
         module = self.engines[role].module
-        balance = Balance(module.adaptable()[0].config, coef=coef, figures=FIGURES.get(role, FIGURES["policy"]), device=self.device)
+        known = {"coef": coef, "figures": FIGURES.get(role, FIGURES["policy"]), "device": self.device, "wire": self.wire}
+        balance = Balance(module.adaptable()[0].config, **known)
         for index in range(len(shard.micro_batches)):
             part = self._micro_batch(shard, index)
             part = dataclasses.replace(part, action_mask=torch.zeros_like(part.action_mask))  # the head has nothing to do

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hone.learner.errors import ModelError
+from hone.learner.vision import sees
 
 
 def check_liger(device: torch.device) -> None:
@@ -29,6 +30,10 @@ def apply_liger(model: PreTrainedModel, *, name: str) -> None:
     )
 
     kind = model.config.model_type
+    if sees(model.config):
+        raise ModelError(
+            f"{name} is a vision-language model, whose positions Liger's kernels are not proven for; drop --ds.use-liger-kernel"
+        )
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ModelError(f"{name}: Liger has no kernels for {kind} models; drop --ds.use-liger-kernel")
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)

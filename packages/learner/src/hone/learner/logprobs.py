@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hone.learner.kernels.tiles import Gradients, Projection, Statistics, keep, statistics
+from hone.learner.kernels.vocabulary import Vocabulary
 
 Slopes = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
 """(logp, entropy, positions) of some scored tokens -> the loss's derivatives by logp and, if it has any, by entropy."""
@@ -68,18 +69,22 @@ def token_logprobs(
     softcap: float | None = None,
     places: Int[Tensor, " T"] | None = None,
     slopes: Slopes | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
     """(log softmax(z / temperature)[token], entropy of that distribution) [nats], z = softcap tanh(head(hidden) / softcap).
 
     Only tokens in the mask meet the head, `chunk_tokens` at a time, so at most [chunk_tokens, V] logits exist, in forward and
     in backward. Results are fp32 (fp64 from fp64 weights), zero off the mask, and where the state is another rank's (`places`,
     see `predicting_states`). `slopes` saves backward a product (see above) if the loss's derivatives turn out as it says, up to
-    a common factor; gradients are exact either way.
+    a common factor; gradients are exact either way. With a `vocabulary`, weight and bias are a rank's rows of it.
     """
     positions, states = predicting_states(scored_positions(cu_seqlens, action_mask), places)
-    projection = Projection(weight=head_weight, bias=head_bias, temperature=temperature, softcap=softcap)
+    projection = Projection(weight=head_weight, bias=head_bias, temperature=temperature, softcap=softcap, vocabulary=vocabulary)
     work = _Work(projection=projection, positions=positions, chunk_tokens=chunk_tokens, with_entropy=with_entropy, slopes=slopes)
-    logp, entropy = _Head.apply(hidden.index_select(0, states), head_weight, head_bias, tokens[positions], work)
+    own, targets = hidden.index_select(0, states), tokens[positions]
+    if vocabulary is not None:
+        own, targets = vocabulary.entered(own), targets - vocabulary.cut.low
+    logp, entropy = _Head.apply(own, head_weight, head_bias, targets, work)
     empty = torch.zeros(tokens.shape[0], dtype=projection.precision, device=hidden.device)
     return empty.index_copy(0, positions, logp), empty.index_copy(0, positions, entropy) if with_entropy else None
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hone.algos.protocol import Loss
+from hone.learner.attention.wire import Wire
 from hone.learner.errors import ModelError
 
 FIGURES = {"policy": ("aux_loss", "max_expert_load"), "critic": ("critic_aux_loss", "critic_max_expert_load")}
@@ -31,10 +32,13 @@ class Routed(Protocol):
 
 
 class Balance:
-    """The balancing loss of one optimiser step: `count` every token, then `close` over all ranks, then take `loss` part by part."""
+    """The balancing loss of one optimiser step: `count` every token, then `close` over all ranks, then take `loss` part by part.
 
-    def __init__(self, config: Any, *, coef: float, figures: tuple[str, str], device: torch.device) -> None:
-        self.figures = figures
+    The ranks of a ring hear of other tokens each, and so have other parts.
+    """
+
+    def __init__(self, config: Any, *, coef: float, figures: tuple[str, str], device: torch.device, wire: Wire | None = None) -> None:
+        self.figures, self.wire = figures, wire
         self.coef, self.experts_per_token = coef, int(config.num_experts_per_tok)
         self.experts = int(getattr(config, "num_local_experts", None) or config.num_experts)
         self.chosen = torch.zeros(self.experts + 1, dtype=torch.float64, device=device)  # and, last, the tokens
@@ -64,7 +68,10 @@ class Balance:
         probabilities = torch.stack([logits.float().softmax(-1).sum(0) for logits in self.heard]).sum(0) / tokens
         self.heard = ()
         part = self.experts * (frequencies * probabilities).sum() * (0.0 if filler else 1.0)
-        return Loss(total=self.coef * part, metrics={self.figures[0]: part.detach()})
+        told = part.detach().clone()
+        if self.wire is not None:
+            self.wire.add_up(told)  # one rank of a ring tells for all
+        return Loss(total=self.coef * part, metrics={self.figures[0]: told})
 
     def busiest(self) -> dict[str, Float[Tensor, ""]]:
         """As a figure, the load of the expert that is chosen most, over an even share: 1 is balanced, E / k the worst there can be."""

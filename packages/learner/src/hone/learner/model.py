@@ -15,12 +15,12 @@ from huggingface_hub import save_torch_state_dict
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from hone.learner.adapters import PLAIN, Adaptation, Adapted, adapt
-from hone.learner.attention.varlen import PACKED, row_arguments
+from hone.learner.attention.varlen import row_arguments
 from hone.learner.context import Piece
 from hone.learner.errors import ModelError
 from hone.learner.head_files import HEADS, HeadKind, classifier_config, forget_statistics, head_name, load_head
@@ -29,21 +29,22 @@ from hone.learner.logprobs import Slopes
 from hone.learner.mixture import Hear
 from hone.learner.model_files import resolve
 from hone.learner.over_logits import OverLogits
+from hone.learner.packed_probe import check_packed
 from hone.learner.published import Layer, Named, adapted, layers, parameters_of
 from hone.learner.quantised import in_four_bits, settle
+from hone.learner.vision import Attached, Sight, attention, sees
 
 CHUNK_LOGITS = {"cpu": 5 * 2**23, "cuda": 2**27}
 """Logits that exist at once [numbers]: in fp32 160 MiB on a CPU, in bf16 256 MiB on a GPU, where larger products pay."""
-PROBE_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest mean log-probability difference [nats] to transformers' own forward that rounding explains."""
 
 
 class PolicyModel(nn.Module):
-    """A causal language model that answers with the log-probability and the entropy of each action token."""
+    """A causal language model that answers with the log-probability and the entropy of each action token; with `sight`, of images, too."""
 
-    def __init__(self, causal_lm: PreTrainedModel, *, device_type: str) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, *, device_type: str, sight: Sight | None = None) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.sight = sight
         self.adapted = Adapted()
         self.hear_routing: Hear | None = None
         softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
@@ -63,12 +64,14 @@ class PolicyModel(nn.Module):
         piece: Piece | None = None,
         slopes: Slopes | None = None,
         over: OverLogits | None = None,
+        attached: Attached = (),
     ) -> tuple[Tensor, ...] | tuple[Float[Tensor, " T"], Float[Tensor, " T"] | None]:
         """Log-probability and, if asked for, entropy of each token in the mask [nats] at `temperature`; zero elsewhere.
 
         With a `piece`, of the tokens whose predicting state it holds. `slopes` as in `token_logprobs`; `over` as in `TokenHead`.
         """
-        hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece, hear=self.hear_routing)
+        settings = {"hear": self.hear_routing, "sight": self.sight, "attached": attached}
+        hidden = packed_hidden(self.causal_lm.base_model, tokens, position_ids, cu_seqlens, piece, **settings)
         places = piece and piece.places
         return self.head(hidden, tokens, cu_seqlens, action_mask, temperature, with_entropy, places, slopes, over)
 
@@ -111,9 +114,10 @@ class CriticModel(nn.Module):
         cu_seqlens: Int[Tensor, " N_plus_1"],
         action_mask: Bool[Tensor, " T"],
         piece: Piece | None = None,
+        attached: Attached = (),
     ) -> Tensor:
         """What the head reads: values [T], scores [N] or label logits [T, C]; zero where a `piece` does not hold the state."""
-        hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens, piece, hear=self.hear_routing)
+        hidden = packed_hidden(self.backbone, tokens, position_ids, cu_seqlens, piece, hear=self.hear_routing, attached=attached)
         return self.value_head.read(hidden, cu_seqlens, action_mask, piece and piece.places)
 
     def named_weights(self) -> list[Named]:
@@ -142,26 +146,39 @@ Model = TypeVar("Model", PolicyModel, CriticModel)
 
 
 def packed_hidden(
-    backbone: nn.Module,
+    backbone: Any,
     tokens: Int[Tensor, " T"],
     position_ids: Int[Tensor, " T"],
     cu_seqlens: Int[Tensor, " N_plus_1"],
     piece: Piece | None = None,
     *,
     hear: Hear | None = None,
+    sight: Sight | None = None,
+    attached: Attached = (),
 ) -> Float[Tensor, "S H"]:
     """Last hidden states of packed rows, each row as if it were alone; of all tokens, or of a `piece`'s, in its order.
 
-    A mixture's router logits go to `hear`.
+    A mixture's router logits go to `hear`; what is `attached` to rows is shown to the model through `sight`. Raises ValueError
+    for rows with images and a model that has none.
     """
+    if sight is None and any(attached):
+        raise ValueError(
+            f"rows have images, and {type(backbone).__name__} reads text only; give every role a vision-language model, choose an "
+            "algorithm without a critic, or train on rows without images"
+        )
     if piece is not None:
         tokens, position_ids = tokens[piece.index], position_ids[piece.index]
     arguments = row_arguments(cu_seqlens) if piece is None else piece.row_arguments()
     if hear is not None:
         arguments["output_router_logits"] = True
-    output = backbone(input_ids=tokens[None], position_ids=position_ids[None], use_cache=False, **arguments)
+    if sight is None:
+        arguments |= {"input_ids": tokens[None], "position_ids": position_ids[None]}
+    else:
+        arguments |= sight.inputs(backbone, tokens, position_ids, cu_seqlens, attached)
+        backbone = backbone.language_model
+    output = backbone(use_cache=False, **arguments)
     if hear is not None:
-        hear(output.router_logits)
+        hear(output.router_logits if piece is None else tuple(logits[: piece.held] for logits in output.router_logits))
     return output.last_hidden_state[0]
 
 
@@ -180,11 +197,14 @@ def load_policy(
     forward has them.
     """
     directory = resolve(name)
+    config = _config(directory)
+    auto_class = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+    sight = Sight(directory, config) if sees(config) else None
     if adaptation.needs_names:
-        adapt(PolicyModel(_skeleton(AutoModelForCausalLM, directory, dtype), device_type=device.type), adaptation, name)
-    causal_lm = _load(AutoModelForCausalLM, directory, dtype, device, four_bit=adaptation.four_bit)
-    model = PolicyModel(causal_lm, device_type=device.type)
-    _check_packed(model, name, dtype)
+        adapt(PolicyModel(_skeleton(auto_class, directory, dtype), device_type=device.type), adaptation, name)
+    causal_lm = _load(auto_class, directory, dtype, device, four_bit=adaptation.four_bit)
+    model = PolicyModel(causal_lm, device_type=device.type, sight=sight)
+    check_packed(model, name, dtype)
     return _prepare(adapt(model, adaptation, name), gradient_checkpointing)
 
 
@@ -207,6 +227,11 @@ def load_critic(
     """
     directory = resolve(name)
     skeleton = _skeleton(AutoModel, directory, dtype)
+    if sees(skeleton.config):
+        raise ModelError(
+            f"{name} is a vision-language model, which cannot be a critic, reward or process model here; choose an algorithm without a "
+            "critic (grpo, rloo, reinforce), or name a language model for this role"
+        )
     prefix, size = head_name(directory, value_head_prefix), skeleton.config.get_text_config().hidden_size
     fresh = HEADS[kind](size, labels, dtype=dtype)
     # Before any weight is read: whether it can be adapted, and stored once it is trained.
@@ -223,10 +248,15 @@ def load_critic(
     return _prepare(adapt(CriticModel(backbone, head, value_head_prefix=prefix), adaptation, name), gradient_checkpointing)
 
 
+def _config(directory: Path) -> Any:
+    with _refused(directory):
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
 def _skeleton(auto_class: Any, directory: Path, dtype: torch.dtype) -> Any:
     """The model without its weights: the names of its parts, and their shapes."""
+    config = _config(directory)
     with _quiet(), _refused(directory), torch.device("meta"):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         return auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
@@ -235,7 +265,7 @@ def _load(auto_class: Any, directory: Path, dtype: torch.dtype, device: torch.de
         model, missing = auto_class.from_pretrained(
             directory,
             dtype=dtype,
-            attn_implementation=PACKED,
+            attn_implementation=attention(_config(directory)),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -274,34 +304,6 @@ def _prepare(model: Model, gradient_checkpointing: bool) -> Model:
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
     return model
-
-
-@torch.no_grad()
-def _check_packed(model: PolicyModel, name: str, dtype: torch.dtype) -> None:
-    """Two short rows packed, through our attention and head, against transformers' own forward of each row alone."""
-    vocabulary, device = model.head.weight.shape[0], model.head.weight.device
-    tokens = (torch.arange(9, device=device) * 7919 + 1) % vocabulary
-    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
-    position_ids = torch.cat([torch.arange(4, device=device), torch.arange(5, device=device)])
-    everywhere = torch.ones(9, dtype=torch.bool, device=device)
-    model.eval()
-    try:
-        packed, _ = model(tokens, position_ids, cu_seqlens, everywhere, 1.0, False)
-    except ValueError as error:
-        raise ModelError(f"{name}: {error}; this architecture ({type(model.causal_lm).__name__}) is not supported") from error
-    model.causal_lm.set_attn_implementation("eager")
-    alone = [model.causal_lm(input_ids=row[None], use_cache=False).logits[0].float() for row in (tokens[:4], tokens[4:])]
-    model.causal_lm.set_attn_implementation(PACKED)
-    expected = [
-        logits[:-1].log_softmax(-1).gather(1, row[1:, None])[:, 0] for logits, row in zip(alone, (tokens[:4], tokens[4:]), strict=True)
-    ]
-    difference = float((torch.cat([packed[1:4], packed[5:]]) - torch.cat(expected)).abs().mean())
-    if not difference <= PROBE_LIMIT[dtype]:
-        raise ModelError(
-            f"{name}: log-probabilities over packed rows differ from transformers' own by {difference:.3g} nats (at most "
-            f"{PROBE_LIMIT[dtype]:g} is rounding); {type(model.causal_lm).__name__} does something that packing "
-            "does not reproduce, use another model"
-        )
 
 
 def _stored_config(model: PreTrainedModel) -> Any:

@@ -39,7 +39,17 @@ def check_model(name: str) -> None:
         raise ModelError(_convert_remedy(name, settings, pickled))
 
 
-def check_ring(directory: str, *, world_size: int, size: int, head_stride: int | None) -> None:
+def check_tensor_parallel(directory: str, *, size: int) -> None:
+    """Raises ValueError for a model whose attention heads, or key heads, do not fall into `size` equal parts."""
+    settings = _text_settings(directory)
+    for entry, what in (("num_attention_heads", "attention heads"), ("num_key_value_heads", "key heads")):
+        heads = settings.get(entry)
+        if isinstance(heads, int) and heads % size:
+            sizes = [one for one in range(1, heads + 1) if heads % one == 0]
+            raise ValueError(f"--ds.tensor-parallel-size {size} does not divide the {heads} {what} of {directory}; choose of {sizes}")
+
+
+def check_ring(directory: str, *, world_size: int, size: int, head_stride: int | None, tensor_parallel_size: int = 1) -> None:
     """Raises ValueError for rings of `size` that do not come out even, and for key heads that `head_stride` does not divide."""
     if world_size % size:
         raise ValueError(
@@ -47,13 +57,19 @@ def check_ring(directory: str, *, world_size: int, size: int, head_stride: int |
         )
     if size == 1 or head_stride is None:
         return
-    settings = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-    settings = settings.get("text_config", settings)
+    settings = _text_settings(directory)
     heads = settings.get("num_key_value_heads") or settings.get("num_attention_heads")
-    if isinstance(heads, int) and heads % head_stride:
+    if isinstance(heads, int) and heads // tensor_parallel_size % head_stride:
+        here = heads // tensor_parallel_size
+        of_rank = f"{heads} key heads" if tensor_parallel_size == 1 else f"{here} key heads that a rank has of the {heads}"
         raise ValueError(
-            f"--ds.ring-attn-head-stride {head_stride} does not divide the {heads} key heads of {directory}; choose a divisor of {heads}"
+            f"--ds.ring-attn-head-stride {head_stride} does not divide the {of_rank} of {directory}; choose a divisor of {here}"
         )
+
+
+def _text_settings(directory: str) -> dict[str, object]:
+    settings = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    return settings.get("text_config", settings)
 
 
 def resolve(name: str) -> Path:
@@ -77,8 +93,9 @@ def resolve(name: str) -> Path:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies what a tokenizer, its template and generation defaults are made of, byte for byte."""
+    """Copies what a tokenizer, its template, an image processor and generation defaults are made of, byte for byte."""
     names = ["merges.txt", "vocab.txt", "vocab.json", "added_tokens.json", "special_tokens_map.json", "generation_config.json"]
+    names += ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"]
     wanted = {*names, *(entry.name for pattern in ("*.model", "*.jinja", "tokenizer*") for entry in source.glob(pattern))}
     for name in sorted(wanted):
         if (source / name).is_file():

@@ -2,7 +2,7 @@
 
 Per matrix W [m, n] with gradient g:  b <- mu b + (1 - mu) g;  u = (1 - mu) g + mu b (Nesterov) or b;  o = orthogonalised(u);
 W <- (1 - lr decay) W - lr sqrt(max(1, m / n)) o.  Momentum and decay are elementwise, so they live in the shards; only u is brought
-together, on one rank a matrix, which orthogonalises it for all.
+together, on one rank a matrix (or a stack of experts' matrices, each by itself), which orthogonalises it for all.
 
 Reference: https://kellerjordan.github.io/posts/muon/ and torch.optim.Muon, which is tested to give the same. DeepSpeed's own Muon
 takes neither the number of iterations nor the choice of Nesterov, and clips what is orthogonalised already.
@@ -24,22 +24,26 @@ EPS = 1e-7
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A matrix of a flat shard: its shape, and which range of it the calling rank holds (None: nothing)."""
+    """A matrix, or one for each expert, of a flat shard: its shape, and which range of it the calling rank holds (None: nothing)."""
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     part: Fragment | None
 
 
-def orthogonalised(update: Float[Tensor, "m n"], *, steps: int) -> Float[Tensor, "m n"]:
-    """Newton-Schulz: the nearest matrix with singular values near one (0.7 to 1.2 after 5 steps); bf16 on a GPU, fp32 on the CPU."""
+def orthogonalised(update: Float[Tensor, "*E m n"], *, steps: int) -> Float[Tensor, "*E m n"]:
+    """Newton-Schulz: the nearest matrix with singular values near one (0.7 to 1.2 after 5 steps); bf16 on a GPU, fp32 on the CPU.
+
+    Of a stack of E experts' matrices, each by itself.
+    """
     a, b, c = COEFFICIENTS
-    tall = update.shape[0] > update.shape[1]
-    x = (update.T if tall else update).to(torch.bfloat16 if update.is_cuda else torch.float32)
-    x = x / x.norm().clamp(min=EPS)
+    tall = update.shape[-2] > update.shape[-1]
+    x = (update.mT if tall else update).to(torch.bfloat16 if update.is_cuda else torch.float32)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    add_product = torch.addmm if x.dim() == 2 else torch.baddbmm
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if tall else x).to(update.dtype)
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(update.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -80,7 +84,7 @@ class Muon(torch.optim.Optimizer):
         buffer.lerp_(gradient, 1 - mu)
         update = gradient.lerp(buffer, mu) if group["nesterov"] else buffer
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        if parameter.dim() == 2:
+        if parameter.dim() > 1:
             change = orthogonalised(update, steps=group["ns_steps"])
             parameter.sub_(change, alpha=group["lr"] * _ratio(tuple(parameter.shape)))
             return
@@ -104,9 +108,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon is for it: a matrix within a numbered layer, so no embedding, output or value head."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) == 2 and any(part.isdigit() for part in name.split("."))
+    """Whether Muon is for it: a matrix, or one for each expert, within a numbered layer, so no embedding, output or value head."""
+    shape, parts = getattr(parameter, "ds_shape", parameter.shape), name.split(".")
+    # Other weights of three dimensions are convolutions.
+    return (len(shape) == 2 or (len(shape) == 3 and "experts" in parts)) and any(part.isdigit() for part in parts)
 
 
 def _whole(matrix: Matrix, update: Tensor) -> Tensor:
@@ -123,4 +128,4 @@ def _wait(works: Iterable[Any]) -> None:
 
 
 def _ratio(shape: tuple[int, ...]) -> float:
-    return max(1.0, shape[0] / shape[1]) ** 0.5
+    return max(1.0, shape[-2] / shape[-1]) ** 0.5

@@ -5,7 +5,7 @@ Optimiser steps are numbered from 0; a schedule spans `total_steps`, and what co
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import nn
 
 from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, Schedule
 from hone.learner.muon import Muon, hidden_matrix
+
+MakeAdamW = Callable[..., torch.optim.Optimizer]
+"""AdamW as torch's class has it: parameter groups, then lr, betas, eps."""
 
 
 def learning_rate(step: int, *, peak: float, total_steps: int, schedule: Schedule, warmup_ratio: float, min_ratio: float) -> float:
@@ -37,10 +40,10 @@ def learning_rate(step: int, *, peak: float, total_steps: int, schedule: Schedul
             return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def adamw(named: Iterable[tuple[str, nn.Parameter]], adam: AdamConfig) -> torch.optim.AdamW:
-    """AdamW over the given parameters; biases and norms, which are vectors, are exempt from weight decay."""
+def adamw(named: Iterable[tuple[str, nn.Parameter]], adam: AdamConfig, make: MakeAdamW = torch.optim.AdamW) -> torch.optim.Optimizer:
+    """AdamW over the given parameters, as `make` has it; biases and norms, which are vectors, are exempt from weight decay."""
     parameters = [parameter for _, parameter in named if parameter.requires_grad]
-    return torch.optim.AdamW(_adamw_groups(parameters, adam), lr=adam.lr, betas=adam.betas, eps=adam.eps)
+    return make(_adamw_groups(parameters, adam), lr=adam.lr, betas=adam.betas, eps=adam.eps)
 
 
 def _adamw_groups(parameters: Sequence[nn.Parameter], adam: AdamConfig) -> list[dict[str, Any]]:
@@ -51,10 +54,12 @@ def _adamw_groups(parameters: Sequence[nn.Parameter], adam: AdamConfig) -> list[
     return [group for group in groups if group["params"]]
 
 
-def optimiser(named: Iterable[tuple[str, nn.Parameter]], config: ActorConfig | CriticConfig) -> torch.optim.Optimizer:
-    """What `config.optim` names, over the given parameters."""
+def optimiser(
+    named: Iterable[tuple[str, nn.Parameter]], config: ActorConfig | CriticConfig, make_adamw: MakeAdamW = torch.optim.AdamW
+) -> torch.optim.Optimizer:
+    """What `config.optim` names, over the given parameters; AdamW for all of them is made by `make_adamw`."""
     if config.optim == "adam":
-        return adamw(named, config.adam)
+        return adamw(named, config.adam, make_adamw)
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     settings = {"betas": config.adam.betas, "eps": config.adam.eps, "use_muon": False, "lr": config.adam.lr}
     others = [parameter for name, parameter in trained if not hidden_matrix(name, parameter)]

@@ -69,7 +69,7 @@ class TopLogp:
         tokens = torch.zeros(self.part.tokens.shape[0], self.k, dtype=torch.long, device=hidden.device)
         logp = torch.zeros(tokens.shape, dtype=projection.precision, device=hidden.device)
         for part in _chunks(len(positions), chunk_tokens):
-            logits = _capped(projection, projection.logits(hidden[part], slice(None)))
+            logits = _capped(projection, _whole(projection, hidden[part]))
             best = (logits / self.temperature).log_softmax(-1).topk(self.k, -1)
             tokens[positions[part]], logp[positions[part]] = best.indices, best.values
         return tokens, logp
@@ -87,11 +87,12 @@ class _LossOverLogits(torch.autograd.Function):
         by_bias = torch.zeros(weight.shape[0], dtype=precision, device=weight.device) if needs[2] else None
         whole: Loss | None = None
         for part in _chunks(len(positions), chunk_tokens):
-            raw = projection.logits(hidden[part], slice(None)).detach().requires_grad_(any(needs))
+            raw = _whole(projection, hidden[part]).detach().requires_grad_(any(needs))
             with torch.set_grad_enabled(any(needs)):
                 loss = reader.loss(_capped(projection, raw), positions[part])
             if any(needs):
                 (pull,) = torch.autograd.grad(loss.total, raw, allow_unused=True, materialize_grads=True)
+                pull = pull if projection.vocabulary is None else projection.vocabulary.own(pull)
                 if by_hidden is not None:
                     by_hidden[part] = pull @ weight
                 if by_weight is not None:
@@ -118,6 +119,12 @@ def _chunks(tokens: int, size: int) -> Iterator[slice]:
     count = max(1, -(-tokens // size))
     for index in range(count):
         yield slice(tokens * index // count, tokens * (index + 1) // count)
+
+
+def _whole(projection: Projection, hidden: Float[Tensor, "c H"]) -> Float[Tensor, "c V"]:
+    """Raw logits of all words, wherever their rows are."""
+    logits = projection.logits(hidden, slice(None))
+    return logits if projection.vocabulary is None else projection.vocabulary.whole(logits)
 
 
 def _capped(projection: Projection, raw: Float[Tensor, "c V"]) -> Float[Tensor, "c V"]:

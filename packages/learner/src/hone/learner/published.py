@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
+from hone.learner.tensor_parallel.cut import cut_of
+
 ADAPTER = "default"
 """The one adapter a model has, as PEFT calls it."""
 
@@ -102,6 +104,8 @@ def layer_of(name: str) -> str:
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter as it trains, wherever its elements are."""
+    if (cut := cut_of(parameter)) is not None:
+        return cut.shape
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -110,6 +114,8 @@ def _plain(name: str) -> str:
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
+    if (cut := cut_of(parameter)) is not None:
+        return cut.whole(parameter.detach())
     if getattr(parameter, "quant_state", None) is None:
         return parameter.detach()
     from peft.utils.integrations import dequantize_bnb_weight

@@ -20,6 +20,8 @@ def check_cut(model: PolicyModel | CriticModel, name: str, *, wire: Wire, head_s
 
     Catches architectures whose layers look at neighbours by other ways than attention (convolutions, recurrences).
     """
+    if isinstance(model, PolicyModel) and model.sight is not None:
+        raise ModelError(f"{name} is a vision-language model, whose rows are not cut over a ring; set --ds.ring-attn-size 1")
     backbone: Any = model.causal_lm.base_model if isinstance(model, PolicyModel) else model.backbone
     embedding = backbone.get_input_embeddings().weight
     lengths = [3, 4 * wire.size + 3, 3]

@@ -13,7 +13,6 @@ from hone.algos.batch import Scored
 from hone.algos.offline import Demonstrations, Judgements, Pairs, Steps, Taught
 from hone.algos.protocol import Loss
 from hone.algos.ranges import Range
-from hone.learner.attention.wire import Wire
 from hone.learner.checkpoint import role_files
 from hone.learner.config import ActorConfig, CriticConfig, DeepSpeedConfig, RefConfig
 
@@ -45,6 +44,11 @@ class RoleSpec:
     labels: int = 2
     """Labels of a process model's head."""
 
+    @property
+    def trained(self) -> bool:
+        """Whether the role learns; else its model is frozen."""
+        return not isinstance(self.config, RefConfig)
+
 
 def made_of(spec: RoleSpec, *, model: Path, ds: DeepSpeedConfig) -> dict[str, Any]:
     """How a role is made, as JSON has it: what `checkpoint.export` makes it from again."""
@@ -75,8 +79,8 @@ class Figures:
         for name, value in {} if filler else loss.metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def told(self, wire: Wire | None) -> dict[str, float]:
-        """As numbers; of a ring, whose ranks all have those of the whole rows, the first one tells."""
-        if not self.sums or (wire is not None and wire.rank):
+    def told(self) -> dict[str, float]:
+        """As numbers."""
+        if not self.sums:
             return {}
         return dict(zip(self.sums, torch.stack(list(self.sums.values())).tolist(), strict=True))  # waits for the device once

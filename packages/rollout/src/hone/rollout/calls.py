@@ -9,6 +9,8 @@ from hone.rollout.errors import EngineError
 from hone.rollout.types import Completion, Engine, Request
 
 Result = TypeVar("Result")
+# How far above zero rounding may carry the log-probability of a certain token [nats].
+_ROUNDING = 1e-4
 
 
 async def draw(engine: Engine, asked: Sequence[Request], *, of: Sequence[str], timeout_s: float) -> list[Completion]:
@@ -52,8 +54,8 @@ def _refuse_malformed(completion: Completion, request: Request, engine: str) -> 
             f"{len(version)} versions; expected as many of each, from 1 to {request.max_new_tokens}"
         )
     for position, value in enumerate(logp):
-        if not math.isfinite(value):
+        if not math.isfinite(value) or value > _ROUNDING:
             raise EngineError(
                 f"engine {engine} reported log-probability {value} for token {position} of request {request.request_id!r}; the policy's "
-                "logits are not finite: check the weights of the last update"
+                "logits are not finite, or this is no log-probability: check the weights of the last update"
             )

@@ -21,9 +21,20 @@ class RolloutConfig:
     timeout_s: Annotated[float, Range(low=0, open_low=True)] = 1800.0
     """Deadline for all samples of one prompt, or for one turn of an episode [s]; an engine that misses it ends the run."""
     agent_func_path: str | None = None
-    """A Python file with the environment of multi-turn episodes (`AgentInstance` or `make_env`); it gives the rewards, too."""
+    """A Python file with the environment of multi-turn episodes (`AgentInstance` or `make_env`), or with an agent that owns its loop
+    (`agent`); it gives the rewards, too."""
+    agent_command: str | None = None
+    """A command that plays one episode each time it is started, against an endpoint of the policy in its environment
+    (OPENAI_BASE_URL, ANTHROPIC_BASE_URL, their keys); the row comes on its standard input, its last line gives the reward."""
+    agent_timeout_s: Annotated[float, Range(low=0, open_low=True)] = 1800.0
+    """Deadline for one episode of an agent that owns its loop [s]; one that misses it is killed and ends the run."""
+    agents_in_flight: Annotated[int, Range(low=1)] = 32
+    """Agents that own their loop going on at a time, each a process where it is a command."""
+    agent_history: Literal["verbatim", "template"] = "verbatim"
+    """What such an agent's earlier replies are to the policy: verbatim, the ids it sampled; template, what its chat template makes
+    of them now (thoughts dropped, say), where that differs as a further segment."""
     max_turns: Annotated[int, Range(low=1)] = 16
-    """Most turns of an episode; one that does not end within them is truncated."""
+    """Most turns of an episode, or calls of an agent that owns its loop; one that does not end within them is truncated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +60,7 @@ class VLLMConfig:
     sync_backend: Literal["auto", "shared_memory", "ipc", "nccl"] = "auto"
     """How weights travel to the engines; auto: shared_memory without GPUs, ipc on a shared GPU, nccl across GPUs."""
     sync_tolerance: Annotated[float, Range(low=0, open_low=True)] | None = None
-    """Largest difference of the canary's log-probabilities between engine and learner [nats]; default 1e-3 in fp32, 0.1 in bf16."""
+    """Largest difference of the canary between engine and learner [nats]; default 1e-3 in fp32, 0.02 in fp16, 0.1 in bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)

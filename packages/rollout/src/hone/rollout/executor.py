@@ -42,6 +42,7 @@ class Sample:
     """One judged response: the trajectory that is trained on, and what the rollout log shows of it.
 
     `response_text` keeps special tokens; `cached_tokens` counts the prompt tokens served from the engine's prefix cache.
+    Of an episode of several segments `trajectory` is the last, the one that ended it; `earlier` are those before it.
     """
 
     trajectory: Trajectory
@@ -52,6 +53,12 @@ class Sample:
     score: float
     extra_logs: dict[str, float]
     cached_tokens: int
+    earlier: tuple[Trajectory, ...] = ()
+
+    @property
+    def segments(self) -> tuple[Trajectory, ...]:
+        """Every row of the sample, in order."""
+        return (*self.earlier, self.trajectory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,4 +210,5 @@ def _trajectory(prompt: Prompt, sample: int, contract: SamplerContract, completi
         truncated=completion.finish_reason == "length",
         score=judgement.score,
         contract=contract,
+        attached=prompt.images,
     )

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
 
+from hone.algos.batch import Attachment
 from hone.rollout.errors import EngineError, EngineLost
 from hone.rollout.types import Completion, Engine, Request
 
@@ -90,9 +91,9 @@ class Fleet:
         names = ", ".join(request.request_id for request in requests[:3]) + ("" if len(requests) < 4 else f" and {len(requests) - 3} more")
         return await self._asked(len(requests), names, lambda engine: engine.generate(requests))
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` from one engine; the canary of a weight sync asks each engine itself."""
-        return await self._asked(1, "a prompt's log-probabilities", lambda engine: engine.prompt_logp(tokens))
+        return await self._asked(1, "a prompt's log-probabilities", lambda engine: engine.prompt_logp(tokens, images))
 
     async def settled(self) -> list[Supervised]:
         """The serving engines, each just heard from, when no replacement is under way any more. Raises EngineError below the minimum."""

@@ -11,12 +11,13 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from hone.algos.batch import SamplerContract, Trajectory
+from hone.algos.batch import Attachment, SamplerContract, Trajectory
 from hone.rollout.calls import all_of, draw
 from hone.rollout.config import RolloutConfig
-from hone.rollout.env import Action, Env, checked_turn
+from hone.rollout.env import Action, Env, Observation, checked_turn
 from hone.rollout.errors import EnvironmentFailure
 from hone.rollout.executor import Group, Sample
+from hone.rollout.pictures import Placeholders
 from hone.rollout.sampling import seed_of
 from hone.rollout.types import Completion, Engine, Prompt, Request
 
@@ -47,6 +48,7 @@ class _Episode:
     logp: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     version: list[int] = field(default_factory=list)
+    images: list[Attachment] = field(default_factory=list)
     judged: bool = False
     truncated: bool = False
     turns: int = 0
@@ -54,9 +56,10 @@ class _Episode:
     extra_logs: dict[str, float] = field(default_factory=dict)
     cached_tokens: int = 0
 
-    def read(self, ids: Sequence[int]) -> None:
+    def read(self, ids: Sequence[int], images: Sequence[Attachment] = ()) -> None:
         """Add what the policy reads and did not write."""
         self.tokens += ids
+        self.images += images
         self.mask += [False] * len(ids)
         self.logp += [0.0] * len(ids)
         self.rewards += [0.0] * len(ids)
@@ -81,7 +84,7 @@ class MultiTurn:
 
     `where` is the environment's name for messages, `step_timeout_s` its deadline for one answer [s]. `episodes_in_flight`
     bounds how many go on at a time. The other fields are those of `executor.SingleTurn`. An episode that runs out of turns or
-    tokens is truncated.
+    tokens is truncated. `placeholders` are for models that see; without them an image is an environment's fault.
     """
 
     engine: Engine
@@ -98,6 +101,7 @@ class MultiTurn:
     template_hash: str
     episodes_in_flight: int = 1024
     greedy: bool = False
+    placeholders: Placeholders | None = None
 
     async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
         """Play every prompt's episodes; `on_group` sees each group as it is finished, the result is in the order of `prompts`."""
@@ -120,12 +124,16 @@ class MultiTurn:
         env = self.environment()
         try:
             seed = seed_of(self.run_seed, step, f"{prompt.prompt_id}:environment", sample)
-            text = await self._asked("reset", env.reset(prompt.text, prompt.label, seed=seed), prompt)
-            if not isinstance(text, str):
-                raise self._failure(f"returned {text!r:.200} ({type(text).__name__}) from reset, not the text to begin with", prompt)
-            episode = _Episode(text=text)
-            # The prompt's own ids wherever it is unchanged: they were made with its special tokens.
-            episode.read(prompt.tokens if text == prompt.text else self._ids(text))
+            begun = await self._asked("reset", env.reset(prompt.text, prompt.label, seed=seed), prompt)
+            if not isinstance(begun, str | Observation):
+                raise self._failure(f"returned {begun!r:.200} ({type(begun).__name__}) from reset, not the text to begin with", prompt)
+            first = Observation(text=begun, images=[one.data for one in prompt.images]) if isinstance(begun, str) else begun
+            episode = _Episode(text=first.text)
+            if begun == prompt.text:
+                # The prompt's own ids wherever it is unchanged: they were made with its special tokens.
+                episode.read(prompt.tokens, prompt.images)
+            else:
+                episode.read(*self._seen(first.text, first.images, prompt, start=0))
             while await self._turn(episode, env, self._request(episode, prompt, step, sample), prompt):
                 pass
         finally:
@@ -147,6 +155,7 @@ class MultiTurn:
             max_new_tokens=room,
             contract=self._contract(prompt, step, sample, turn=episode.turns),
             greedy=sample == self.config.n_samples_per_prompt,
+            images=tuple(episode.images),
         )
 
     def _contract(self, prompt: Prompt, step: int, sample: int, *, turn: int) -> SamplerContract:
@@ -177,12 +186,12 @@ class MultiTurn:
             episode.judged = True
         episode.score = episode.score if turn.score is None else float(turn.score)
         episode.extra_logs.update({name: float(value) for name, value in turn.extra_logs.items()})
-        feedback = self._ids(turn.feedback)
+        feedback, images = self._seen(turn.feedback, turn.images, prompt, start=len(episode.tokens))
         spent = episode.turns >= self.max_turns or len(episode.tokens) + len(feedback) >= self.max_len
         if turn.terminated or turn.truncated or spent:
             episode.truncated = not turn.terminated
             return False
-        episode.read(feedback)
+        episode.read(feedback, images)
         episode.text += turn.feedback
         return True
 
@@ -206,6 +215,18 @@ class MultiTurn:
     def _failure(self, what: str, prompt: Prompt) -> EnvironmentFailure:
         return EnvironmentFailure(f"environment {self.where} {what}, on prompt {prompt.prompt_id!r}; mend the environment")
 
+    def _seen(self, text: str, images: Sequence[object], prompt: Prompt, *, start: int) -> tuple[list[int], list[Attachment]]:
+        """The ids of what the policy reads next, at `start` of the row, and the images among them."""
+        ids = self._ids(text)
+        if self.placeholders is None:
+            if images:
+                raise self._failure(f"showed {len(images)} images to a model that reads text only", prompt)
+            return ids, []
+        try:
+            return self.placeholders.expanded(ids, images, start=start)
+        except (ValueError, OSError) as error:
+            raise self._failure(f"gave {error}", prompt) from error
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -226,6 +247,7 @@ class MultiTurn:
             truncated=episode.truncated,
             score=score,
             contract=contract,
+            attached=tuple(episode.images),
         )
         return Sample(
             trajectory=trajectory,

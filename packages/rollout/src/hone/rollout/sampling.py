@@ -32,6 +32,7 @@ def requests(
             max_new_tokens=max_new_tokens,
             contract=dataclasses.replace(contract, seed=seed_of(run_seed, step, prompt.prompt_id, sample)),
             greedy=sample == n,
+            images=prompt.images,
         )
         for sample in range(n + greedy)
     ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from hone.algos.batch import SamplerContract
+from hone.algos.batch import Attachment, SamplerContract
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,9 @@ class Prompt:
     """One prompt drawn for one step.
 
     `prompt_id` is unique per draw ("<dataset fingerprint>:<epoch>:<index>"), `text` is the rendered prompt that was
-    tokenised, `label` is handed to the reward function as it stood in the data, and so are `columns`, by name.
+    tokenised, `label` is handed to the reward function as it stood in the data, and so are `columns`, by name. `tokens` have
+    every placeholder of the `images`: as many as the image has features, where its Attachment says. `given` is the prompt before
+    it was rendered, text or chat messages, for an agent that renders it itself; None: `text` is all there is.
     """
 
     prompt_id: str
@@ -23,11 +25,13 @@ class Prompt:
     text: str
     label: object
     columns: Mapping[str, object] = field(default_factory=dict)
+    images: tuple[Attachment, ...] = ()
+    given: object = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One sample to draw: prompt ids, the longest response [tokens], and how to draw it.
+    """One sample to draw: prompt ids (and what images stand in them), the longest response [tokens], and how to draw it.
 
     A `greedy` one takes the likeliest token each time: a yardstick, which is judged and never trained on.
     """
@@ -37,6 +41,7 @@ class Request:
     max_new_tokens: int
     contract: SamplerContract
     greedy: bool = False
+    images: tuple[Attachment, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,6 @@ class Engine(Protocol):
         """Draw all samples of one prompt, in the order asked; raises EngineError."""
         ...
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` at temperature 1, recomputed under the weights served now (the canary)."""
         ...

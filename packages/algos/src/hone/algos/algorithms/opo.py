@@ -40,7 +40,7 @@ class OPO:
 
     def advantages(self, batch: Batch) -> Advantages:
         """Each row's summed reward less its group's mean weighted by length, on all its action tokens; see `group_advantages`."""
-        lengths = action_counts(batch.action_mask, batch.cu_seqlens)
+        lengths = action_counts(batch.action_mask, batch.episode_cu_seqlens)
         own_lengths = lengths[lengths > 0]
         return group_advantages(batch, lambda scores, group: length_weighted_centred(scores, group, own_lengths), kl=self.kl)
 

@@ -44,13 +44,13 @@ class RLOO:
         """Each row's score against the mean of its group's others, on all of the row's action tokens.
 
         The score is the sum of the row's rewards less its KL penalty (where that is in the reward): the baseline contains
-        both. A row without action tokens stays out of its group.
+        both. The rows of an episode count as one; one without action tokens stays out of its group.
         """
-        mask, cu_seqlens = batch.action_mask, batch.cu_seqlens
-        scores = row_sums(batch.rewards + self.kl.reward(batch), mask, cu_seqlens)
+        mask, cu_seqlens, group = batch.action_mask, batch.episode_cu_seqlens, batch.episode_group
+        scores = row_sums(batch.rewards_once + self.kl.reward(batch), mask, cu_seqlens)
         live = action_counts(mask, cu_seqlens) > 0
-        per_row = leave_one_out(scores, batch.group, live)
-        return Advantages(advantages=spread(per_row, mask, cu_seqlens), figures=group_figures(scores, batch.group, live))
+        per_sample = leave_one_out(scores, group, live)
+        return Advantages(advantages=spread(per_sample, mask, cu_seqlens), figures=group_figures(scores, group, live))
 
     def loss(self, outputs: Outputs, scored: Scored) -> Loss:
         """The policy's loss over any part of an optimiser step."""

@@ -127,15 +127,15 @@ RowEstimator = Callable[[Float[Tensor, " N"], Int[Tensor, " N"]], Float[Tensor, 
 def group_advantages(batch: Batch, estimate: RowEstimator, *, kl: KLPenalty) -> Advantages:
     """Each row's summed reward against its group's, on all of the row's action tokens, with the counts of `group_figures`.
 
-    A row without action tokens has no score and stays out of its group. A KL penalty in the reward is added as its
-    reward to go after the baseline, which would otherwise rescale it by how the rewards happen to spread.
+    The rows of an episode count as one. One without action tokens has no score and stays out of its group. A KL penalty in the
+    reward is added as its reward to go after the baseline, which would otherwise rescale it by how the rewards happen to spread.
     """
-    mask, cu_seqlens = batch.action_mask, batch.cu_seqlens
-    scores = row_sums(batch.rewards, mask, cu_seqlens)
+    mask, cu_seqlens, group = batch.action_mask, batch.episode_cu_seqlens, batch.episode_group
+    scores = row_sums(batch.rewards_once, mask, cu_seqlens)
     live = action_counts(mask, cu_seqlens) > 0
-    per_row = scores.new_zeros(batch.rows).masked_scatter_(live, estimate(scores[live], batch.group[live]))
-    advantages = spread(per_row, mask, cu_seqlens) + discounted_returns(kl.reward(batch), mask, cu_seqlens, gamma=1.0)
-    return Advantages(advantages=advantages, figures=group_figures(scores, batch.group, live))
+    per_sample = torch.zeros_like(scores).masked_scatter_(live, estimate(scores[live], group[live]))
+    advantages = spread(per_sample, mask, cu_seqlens) + discounted_returns(kl.reward(batch), mask, batch.cu_seqlens, gamma=1.0)
+    return Advantages(advantages=advantages, figures=group_figures(scores, group, live))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The samples of one step as a Parquet file: rollouts/step_000001.parquet, one row a sample.
+"""The samples of one step as a Parquet file: rollouts/step_000001.parquet, one row a sample (or segment).
 
 Columns with a fixed type: prompt_id, sample, prompt, response, label (JSON text), reward, score, truncated, tokens
 (sampled ids), version. Other keys of the rows become columns of the type their values show.

@@ -7,6 +7,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import transformers
 from rich.console import Console
 
+from hone.launch.agent import agent_of
 from hone.launch.builtin import cache_directory
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.interrupt import Interrupt
@@ -34,7 +36,8 @@ from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, R
 from hone.launch.toml import to_toml
 from hone.launch.train import Start, Step, train
 from hone.learner.errors import CheckpointError
-from hone.rollout.agents.loading import Agent, load
+from hone.rollout.agents.loading import Agent
+from hone.rollout.endpoint.rollout import Caller
 from hone.rollout.rewards import judges
 from hone.rollout.types import Prompt
 
@@ -153,14 +156,16 @@ class Session:
             )
         return outcome
 
-    def _judge(self, stack: ExitStack) -> judges.Weighted | Agent:
-        """Who gives the rewards: the environment of an agent file, or reward functions and servers, ended by `stack`."""
+    def _judge(self, stack: ExitStack) -> judges.Weighted | Agent | Caller:
+        """Who gives the rewards: an agent or its environment, or reward functions and servers, ended by `stack`."""
         config = self._config
-        if config.rollout.agent_func_path is not None:
-            self._display.startup("agent", "loading the file")
-            agent = load(config.rollout.agent_func_path)
-            self._display.startup("agent", READY)
-            return agent
+        if who := agent_of(config, self._model, self._prompts, on_start=self._display.startup, note=self._display.note):
+            judge = self._rewards(stack) if isinstance(who, Caller) and config.reward.remote_url is not None else None
+            return replace(who, judge=judge) if isinstance(who, Caller) else who
+        return self._rewards(stack)
+
+    def _rewards(self, stack: ExitStack) -> judges.Weighted:
+        config = self._config
         self._display.startup("reward", "loading the function")
         judge = judges.build(config.reward, default=BUILTIN_REWARD, log=self._directory.logs / "reward.log")
         stack.callback(judge.close)
@@ -168,7 +173,7 @@ class Session:
         self._display.startup("reward", READY)
         return judge
 
-    def _build(self, judge: judges.Weighted | Agent) -> Assembly:
+    def _build(self, judge: judges.Weighted | Agent | Caller) -> Assembly:
         config = self._config
         if config.run.backend == "ray":
             prepare_environment()

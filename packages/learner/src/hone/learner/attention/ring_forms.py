@@ -18,6 +18,7 @@ from hone.learner.attention.blocks import block_backward, block_forward, check_s
 from hone.learner.attention.ring import Ring
 
 
+@torch._disable_dynamo  # see `varlen.row_arguments` # pyright: ignore[reportPrivateImportUsage]
 def ring_attention(
     query: Float[Tensor, "T h d"],
     key: Float[Tensor, "T g d"],

@@ -19,6 +19,8 @@ from hone.learner.attention.ring_forms import ring_attention
 PACKED = "hone_packed"
 
 
+# What depends on the rows' lengths is not compiled. Not by torch.compiler.disable, which imports the compiler there and then.
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def row_arguments(cu_seqlens: Int[Tensor, " N_plus_1"]) -> dict[str, Any]:
     """Keyword arguments for a transformers model's forward: the row bounds, under the names its flash-attention path uses."""
     bounds = cu_seqlens.to(torch.int32)
@@ -71,6 +73,7 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: 
     return _by_length(query[0], key[0], value[0], bounds, scaling, window)[None]
 
 
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _by_length(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float | None, window: int | None) -> Tensor:
     """Rows of one length go through one call, side by side; query [heads, T, dim] -> [T, heads, dim].
 

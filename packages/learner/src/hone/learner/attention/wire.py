@@ -1,4 +1,4 @@
-"""What a ring needs of its ranks' connection: tensors from one to another, and sums over all."""
+"""What ranks that share micro-batches need of their connection: tensors from one to another, and sums over all."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -27,8 +27,21 @@ class Wire(Protocol):
         ...
 
 
+@runtime_checkable
+class TensorWire(Wire, Protocol):
+    """What the ranks of one model need besides: see `Wire`."""
+
+    def take_highest(self, tensor: Tensor) -> None:
+        """The largest of every entry over the group's ranks, in place."""
+        ...
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, all of one shape, in the order of ranks."""
+        ...
+
+
 class GroupWire:
-    """A ring as a process group of its own: gloo, nccl, whatever it was made with."""
+    """A ring, or any other group of ranks, as a process group of its own: gloo, nccl, whatever it was made with."""
 
     def __init__(self, group: distributed.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, distributed.get_rank(group), distributed.get_world_size(group)
@@ -52,17 +65,28 @@ class GroupWire:
         """See `Wire`."""
         distributed.all_reduce(tensor, group=self.group)
 
+    def take_highest(self, tensor: Tensor) -> None:
+        """See `TensorWire`."""
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX, group=self.group)
 
-def ring_of(*, rank: int, world_size: int, size: int) -> GroupWire | None:
-    """One end, the calling rank's, of its ring of `size` consecutive ranks, which divides the job's; None for rings of one.
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """See `TensorWire`."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        distributed.all_gather(parts, tensor, group=self.group)
+        return parts
 
-    Collective over the whole job.
+
+def group_of(*, rank: int, world_size: int, size: int, stride: int = 1) -> GroupWire | None:
+    """One end, the calling rank's, of its group of `size` ranks, `stride` apart; None for groups of one.
+
+    `size` times `stride` divides the job's ranks. Collective over the whole job.
     """
     if size == 1:
         return None
     # Everybody makes every group: that is how torch.distributed agrees on their names.
-    groups = [distributed.new_group(list(range(start, start + size))) for start in range(0, world_size, size)]
-    own = groups[rank // size]
+    firsts = [start + offset for start in range(0, world_size, size * stride) for offset in range(stride)]
+    groups = {first: distributed.new_group(list(range(first, first + size * stride, stride))) for first in firsts}
+    own = groups[rank - rank % (size * stride) + rank % stride]
     assert isinstance(own, distributed.ProcessGroup)
     return GroupWire(own)
 

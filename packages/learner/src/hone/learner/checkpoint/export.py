@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hone.learner import config
 from hone.learner.checkpoint import directory as checkpoints
-from hone.learner.checkpoint.pieces import MASTER, Source
+from hone.learner.checkpoint.pieces import MASTER, Columns, Source
 from hone.learner.checkpoint.role_files import matching
 from hone.learner.checkpoint.shard_file import RoleReader
 from hone.learner.config import DeepSpeedConfig
@@ -25,13 +25,16 @@ CONFIGS: dict[str, Any] = {name: kind for name, kind in vars(config).items() if 
 """Settings of roles, by the name of their type."""
 ONE_PROCESS = {
     "zero_stage": 0,
+    "tensor_parallel_size": 1,
     "ring_attn_size": 1,
     "ring_attn_head_stride": None,
     "enable_sleep": False,
     "adam_offload": False,
+    "cpu_adam": "torch",
     "param_offload": False,
     "zpg": 1,
     "overlap_comm": False,
+    "deepcompile": False,
 }
 """What spreads a model over ranks, as one process has it."""
 Settings = TypeVar("Settings")
@@ -85,8 +88,8 @@ class _Weights:
     def sections(self, name: str) -> frozenset[str]:
         return self._source.sections(name) & {MASTER}
 
-    def read(self, section: str, name: str, *, start: int, numel: int) -> Shaped[Tensor, " numel"]:
-        return self._source.read(section, name, start=start, numel=numel)
+    def read(self, section: str, name: str, *, start: int, numel: int, columns: Columns | None = None) -> Shaped[Tensor, " numel"]:
+        return self._source.read(section, name, start=start, numel=numel, columns=columns)
 
 
 def _reader(path: Path, role: str) -> RoleReader:

@@ -12,17 +12,23 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 MASTER = "master"
+Columns = tuple[int, int]
+"""The first column of a matrix, and the first after the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Elements start .. start + n of a tensor of `shape`, flattened; `values` may be a view of live memory."""
+    """Elements start .. start + n of a tensor of `shape`, flattened; `values` may be a view of live memory.
+
+    With `columns` (low, high), of the matrix's columns low .. high alone, flattened by themselves.
+    """
 
     section: str
     name: str
     shape: tuple[int, ...]
     start: int
     values: Shaped[Tensor, " n"]
+    columns: Columns | None = None
 
     @property
     def key(self) -> str:
@@ -32,7 +38,10 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """Where a range of a parameter lies in this rank's memory: `numel` elements from `offset` of flat tensor number `flat`."""
+    """Where a range of a parameter lies in this rank's memory: `numel` elements from `offset` of flat tensor number `flat`.
+
+    `columns` as in `Piece`.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -40,6 +49,7 @@ class Fragment:
     flat: int
     offset: int
     numel: int
+    columns: Columns | None = None
 
 
 @runtime_checkable
@@ -52,8 +62,8 @@ class Source(Protocol):
         """What there is of a parameter."""
         ...
 
-    def read(self, section: str, name: str, *, start: int, numel: int) -> Shaped[Tensor, " numel"]:
-        """Elements start .. start + numel of the flattened tensor. Raises CheckpointError for what is not there."""
+    def read(self, section: str, name: str, *, start: int, numel: int, columns: Columns | None = None) -> Shaped[Tensor, " numel"]:
+        """Elements start .. start + numel of the flattened tensor, or of its `columns`. Raises CheckpointError for what is not there."""
         ...
 
 

@@ -15,7 +15,8 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hone.learner.checkpoint.pieces import Piece
+from hone.learner.checkpoint.pieces import Columns, Piece
+from hone.learner.checkpoint.rectangles import rectangles
 from hone.learner.errors import CheckpointError
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
@@ -48,7 +49,7 @@ def lay_out(pieces: Sequence[Piece], about: Mapping[str, Any]) -> Layout:
         begin, end = end, end + piece.values.nbytes
         places.append(begin)
         entries[piece.key] = {"dtype": DTYPES[piece.values.dtype], "shape": [piece.values.numel()], "data_offsets": [begin, end]}
-        ranges[piece.key] = [piece.start, list(piece.shape)]
+        ranges[piece.key] = [piece.start, list(piece.shape), *([] if piece.columns is None else [list(piece.columns)])]
     # Only text may stand there, by the format.
     entries["__metadata__"] = {ABOUT: json.dumps({**about, "ranges": ranges})}
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -82,9 +83,12 @@ class RoleReader:
         self.layout: list[tuple[str, list[int]]] = [(name, shape) for name, shape in first["layout"]]
         self.identity: dict[str, Any] = first.get("identity", {})
         self._parts: dict[str, list[tuple[int, Path]]] = {}
+        self._columns: dict[tuple[str, Path], Columns] = {}
         for path, about in self.abouts.items():
-            for key, (start, _) in about["ranges"].items():
+            for key, (start, _, *columns) in about["ranges"].items():
                 self._parts.setdefault(key, []).append((start, path))
+                if columns:
+                    self._columns[key, path] = (columns[0][0], columns[0][1])
         self._sections: dict[str, set[str]] = {}
         for key in self._parts:
             section, _, name = key.partition("/")
@@ -99,8 +103,10 @@ class RoleReader:
         """What there is of a parameter."""
         return frozenset(self._sections.get(name, ()))
 
-    def read(self, section: str, name: str, *, start: int, numel: int) -> Shaped[Tensor, " numel"]:
+    def read(self, section: str, name: str, *, start: int, numel: int, columns: Columns | None = None) -> Shaped[Tensor, " numel"]:
         """Elements start .. start + numel; see `Source`."""
+        if columns is not None or any((f"{section}/{name}", path) in self._columns for _, path in self._parts.get(f"{section}/{name}", ())):
+            return self._read_columns(section, name, start=start, numel=numel, columns=columns)
         found, at = [], start
         for begin, path in sorted(self._parts.get(f"{section}/{name}", ()), key=lambda part: part[0]):
             part = self._file(path).get_slice(f"{section}/{name}")
@@ -114,6 +120,30 @@ class RoleReader:
                 f"{self.directory}: {self.role} has {section} of {name} up to element {at}, not {start + numel}; restore it from a copy"
             )
         return torch.cat(found) if len(found) != 1 else found[0]
+
+    def _read_columns(self, section: str, name: str, *, start: int, numel: int, columns: Columns | None) -> Shaped[Tensor, " numel"]:
+        """As `read`, where the elements or what there is of them are columns of a matrix: rectangle by rectangle."""
+        key, width, result, filled = f"{section}/{name}", dict(self.layout)[name][-1], None, 0
+        wanted = list(rectangles(start, numel, columns or (0, width)))
+        for begin, path in self._parts.get(key, ()):
+            part = self._file(path).get_slice(key)
+            for stored in rectangles(begin, part.get_shape()[0], self._columns.get((key, path), (0, width))):
+                for own in wanted:
+                    if (common := stored.meets(own)) is None:
+                        continue
+                    rows, first = common.bottom - common.top, stored.offset + (common.top - stored.top) * stored.width
+                    values = part[first : first + rows * stored.width].view(rows, stored.width)
+                    result = values.new_empty(numel) if result is None else result
+                    place = result[own.offset : own.offset + own.numel].view(-1, own.width)
+                    place[common.top - own.top : common.bottom - own.top, common.left - own.left : common.right - own.left] = values[
+                        :, common.left - stored.left : common.right - stored.left
+                    ]
+                    filled += common.numel
+        if result is None or filled != numel:
+            raise CheckpointError(
+                f"{self.directory}: {self.role} has {filled} of {numel} elements of {key} asked for; restore it from a copy"
+            )
+        return result
 
     def whole(self, section: str, name: str) -> Tensor:
         """A tensor in full, in its own shape."""

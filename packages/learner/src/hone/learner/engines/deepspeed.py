@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import math
@@ -19,16 +20,19 @@ from torch.nn.utils import get_total_norm
 from hone.learner.adapters import mark_trained
 from hone.learner.checkpoint.pieces import Piece, Source, share
 from hone.learner.config import DeepSpeedConfig
-from hone.learner.engines import state, zero_settings, zero_state
+from hone.learner.engines import compiled, state, zero_settings, zero_state
 from hone.learner.engines.ema import SECTION, Average
 from hone.learner.engines.loss_scale import Skips
+from hone.learner.engines.model_parallel import ModelParallel, placed
 from hone.learner.engines.protocol import StepInfo
 from hone.learner.engines.sleep import Sleeper, own_memory, tensors_in
+from hone.learner.errors import ModelError
 from hone.learner.mixture import expert_blocks
 from hone.learner.model import CriticModel, PolicyModel
 from hone.learner.muon import Muon
-from hone.learner.optim import Training, optimiser
+from hone.learner.optim import MakeAdamW, Training, optimiser
 from hone.learner.published import Layer
+from hone.learner.tensor_parallel.cut import cut_of
 
 NOISE: tuple[tuple[str, type[Warning]], ...] = (
     # Torch's renaming of collectives; DeepSpeed still calls them by the old names.
@@ -72,7 +76,16 @@ def leave() -> None:
 class DeepSpeedEngine:
     """See `Engine`. A frozen model (no `training`) is sharded by stage 3 alone, since nothing else of it could be."""
 
-    def __init__(self, module: PolicyModel | CriticModel, *, role: str, training: Training | None, ds: DeepSpeedConfig) -> None:
+    def __init__(
+        self,
+        module: PolicyModel | CriticModel,
+        *,
+        role: str,
+        training: Training | None,
+        ds: DeepSpeedConfig,
+        parallel: ModelParallel | None = None,
+    ) -> None:
+        self.parallel = parallel
         self.module, self.role, self.training, self.stage = module, role, training, zero_settings.stage_of(ds)
         self.steps = 0
         self.engine: Any = module
@@ -87,13 +100,15 @@ class DeepSpeedEngine:
         if self.stage == 3 and (blocks := expert_blocks(module)):
             # Whole at a time: gathered expert by expert, ranks that route differently would wait for one another for ever.
             _import().utils.set_z3_leaf_modules(module, blocks)
-        chosen = None if training is None else optimiser(module.named_weights(), training.config)
+        chosen = None if training is None else optimiser(module.named_weights(), training.config, _make_adamw(ds))
         with contextlib.redirect_stdout(io.StringIO()):  # one of its optimisers prints the memory in use, whatever the log level
-            settings = zero_settings.settings(ds, training, whole_below=WHOLE_BELOW)
-            self.engine, *_ = _import().initialize(model=module, optimizer=chosen, config=settings)
+            settings = zero_settings.settings(ds, training, whole_below=WHOLE_BELOW, device=self.device)
+            self.engine, *_ = _import().initialize(model=module, optimizer=chosen, config=settings, mpu=parallel)
         self.optimiser = chosen
         if isinstance(chosen, Muon) and self.stage > 0:
             chosen.lay_out(zero_state.matrices(self.engine.optimizer, self._held(), self.stage))
+        if ds.deepcompile and training is not None:
+            compiled.compile_transformer(self.engine, module)
         if training is not None:
             self.skips = Skips(role=role, bound=training.config.max_skipped_steps)
             self.scaler = self.engine.optimizer.loss_scaler if ds.param_dtype == "fp16" else None
@@ -121,8 +136,8 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the loss's gradient; see `Engine`."""
         self.bad_losses += (~loss.detach().isfinite()).float()
-        # DeepSpeed averages over ranks; our losses are parts of one sum.
-        factor = float(distributed.get_world_size())
+        # DeepSpeed averages over data-parallel ranks; our losses are parts of one sum.
+        factor = float(self._copies)
         if last:
             distributed.all_reduce(self.bad_losses)
             # An infinite loss may have finite gradients: made NaN on every rank, so that every stage leaves the step out by itself.
@@ -133,7 +148,8 @@ class DeepSpeedEngine:
     def step(self) -> StepInfo:
         """Clips and updates; see `Engine`."""
         assert self.training is not None and self.optimiser is not None, f"{self.role} is frozen"
-        lr, bad_losses = self.training.lr(self.steps), int(self.bad_losses)
+        # Every rank of a tensor-parallel group has counted the same losses.
+        lr, bad_losses = self.training.lr(self.steps), math.ceil(int(self.bad_losses) * self._copies / distributed.get_world_size())
         self.bad_losses.zero_()
         self.training.set_lr(self.optimiser, self.steps)
         # Stage 0 leaves the whole gradient on every rank and updates whatever it is; the others look at the norm.
@@ -186,7 +202,11 @@ class DeepSpeedEngine:
         held = self._held()
         written = held.fragments
         if self.stage == 0:
-            written = share(written, rank=distributed.get_rank(), world_size=distributed.get_world_size())
+            rank = distributed.get_rank() if self.parallel is None else self.parallel.get_data_parallel_rank()
+            written = share(written, rank=rank, world_size=self._copies)
+        if self.parallel is not None and self.parallel.tensor.rank:  # what is whole on all of them, the first one writes
+            cut = {name for name, parameter in self.module.named_weights() if cut_of(parameter) is not None}
+            written = [fragment for fragment in written if fragment.name in cut]
         return state.pieces(held, written, copy_of=self.sleeper.copy_of)
 
     def restore(self, source: Source) -> None:
@@ -217,7 +237,7 @@ class DeepSpeedEngine:
 
     def _held(self) -> state.Held:
         trained = [(name, parameter) for name, parameter in self.module.named_weights() if parameter.requires_grad]
-        held = zero_state.held(self.engine.optimizer, trained, self.stage)
+        held = placed(zero_state.held(self.engine.optimizer, trained, self.stage), trained)
         return held if self.average is None else dataclasses.replace(held, extra={SECTION: self.average.flats})
 
     def close(self) -> None:
@@ -229,7 +249,38 @@ class DeepSpeedEngine:
         return _import().zero.GatheredParameters(list(parameters)) if self.stage == 3 else contextlib.nullcontext()
 
     def _whole_norm(self) -> float:
-        return float(get_total_norm([parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]))
+        graded = [(one.grad, cut_of(one) is not None) for one in self.module.parameters() if one.grad is not None]
+        if self.parallel is None:
+            return float(get_total_norm([gradient for gradient, _ in graded]))
+        square = get_total_norm([gradient for gradient, cut in graded if cut]).square()
+        self.parallel.tensor.add_up(square)
+        return float((square + get_total_norm([gradient for gradient, cut in graded if not cut]).square()).sqrt())
+
+    @property
+    def _copies(self) -> int:
+        """Ranks that share an optimiser step's micro-batches among them, each with the whole model or the same part of it."""
+        return distributed.get_world_size() if self.parallel is None else self.parallel.copies
+
+
+def _make_adamw(ds: DeepSpeedConfig) -> MakeAdamW:
+    """Torch's AdamW as it is; on the host fused, three times as fast; or DeepSpeed's."""
+    if not ds.adam_offload:
+        return torch.optim.AdamW
+    return functools.partial(torch.optim.AdamW, fused=True) if ds.cpu_adam == "torch" else _cpu_adam
+
+
+def _cpu_adam(*arguments: Any, **settings: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW for the host. Raises ModelError where its C++ extension cannot be built."""
+    _import()
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        return DeepSpeedCPUAdam(*arguments, **settings)
+    except RuntimeError as error:
+        raise ModelError(
+            f"--ds.cpu-adam deepspeed needs a C++ extension that could not be built here ({error.__cause__ or error}); install a C++ "
+            "compiler and ninja, or --ds.cpu-adam torch"
+        ) from error
 
 
 def _import() -> ModuleType:

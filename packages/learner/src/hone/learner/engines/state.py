@@ -43,7 +43,16 @@ def pieces(held: Held, written: Iterable[Fragment], *, copy_of: Callable[[Tensor
         for section, value in {MASTER: master, **extra, **state}.items():
             if isinstance(value, Tensor) and value.shape == master.shape:
                 values = copy_of(value.detach()).view(-1)[fragment.offset : fragment.offset + fragment.numel]
-                result.append(Piece(section=section, name=fragment.name, shape=fragment.shape, start=fragment.start, values=values))
+                result.append(
+                    Piece(
+                        section=section,
+                        name=fragment.name,
+                        shape=fragment.shape,
+                        start=fragment.start,
+                        values=values,
+                        columns=fragment.columns,
+                    )
+                )
             elif section == OPTIMISER + STEP:
                 if fragment.start == 0:  # one for the parameter, so only its first range carries it
                     count = torch.tensor([int(value)])
@@ -78,7 +87,7 @@ def restore(held: Held, source: Source) -> None:
 
 
 def _copy(flat: Tensor, fragment: Fragment, section: str, source: Source) -> None:
-    values = source.read(section, fragment.name, start=fragment.start, numel=fragment.numel)
+    values = source.read(section, fragment.name, start=fragment.start, numel=fragment.numel, columns=fragment.columns)
     flat.view(-1)[fragment.offset : fragment.offset + fragment.numel].copy_(values)
 
 

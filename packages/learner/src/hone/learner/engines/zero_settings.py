@@ -17,26 +17,49 @@ def stage_of(ds: DeepSpeedConfig) -> int:
     return ds.zero_stage if ds.param_dtype == "fp32" else max(ds.zero_stage, 1)
 
 
-def check(ds: DeepSpeedConfig, *, device: torch.device, world_size: int) -> None:
-    """Raises ValueError for what DeepSpeed cannot do, or not on `device` or with so many ranks."""
+def check(ds: DeepSpeedConfig, *, device: torch.device, world_size: int, trained: int = 1) -> None:
+    """Raises ValueError for what DeepSpeed cannot do, or not on `device`, with so many ranks or `trained` models in each."""
     if ds.adam_offload and stage_of(ds) == 0:
         raise ValueError("--ds.adam-offload needs sharded optimiser states; --ds.zero-stage 1, 2 or 3")
+    if ds.cpu_adam == "deepspeed" and not ds.adam_offload:
+        raise ValueError("--ds.cpu-adam deepspeed steps what is offloaded to the host; add --ds.adam-offload, or drop it")
     if ds.param_offload and ds.zero_stage != 3:
         raise ValueError(f"--ds.param-offload needs sharded parameters, which stage {ds.zero_stage} has not; --ds.zero-stage 3")
     if ds.zpg > 1 and (ds.zero_stage != 3 or world_size % ds.zpg):
         raise ValueError(
             f"--ds.zpg {ds.zpg} needs --ds.zero-stage 3 and a number of ranks it divides, not stage {ds.zero_stage} of {world_size}"
         )
+    if ds.deepcompile:
+        _check_compiled(ds, cuda=device.type == "cuda", trained=trained)
     if ds.grad_accum_dtype not in ("fp32", ds.param_dtype):
         raise ValueError(
             f"gradients of {ds.param_dtype} parameters cannot be summed in {ds.grad_accum_dtype}; "
             f"--ds.grad-accum-dtype fp32 or {ds.param_dtype}"
         )
-    if ds.param_dtype == "fp16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if ds.param_dtype == "fp16" and not has_fp16(device):
         raise ValueError("this processor has no fp16 arithmetic, and DeepSpeed asks for it; --ds.param-dtype fp32, or bf16")
 
 
-def settings(ds: DeepSpeedConfig, training: Training | None, *, whole_below: int) -> dict[str, object]:
+def has_fp16(device: torch.device) -> bool:
+    """Whether DeepSpeed takes the device for one with fp16 arithmetic: of processors few are."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _check_compiled(ds: DeepSpeedConfig, *, cuda: bool, trained: int) -> None:
+    if ds.adam_offload or ds.param_offload:
+        raise ValueError("--ds.deepcompile keeps gradients and parameters on the device, where its graph finds them; drop the offload")
+    if ds.load_in_4bit or ds.lora.rank:
+        raise ValueError("--ds.deepcompile is for whole models; drop it, or the adapters (--ds.lora.rank 0)")
+    if ds.zero_stage == 3 and not cuda:
+        raise ValueError("--ds.deepcompile knows stage 3's gathers on CUDA only; here --ds.zero-stage 0, 1 or 2")
+    if cuda and trained > 1 and stage_of(ds) > 0:
+        raise ValueError(
+            f"DeepCompile holds one model a process, and {trained} train in each here; give the critic a group of its own "
+            "(--placement.critic critic), or drop --ds.deepcompile"
+        )
+
+
+def settings(ds: DeepSpeedConfig, training: Training | None, *, whole_below: int, device: torch.device) -> dict[str, object]:
     """What `deepspeed.initialize` takes; without `training`, of a frozen model."""
     zero: dict[str, object] = {
         "stage": stage_of(ds),
@@ -60,6 +83,9 @@ def settings(ds: DeepSpeedConfig, training: Training | None, *, whole_below: int
     if ds.param_dtype == "fp16":
         scale = {"initial_scale_power": INITIAL_POWER, "loss_scale_window": WINDOW, "hysteresis": 1, "min_loss_scale": 1}
         chosen["fp16"] = {"enabled": True, "loss_scale": 0, **scale}
+    if ds.deepcompile and training is not None and device.type == "cuda" and stage_of(ds) > 0:
+        # Elsewhere its passes cannot run: their native part is CUDA's, and stage 0 has no transfers within a graph.
+        chosen["compile"] = {"deepcompile": True}
     if training is not None:
         chosen["gradient_clipping"] = training.config.max_norm
     if ds.param_dtype != "fp32":

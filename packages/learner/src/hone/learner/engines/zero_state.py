@@ -58,14 +58,14 @@ def renew_parameters(optimiser: Any, stage: int) -> None:
 
 
 def matrices(optimiser: Any, held: Held, stage: int) -> dict[Tensor, list[Matrix]]:
-    """Of every flat master, the parameters of two dimensions it is made of, in DeepSpeed's order, which is that of all ranks."""
+    """Of every flat master, the parameters that are matrices, or stacks of them, in DeepSpeed's order, which is that of all ranks."""
     groups = optimiser.fp16_groups if stage == 3 else optimiser.bit16_groups
     names = {id(parameter): name for name, parameter in held.named}
     parts = {fragment.name: fragment for fragment in held.fragments}
     found: dict[Tensor, list[Matrix]] = {}
     for flat, group in zip(held.masters, groups, strict=True):
         shapes = [(parts.get(names[id(one)]), tuple(one.ds_shape if stage == 3 else one.shape)) for one in group]
-        found[flat] = [Matrix(shape=(shape[0], shape[1]), part=part) for part, shape in shapes if len(shape) == 2]
+        found[flat] = [Matrix(shape=shape, part=part) for part, shape in shapes if len(shape) > 1]
     return found
 
 

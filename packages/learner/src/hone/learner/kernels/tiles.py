@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hone.algos.kernels import PLAIN_VARIABLE
+from hone.learner.kernels.vocabulary import Vocabulary
 
 TILE_LOGITS = 2**20
 """Logits of one tile on a CPU [numbers]: 4 MiB in fp32, which its caches hold."""
@@ -32,12 +33,16 @@ COMPILED_VOCABULARY = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """From hidden states to tempered logits: z = softcap tanh((hidden weight^T + bias) / softcap) / temperature."""
+    """From hidden states to tempered logits: z = softcap tanh((hidden weight^T + bias) / softcap) / temperature.
+
+    With a `vocabulary`, of this rank's words alone: targets then count from its first word, and `statistics` are of all words.
+    """
 
     weight: Float[Tensor, "V H"]
     bias: Float[Tensor, " V"] | None
     temperature: float
     softcap: float | None
+    vocabulary: Vocabulary | None = None
 
     @property
     def precision(self) -> torch.dtype:
@@ -105,6 +110,8 @@ def statistics(
         weighted = before * (weighted + total * (highest - new).nan_to_num(neginf=0.0)) + after * (product + added * (top - new))
         total, highest = before * total + after * added, new
         at_target = torch.where(own, gathered, at_target)
+    if projection.vocabulary is not None:
+        highest, total, weighted, at_target = projection.vocabulary.merged(highest, total, weighted, at_target)
     log_total = total.log()
     entropy = log_total - weighted / total if with_entropy else None
     return Statistics(logp=(at_target - highest) - log_total, log_norm=highest + log_total, entropy=entropy)

@@ -1,4 +1,5 @@
-"""Finding an environment in a user's file: `AgentInstance` or `AgentExecutor` as OpenRLHF has them, or our own `make_env`.
+"""Finding an agent in a user's file: an environment (`AgentInstance` or `AgentExecutor` as OpenRLHF has them, or our own
+`make_env`), or a function `agent` that owns its loop and asks the endpoint.
 
 `check_agent_file` reads the source as it lies there, without running it (configuration time); `load` runs it.
 """
@@ -12,12 +13,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hone.rollout.agents.calling import FunctionAgent
 from hone.rollout.agents.openrlhf import MultiTurnAgentExecutor, OpenRLHFEnv
 from hone.rollout.env import Env
 from hone.rollout.errors import EnvironmentFailure
 
-NAMES = ("make_env", "AgentInstance", "AgentExecutor")
-EXPECTED = "`class AgentInstance` with reset and step, `class AgentExecutor(MultiTurnAgentExecutor)`, or `def make_env() -> Env`"
+NAMES = ("make_env", "agent", "AgentInstance", "AgentExecutor")
+EXPECTED = (
+    "`class AgentInstance` with reset and step, `class AgentExecutor(MultiTurnAgentExecutor)`, `def make_env() -> Env`, "
+    "or `def agent(base_url, api_key, model, row)`"
+)
 
 _MODULE = "hone_agent_file"
 
@@ -45,8 +50,8 @@ def check_agent_file(source: str) -> None:
         raise EnvironmentFailure(f"agent file {path} defines none of {', '.join(NAMES)}; write {EXPECTED}")
 
 
-def load(source: str) -> Agent:
-    """Run the file and find its environment; EnvironmentFailure if it does not load or has none."""
+def load(source: str) -> Agent | FunctionAgent:
+    """Run the file and find its environment, or its agent; EnvironmentFailure if it does not load or has none."""
     path = _located(source)
     sys.path.insert(0, str(path.parent))  # as for a script: modules beside the file can be imported
     module = ModuleType(_MODULE)
@@ -61,6 +66,8 @@ def load(source: str) -> Agent:
         ) from error
     if callable(make := getattr(module, "make_env", None)):
         return Agent(make=partial(_ours, make, path), where=f"make_env ({path})")
+    if callable(function := getattr(module, "agent", None)):
+        return FunctionAgent(function=function, where=f"agent ({path})")
     executor = getattr(module, "AgentExecutor", None)
     instance: Any = getattr(module, "AgentInstance", None)
     if isinstance(executor, type) and issubclass(executor, MultiTurnAgentExecutor):

@@ -83,14 +83,13 @@ def _turn(answer: object) -> Turn:
             "AgentInstance.step returned sampling_params; how tokens are sampled is the run's to say (rollout.temperature), since the "
             "learner recomputes log-probabilities under it: leave them out"
         )
-    if answer.get("environment_images") is not None:
-        raise EnvironmentFailure("AgentInstance.step returned environment_images, which are not supported: answer with text")
     return Turn(
         terminated=bool(answer["done"]) and not bool(answer.get("truncated", False)),
         truncated=bool(answer.get("truncated", False)),
         feedback=answer["environment_feedback"],
         reward=_number(answer["rewards"]),
         score=_number(answer.get("scores")),
+        images=answer.get("environment_images") or (),
         extra_logs={str(name): _number(value) for name, value in (answer.get("extra_logs") or {}).items()},
     )
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from hone.algos.batch import Attachment
 from hone.rollout.types import Completion, Request
 
 
@@ -35,7 +36,7 @@ class ScriptedEngine:
     def close(self) -> None:
         """Nothing was started."""
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """`logp` for every token but the first."""
         return [self.logp] * (len(tokens) - 1)
 

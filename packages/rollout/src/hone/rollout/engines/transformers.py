@@ -7,6 +7,7 @@ W the longest prompt, L the longest response, V vocabulary. Prompts are prefille
 import asyncio
 import threading
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
+from hone.algos.batch import Attachment
 from hone.rollout.errors import EngineError, StaleWeights
+from hone.rollout.pictures import processed
 from hone.rollout.types import Completion, Request
 
 
@@ -23,17 +26,26 @@ class TransformersEngine:
 
     `generate` takes requests of several prompts at once, and is much faster so; `max_rows` of them are decoded together.
     A sample depends on its prompt, contract and weights only: its company in the batch changes logits by rounding, no more.
-    `version` is the policy version that is served; whoever loads weights sets it.
+    `version` is the policy version that is served; whoever loads weights sets it. A vision-language model (of a Qwen-VL family) comes
+    with its `image_processor`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, eos_ids: Collection[int], name: str = "transformers", version: int = 0, max_rows: int = 256
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_ids: Collection[int],
+        name: str = "transformers",
+        version: int = 0,
+        max_rows: int = 256,
+        image_processor: Any = None,
     ) -> None:
         self.name = name
         self.version = version
         self._model = model.eval()
         self._eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
         self._max_rows = max_rows
+        self._image_processor = image_processor
         # Decoding runs in threads; weights must not change under it.
         self._lock = threading.Lock()
 
@@ -52,9 +64,9 @@ class TransformersEngine:
         finally:
             stop.set()
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` at temperature 1 under the weights held now."""
-        return await asyncio.to_thread(self._prompt_logp, tokens)
+        return await asyncio.to_thread(self._prompt_logp, tokens, images)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Copy every parameter from `weights`, by name, and serve them as `version`; StaleWeights names what does not fit.
@@ -125,9 +137,23 @@ class TransformersEngine:
                 f"engine {self.name} got the id {max(request.tokens)} in request {request.request_id}, but the model's vocabulary has "
                 f"{entries} entries; use the model's own tokenizer"
             )
+        if request.images:
+            self._check_images(request)
         if request.max_new_tokens < 1:
             raise EngineError(
                 f"engine {self.name} got max_new_tokens {request.max_new_tokens} in request {request.request_id}; ask for 1 or more"
+            )
+
+    def _check_images(self, request: Request) -> None:
+        if self._image_processor is None:
+            raise EngineError(
+                f"engine {self.name} serves a language model, and request {request.request_id} has images; serve one that sees"
+            )
+        written, shown = request.tokens.count(self._model.config.image_token_id), sum(one.count for one in request.images)
+        if written != shown:
+            raise EngineError(
+                f"engine {self.name} got {written} image tokens in request {request.request_id} for images of {shown}: the policy or an "
+                "environment wrote the image token itself, which transformers takes for an image; the vLLM engine does not"
             )
 
     def _generate(self, requests: Sequence[Request], stop: threading.Event) -> list[Completion]:
@@ -152,15 +178,15 @@ class TransformersEngine:
         lengths = torch.zeros(len(requests), dtype=torch.long, device=device)
         stopped = torch.zeros(len(requests), dtype=torch.bool, device=device)
 
-        prompts = list(dict.fromkeys(request.tokens for request in requests))
+        prompts = list(dict.fromkeys((request.tokens, request.images) for request in requests))
         index_of = {prompt: index for index, prompt in enumerate(prompts)}
-        prompt_of = torch.tensor([index_of[request.tokens] for request in requests], device=device)
-        ids, mask = (tensor.to(device) for tensor in _left_padded(prompts))
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        output = self._model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1)
+        prompt_of = torch.tensor([index_of[request.tokens, request.images] for request in requests], device=device)
+        ids, mask = (tensor.to(device) for tensor in _left_padded([tokens for tokens, _ in prompts]))
+        position_ids, shown = self._seen(ids, mask, [images for _, images in prompts])
+        output = self._model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=True, logits_to_keep=1, **shown)
         cache, logits = output.past_key_values, output.logits[prompt_of, -1]
         cache.batch_select_indices(prompt_of)
-        mask, position = mask[prompt_of], position_ids[prompt_of, -1]
+        mask, position = mask[prompt_of], position_ids[..., -1].reshape(-1, len(prompts)).amax(0)[prompt_of]
         held = torch.arange(len(requests), device=device)  # request of each row that is still in the cache
         live = torch.ones(len(requests), dtype=torch.bool, device=device)  # rows that are not finished
 
@@ -188,7 +214,7 @@ class TransformersEngine:
             )
             cache, logits = output.past_key_values, output.logits[:, -1]
 
-        first_of = {request.tokens: index for index, request in reversed(list(enumerate(requests)))}
+        first_of = {(request.tokens, request.images): index for index, request in reversed(list(enumerate(requests)))}
         return [
             Completion(
                 request_id=request.request_id,
@@ -196,16 +222,37 @@ class TransformersEngine:
                 logp=tuple(logp[row, :length].tolist()),
                 version=(version,) * length,
                 finish_reason="stop" if stopped[row] else "length",
-                cached_tokens=0 if first_of[request.tokens] == row else len(request.tokens),
+                cached_tokens=0 if first_of[request.tokens, request.images] == row else len(request.tokens),
             )
             for row, (request, length) in enumerate(zip(requests, lengths.tolist(), strict=True))
         ]
 
+    def _seen(
+        self, ids: Int[Tensor, "U W"], mask: Int[Tensor, "U W"], images: Sequence[Sequence[Attachment]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Positions of left-padded prompts, [U, W] or with images [3, U, W], and what the model is shown beside them."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        if not any(images):
+            return positions, {}
+        shown = {
+            name: tensor.to(ids.device) for name, tensor in processed(self._image_processor, [one for row in images for one in row]).items()
+        }
+        kinds = torch.zeros_like(ids)
+        for row, own in enumerate(images):
+            padding = int(mask.shape[1] - mask[row].sum())
+            for one in own:
+                kinds[row, padding + one.start : padding + one.start + one.count] = 1
+        model: Any = self._model.base_model
+        grids = shown["image_grid_thw"]
+        positions, _ = model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=mask)
+        return positions, shown
+
     @torch.no_grad()
-    def _prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    def _prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment]) -> list[float]:
         ids = torch.tensor([list(tokens)], device=next(self._model.parameters()).device)
+        positions, shown = self._seen(ids, torch.ones_like(ids), [images])
         with self._lock:
-            logits = self._model(input_ids=ids, use_cache=False).logits[0, :-1]
+            logits = self._model(input_ids=ids, position_ids=positions, use_cache=False, **shown).logits[0, :-1]
         return torch.log_softmax(logits.float(), dim=-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
 
 

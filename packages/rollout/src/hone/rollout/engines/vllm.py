@@ -12,8 +12,10 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from hone.algos.batch import Attachment
 from hone.rollout.config import VLLMConfig
 from hone.rollout.errors import EngineError, EngineLost, StaleWeights
+from hone.rollout.pictures import collapsed, decoded, sees
 from hone.rollout.types import Completion, Request
 
 # vLLM's label of the weights an engine starts with; ours is version 0.
@@ -49,10 +51,11 @@ class VLLMEngine:
         self._version = 0
         self._half_loaded = ""
         self._canaries = itertools.count()
+        self._sees = sees(model)
         before = set(multiprocessing.active_children())
         with _environment(config, backend=backend, threads=threads):
             try:
-                self._llm = _start(model, config, max_model_len=max_model_len, dtype=dtype, backend=backend)
+                self._llm = _start(model, config, max_model_len=max_model_len, dtype=dtype, backend=backend, sees=self._sees)
             except Exception as error:
                 raise EngineError(
                     f"engine {name} did not start on {model}: {_first_line(error)}; the cause stands in its log above"
@@ -94,8 +97,13 @@ class VLLMEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             ),
             request.request_id,
+            request.images,
         )
         sample = output.outputs[0]
+        if list(output.prompt_token_ids) != list(request.tokens):
+            raise EngineError(
+                f"request {request.request_id} was answered for another prompt: {_difference(request.tokens, output.prompt_token_ids)}"
+            )
         if sample.finish_reason not in ("stop", "length"):
             raise EngineError(f"request {request.request_id} ended with {sample.finish_reason!r} after {len(sample.token_ids)} tokens")
         return Completion(
@@ -107,7 +115,7 @@ class VLLMEngine:
             cached_tokens=output.num_cached_tokens,
         )
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` at temperature 1, recomputed under the weights served now (the canary)."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -118,19 +126,34 @@ class VLLMEngine:
         )
         request_id = f"canary-{next(self._canaries)}"
         try:
-            output = await self._last(tokens, params, request_id)
+            output = await self._last(tokens, params, request_id, images)
         except Exception as error:
             raise self._failure(f"while answering {request_id}", error) from error
         return list(output.prompt_logprobs.logprobs)
 
-    async def _last(self, tokens: Sequence[int], params: Any, request_id: str) -> Any:
-        """The final output of one vLLM request."""
-        # The prefix cache is keyed by tokens, not by weights: the salt keeps versions apart.
-        from vllm.inputs import tokens_input
+    async def _last(self, tokens: Sequence[int], params: Any, request_id: str, images: Sequence[Attachment]) -> Any:
+        """The final output of one vLLM request; EngineError where the model was shown other ids than `tokens`."""
+        from vllm.inputs import TokensPrompt, tokens_input
 
-        prompt = tokens_input(list(tokens), cache_salt=f"v{self._version}")
+        if images and not self._sees:
+            raise EngineError(f"engine {self.name} serves a language model, and request {request_id} has images; serve one that sees")
+        # The prefix cache is keyed by tokens, not by weights: the salt keeps versions apart.
+        salt = f"v{self._version}"
+        if images:
+            pictures = await asyncio.to_thread(decoded, images)
+            ids = collapsed(tokens, images)
+            prompt: Any = TokensPrompt(prompt_token_ids=ids, multi_modal_data={"image": pictures}, cache_salt=salt)
+        else:
+            prompt = tokens_input(list(tokens), cache_salt=salt)
         outputs: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id)
-        return [output async for output in outputs][-1]
+        output = [output async for output in outputs][-1]
+        if list(output.prompt_token_ids) != list(tokens):
+            raise EngineError(
+                f"engine {self.name} fed the model {len(output.prompt_token_ids)} ids in request {request_id} which are not the "
+                f"{len(tokens)} of the prompt: its processor expands images otherwise; use one version of transformers, and one "
+                "model directory, for data and engines"
+            )
+        return output
 
     async def pause(self) -> None:
         """Freeze the requests in flight and admit no new ones."""
@@ -144,6 +167,9 @@ class VLLMEngine:
         """Label the weights served from now on, and forget every cached prefix; call it between pause and resume."""
         await self._asked("while labelling weights", self._llm.update_weight_version(str(version)))
         self._version = version
+        if self._sees:
+            # Features of images are kept by picture, not by weights.
+            await self._asked("while forgetting images", self._llm.reset_encoder_cache())
         if not await self._asked("while clearing the prefix cache", self._llm.reset_prefix_cache(reset_running_requests=True)):
             raise EngineError(
                 f"engine {self.name} kept its prefix cache across the update to version {version}; pause it before the update"
@@ -240,7 +266,14 @@ class VLLMEngine:
         return EngineError(f"engine {self.name} failed {when}: {type(error).__name__}: {_first_line(error)}")
 
 
-def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: str, backend: str) -> Any:
+def _difference(sent: Sequence[int], told: Sequence[int]) -> str:
+    """Where two lists of ids first differ, with what stands around it."""
+    place = next((place for place, (one, other) in enumerate(zip(sent, told, strict=False)) if one != other), min(len(sent), len(told)))
+    window = slice(max(0, place - 8), place + 8)
+    return f"id {place} of its prompt was {list(sent[window])} and came back as {list(told[window])}"
+
+
+def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: str, backend: str, sees: bool) -> Any:
     """A running AsyncLLM."""
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
@@ -266,8 +299,10 @@ def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: 
         distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=True,
-        # Ids in, ids out: no tokenizer is needed, and none that disagrees with the learner's can creep in.
-        skip_tokenizer_init=True,
+        # Ids in, ids out: no tokenizer is needed, and none that disagrees with the learner's can creep in. Where there are images,
+        # vLLM wants one to make up the largest picture that could come; what the model is fed is compared with what was asked.
+        skip_tokenizer_init=not sees,
+        limit_mm_per_prompt={"video": 0} if sees else {},
         # The model's stop ids count, its sampling defaults do not: the contract says how a sample is drawn.
         generation_config="vllm",
         # Log-probabilities of the distribution actually sampled from: temperature, top-p and top-k included.

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from hone.algos.batch import Attachment
 from hone.rollout.errors import EngineLost, StaleWeights
 from hone.rollout.weight_sync.verify import Canary, verify
 
@@ -79,7 +80,7 @@ class ServedEngine(Protocol):
         """Parameters whose bytes the engine cannot vouch for after an update."""
         ...
 
-    async def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+    async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` under the weights served now."""
         ...
 
@@ -158,11 +159,12 @@ async def sync(
     canary: Sequence[int],
     tolerance: float,
     previous: Mapping[str, Canary],
+    images: Sequence[Attachment] = (),
 ) -> Synced:
     """Bring every engine to `version` and prove it; raises StaleWeights or EngineError.
 
-    `send` runs the trainer on every learner rank. `canary` are token ids, `tolerance` [nats]. When sending fails the
-    engines stay paused: one of them may hold a mixture of two versions, and nothing may be sampled from that.
+    `send` runs the trainer on every learner rank. `canary` are token ids, `images` what stands in them, `tolerance` [nats]. When
+    sending fails the engines stay paused: one of them may hold a mixture of two versions, and nothing may be sampled from that.
     """
     seconds: dict[str, float] = {}
     began = time.perf_counter()
@@ -177,17 +179,23 @@ async def sync(
     await asyncio.gather(*(engine.set_version(version) for engine in engines))
     await asyncio.gather(*(engine.resume() for engine in engines))
     lap("resume")
-    canaries = dict(await asyncio.gather(*(_verified(engine, version, sent, canary, tolerance, previous) for engine in engines)))
+    canaries = dict(await asyncio.gather(*(_verified(engine, version, sent, canary, images, tolerance, previous) for engine in engines)))
     lap("verify")
     gap = max(abs(a - b) for one in canaries.values() for a, b in zip(one.learner, one.engine, strict=True))
     return Synced(version=version, canaries=canaries, gap=gap, seconds=seconds)
 
 
 async def _verified(
-    engine: ServedEngine, version: int, sent: Sent, canary: Sequence[int], tolerance: float, previous: Mapping[str, Canary]
+    engine: ServedEngine,
+    version: int,
+    sent: Sent,
+    canary: Sequence[int],
+    images: Sequence[Attachment],
+    tolerance: float,
+    previous: Mapping[str, Canary],
 ) -> tuple[str, Canary]:
     """The engine's canary once everything agrees; on failure the engine is asked what it cannot vouch for."""
-    answered = await engine.prompt_logp(canary)
+    answered = await engine.prompt_logp(canary, images)
     found, received = await engine.version(), await engine.fingerprints()
 
     def checked(suspects: Sequence[str]) -> None:

@@ -1,0 +1,140 @@
+"""Chat messages in one form, whatever wire they came by, and when two of them are the same message.
+
+Only equality is decided here. What the policy reads is never rebuilt from an assistant message that was sampled: its ids are kept.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hone.rollout.endpoint.errors import Refused
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+Likeness = Literal["exact", "respelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """One call of a tool; `arguments` is JSON text as it was written."""
+
+    id: str | None
+    name: str
+    arguments: str
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it: arguments as an object where they are one."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": _parsed(self.arguments)}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One message: `reasoning` only where it was given, `tool_call_id` of a tool's answer."""
+
+    role: str
+    content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning is not None:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.name is not None:
+            message["name"] = self.name
+        return message
+
+
+def read_messages(given: object) -> tuple[Message, ...]:
+    """The messages of a chat request, in every shape client libraries send them. Raises Refused."""
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        raise Refused("messages must be a list with at least one message", param="messages")
+    return tuple(_message(one, f"messages[{index}]") for index, one in enumerate(given))
+
+
+def likeness(ours: Message, theirs: Message) -> Likeness | None:
+    """Whether a message that came back is the one that was sent: to the letter, or (an assistant's) but for spaces and JSON spelling.
+
+    Reasoning counts only where the client sends it, and ids of calls only where both have them.
+    """
+    if ours == theirs:
+        return "exact"
+    if ours.role != theirs.role or ours.role != "assistant" or len(ours.tool_calls) != len(theirs.tool_calls):
+        return None
+    if theirs.reasoning is not None and theirs.reasoning.strip() != (ours.reasoning or "").strip():
+        return None
+    if ours.content.strip() != theirs.content.strip():
+        return None
+    for mine, other in zip(ours.tool_calls, theirs.tool_calls, strict=True):
+        known = mine.id is None or other.id is None or mine.id == other.id
+        if not known or mine.name != other.name or _parsed(mine.arguments) != _parsed(other.arguments):
+            return None
+    letter = ours.content == theirs.content and [c.arguments for c in ours.tool_calls] == [c.arguments for c in theirs.tool_calls]
+    return "exact" if letter else "respelled"
+
+
+def text_of(content: object, where: str) -> str:
+    """The text of a message's content: a string, nothing, or a list of text parts. Raises Refused for anything else."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, Sequence):
+        raise Refused(f"{where}.content must be text or a list of parts, not {type(content).__name__}", param=where)
+    texts: list[str] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "refusal" and isinstance(part.get("refusal"), str):
+            texts.append(part["refusal"])
+        elif kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+            raise Refused(f"{where}.content has a part of type {kind!r}; only text is served", code="unsupported_content", param=where)
+        else:
+            texts.append(part["text"])
+    return "".join(texts)
+
+
+def _message(given: object, where: str) -> Message:
+    if not isinstance(given, Mapping) or given.get("role") not in ROLES:
+        role = given.get("role") if isinstance(given, Mapping) else given
+        raise Refused(f"{where} has the role {role!r:.80}; known are {', '.join(ROLES)}", param=where)
+    role = ROLES[str(given["role"])]
+    reasoning = given.get("reasoning_content") or given.get("reasoning")
+    calls = given.get("tool_calls") or ()
+    if not isinstance(calls, Sequence) or (calls and role != "assistant"):
+        raise Refused(f"{where}.tool_calls belongs to assistant messages and is a list", param=where)
+    identity = given.get("tool_call_id")
+    name = given.get("name") if role == "tool" else None  # of other roles templates know none
+    return Message(
+        role=role,
+        content=text_of(given.get("content"), where),
+        reasoning=reasoning if role == "assistant" and isinstance(reasoning, str) else None,
+        tool_calls=tuple(_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)),
+        tool_call_id=str(identity) if role == "tool" and identity is not None else None,
+        name=str(name) if name is not None else None,
+    )
+
+
+def _call(given: object, where: str) -> ToolCall:
+    function = given.get("function") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise Refused(f"{where} is no function call with a name", param=where)
+    arguments = function.get("arguments")
+    identity = given.get("id")
+    return ToolCall(
+        id=None if identity is None else str(identity),
+        name=function["name"],
+        arguments=arguments if isinstance(arguments, str) else json.dumps({} if arguments is None else arguments, ensure_ascii=False),
+    )
+
+
+def _parsed(arguments: str) -> object:
+    """The object that JSON text spells, or the text where it spells none."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments

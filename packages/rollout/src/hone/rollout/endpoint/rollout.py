@@ -1,0 +1,233 @@
+"""Rollout of agents that own their loop: Prompt -> n episodes, each an agent at the endpoint -> Group of Samples, ready to train on.
+
+An episode's calls become segments (`tree.py`): one, unless its history was rewritten or branched. The reward stands on the last
+action of every segment. Any failure stops the run; a request the endpoint refuses is the agent's to handle.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from hone.algos.batch import SamplerContract, Trajectory
+from hone.rollout.agents.calling import CallingAgent, Outcome
+from hone.rollout.calls import all_of
+from hone.rollout.config import RolloutConfig
+from hone.rollout.endpoint.rendering import ChatTokenizer, Renderer
+from hone.rollout.endpoint.server import Server, serving
+from hone.rollout.endpoint.session import Budget, Session
+from hone.rollout.endpoint.templates import Served
+from hone.rollout.endpoint.tree import Ledger, Segment
+from hone.rollout.errors import EnvironmentFailure
+from hone.rollout.executor import Group, Judge, Sample
+from hone.rollout.rewards.result import RewardItem
+from hone.rollout.sampling import seed_of
+from hone.rollout.types import Engine, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """An agent that owns its loop, the chat template it is served with, and who judges it, if it does not do so itself."""
+
+    agent: CallingAgent
+    served: Served | None
+    judge: Judge | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calling:
+    """Episodes of an agent at the endpoint. `judge` gives the rewards where the agent does not; `served` is the chat template
+    (None: only plain text is completed). The other fields are those of `executor.SingleTurn`.
+    """
+
+    engine: Engine
+    agent: CallingAgent
+    judge: Judge | None
+    tokenizer: ChatTokenizer
+    served: Served | None
+    stop_ids: tuple[int, ...]
+    config: RolloutConfig
+    run_seed: int
+    max_len: int
+    engine_version: str
+    tokenizer_hash: str
+    template_hash: str
+    greedy: bool = False
+
+    async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
+        """Play every prompt's episodes; `on_group` sees each group as it is finished, the result is in the order of `prompts`."""
+        gate = asyncio.Semaphore(self.config.agents_in_flight)
+        renderer = Renderer(self.tokenizer, closers=()) if self.served is None else self.served.renderer
+        async with serving(renderer) as server:
+            return await all_of(self._group(server, renderer, prompt, step, gate, on_group) for prompt in prompts)
+
+    async def _group(
+        self,
+        server: Server,
+        renderer: Renderer,
+        prompt: Prompt,
+        step: int,
+        gate: asyncio.Semaphore,
+        on_group: Callable[[Group], None] | None,
+    ) -> Group:
+        async def play(sample: int) -> Sample:
+            async with gate:
+                session = self._session(renderer, prompt, step, sample)
+                outcome = await self._played(server, session, prompt, step, sample)
+            return await self._sample(session, renderer, outcome, prompt, sample)
+
+        n = self.config.n_samples_per_prompt
+        samples = await all_of(play(sample) for sample in range(n + self.greedy))
+        group = Group(prompt=prompt, samples=tuple(samples[:n]), greedy=samples[n] if self.greedy else None)
+        if on_group is not None:
+            on_group(group)
+        return group
+
+    def _session(self, renderer: Renderer, prompt: Prompt, step: int, sample: int) -> Session:
+        config = self.config
+        contract = SamplerContract(
+            temperature=config.temperature,
+            top_p=1.0,
+            top_k=0,
+            seed=self.run_seed,
+            engine=self.engine_version,
+            tokenizer=self.tokenizer_hash,
+            template=self.template_hash,
+        )
+        return Session(
+            engine=self.engine,
+            renderer=renderer,
+            served=self.served,
+            stop_ids=self.stop_ids,
+            history=config.agent_history,
+            budget=Budget(calls=config.max_turns, new_tokens=config.max_new_tokens, max_len=self.max_len, timeout_s=config.timeout_s),
+            prompt_id=prompt.prompt_id,
+            step=step,
+            sample=sample,
+            run_seed=self.run_seed,
+            contract=contract,
+            greedy=sample == config.n_samples_per_prompt,
+        )
+
+    async def _played(self, server: Server, session: Session, prompt: Prompt, step: int, sample: int) -> Outcome:
+        """The agent's outcome within its deadline; an engine that fails meanwhile is what is raised, not what the agent makes of it."""
+        opened = server.open(session)
+        row = {
+            "prompt": prompt.text if prompt.given is None else prompt.given,
+            "label": prompt.label,
+            "columns": dict(prompt.columns),
+            "prompt_id": prompt.prompt_id,
+            "sample": sample,
+            "seed": seed_of(self.run_seed, step, f"{prompt.prompt_id}:environment", sample) % 2**32,
+        }
+        playing = asyncio.ensure_future(self.agent.play(opened.base_url, opened.key, row))
+        failing = asyncio.ensure_future(session.failure.wait())
+        try:
+            limit = self.config.agent_timeout_s
+            done, _ = await asyncio.wait([playing, failing], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if session.error is not None:
+                raise session.error
+            if not done:
+                raise self._failure(f"did not finish an episode within {limit:g} s (raise rollout.agent-timeout-s if it may)", prompt)
+            try:
+                return playing.result()
+            except EnvironmentFailure as error:
+                raise self._failure(f"{error}{self._hint(session)}", prompt) from error
+            except Exception as error:
+                raise self._failure(f"raised {type(error).__name__}: {error}{self._hint(session)}", prompt) from error
+        finally:
+            failing.cancel()
+            playing.cancel()
+            await server.close(opened)
+            with suppress(asyncio.CancelledError, Exception):  # what became of it stands above
+                await playing
+
+    def _hint(self, session: Session) -> str:
+        """What the endpoint last refused it, if that may be why it failed."""
+        return f" (its last request was refused: {session.refused})" if session.refused else ""
+
+    def _failure(self, what: str, prompt: Prompt) -> EnvironmentFailure:
+        return EnvironmentFailure(f"agent {self.agent.where} {what}, on prompt {prompt.prompt_id!r}; mend the agent")
+
+    async def _sample(self, session: Session, renderer: Renderer, outcome: Outcome, prompt: Prompt, sample: int) -> Sample:
+        segments, ledger = session.tree.segments()
+        if not segments:
+            raise self._failure("ended an episode without reading one reply of the policy", prompt)
+        last = segments[-1]
+        head = last.nodes[0].place.prompt
+        prompt_text = renderer.decoded(head)
+        response_text = renderer.decoded(last.tokens[len(head) :], behind=head)
+        outcome = await self._judged(outcome, prompt, last, response_text)
+        assert outcome.reward is not None
+        truncated = bool(session.refused) or last.nodes[-1].finish_reason == "length"
+        score = outcome.reward if outcome.score is None else outcome.score
+        rows = [
+            _trajectory(segment, prompt, sample, index, reward=outcome.reward, score=score, truncated=truncated and segment is last)
+            for index, segment in enumerate(segments)
+        ]
+        return Sample(
+            trajectory=rows[-1],
+            earlier=tuple(rows[:-1]),
+            prompt_text=prompt_text,
+            response_text=response_text,
+            label=prompt.label,
+            reward=outcome.reward,
+            score=score,
+            extra_logs={**outcome.extra_logs, **_figures(session, segments, ledger)},
+            cached_tokens=sum(node.cached_tokens for node in session.tree.nodes),
+        )
+
+    async def _judged(self, outcome: Outcome, prompt: Prompt, last: Segment, response: str) -> Outcome:
+        if self.judge is None:
+            if outcome.reward is None:
+                raise self._failure(
+                    "gave no reward (None is not zero): return one, or name a reward function (--reward.remote-url)", prompt
+                )
+            return outcome
+        if outcome.reward is not None:
+            raise self._failure("gave a reward, and --reward.remote-url names another judge; drop one of them", prompt)
+        item = RewardItem(
+            prompt_id=prompt.prompt_id,
+            query=prompt.text + response,
+            prompt=prompt.text,
+            label=prompt.label,
+            response=last.nodes[-1].text,
+            columns=prompt.columns,
+        )
+        (judgement,) = await self.judge.judge([item])
+        logs = {**outcome.extra_logs, **judgement.extra_logs}
+        return Outcome(reward=judgement.reward, score=judgement.score, extra_logs=logs)
+
+
+def _trajectory(segment: Segment, prompt: Prompt, sample: int, index: int, *, reward: float, score: float, truncated: bool) -> Trajectory:
+    """A segment as a row: the reward on its last action, the contract of the first call that is trained in it."""
+    rewards = torch.zeros(len(segment.tokens))
+    rewards[max(place for place, own in enumerate(segment.mask) if own)] = reward
+    own = next(node for node in segment.nodes if segment.mask[len(node.place.prompt)])
+    return Trajectory(
+        prompt_id=prompt.prompt_id,
+        sample=sample,
+        tokens=torch.tensor(segment.tokens, dtype=torch.long),
+        action_mask=torch.tensor(segment.mask, dtype=torch.bool),
+        rollout_logp=torch.tensor(segment.logp, dtype=torch.float32),
+        rewards=rewards,
+        version=torch.tensor(segment.version, dtype=torch.long),
+        truncated=truncated,
+        score=score,
+        contract=own.contract,
+        segment=index,
+    )
+
+
+def _figures(session: Session, segments: Sequence[Segment], ledger: Ledger) -> dict[str, float]:
+    """What the log tells of an episode at the endpoint: calls, segments, ids that were not trained on, oddities of the agent."""
+    counts = session.tree.counts
+    return {
+        "endpoint/calls": float(len(session.tree.nodes)),
+        "endpoint/segments": float(len(segments)),
+        "endpoint/ids_not_trained": float(ledger.sampled - ledger.trained),
+        "endpoint/tool_parse_errors": float(counts["tool_parse_errors"]),
+        "endpoint/respelled": float(counts["respelled"]),
+    }

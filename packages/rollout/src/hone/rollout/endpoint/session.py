@@ -1,0 +1,189 @@
+"""One episode at the endpoint: its calls are placed in a tree, drawn from the engine within a budget, and taken apart into replies."""
+
+import asyncio
+import bisect
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hone.algos.batch import SamplerContract
+from hone.rollout.calls import draw
+from hone.rollout.endpoint.errors import Refused
+from hone.rollout.endpoint.messages import Message, ToolCall
+from hone.rollout.endpoint.rendering import Renderer, Tools
+from hone.rollout.endpoint.templates import Served
+from hone.rollout.endpoint.tool_calls import PARSERS
+from hone.rollout.endpoint.tree import History, Node, Place, Tree
+from hone.rollout.sampling import seed_of
+from hone.rollout.types import Completion, Engine, Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What an episode may use: calls, new tokens of one reply and ids of one conversation [tokens], seconds for one reply [s]."""
+
+    calls: int
+    new_tokens: int
+    max_len: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One request in the form every wire is brought to; `messages` or, for plain text, `prompt`.
+
+    `requested` is only recorded. Without `reads_calls` tools are shown, and calls of them stay text.
+    """
+
+    messages: tuple[Message, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    tools: Tools = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    limit: int | None = None
+    stops: tuple[str, ...] = ()
+    n: int = 1
+    requested: Mapping[str, Any] = field(default_factory=dict)
+    reads_calls: bool = True
+
+
+class Session:
+    """An open episode. `contract` has the run's sampling; each draw gets a seed of its own, by its prompt and how often it was drawn.
+
+    `refused` is the code of the last request that was out of budget or context, if no reply was given since; `failure` is set
+    when the engine (or this code) failed, with `error`.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        renderer: Renderer,
+        served: Served | None,
+        stop_ids: Sequence[int],
+        history: History,
+        budget: Budget,
+        prompt_id: str,
+        step: int,
+        sample: int,
+        run_seed: int,
+        contract: SamplerContract,
+        greedy: bool,
+    ) -> None:
+        self.tree = Tree(served, renderer, stop_ids=stop_ids, history=history)
+        self.prompt_id, self.refused, self.failure = prompt_id, "", asyncio.Event()
+        self.error: Exception | None = None
+        self._engine, self._renderer, self._served, self._stop_ids = engine, renderer, served, frozenset(stop_ids)
+        self._budget, self._contract, self._greedy = budget, contract, greedy
+        self._origin = (run_seed, step, sample)
+        self._drawn: Counter[str] = Counter()
+        self._calls = 0
+
+    def placed(self, asked: Asked) -> Place:
+        """Where the request belongs. Raises Refused."""
+        if asked.prompt is not None:
+            return self.tree.place_text(asked.prompt)
+        return self.tree.place(asked.messages, asked.tools, asked.options)
+
+    async def answer(self, asked: Asked) -> list[Node]:
+        """Draw `asked.n` replies and enter them into the tree. Raises Refused; a failure that is not the agent's ends the session."""
+        try:
+            return await self._answered(asked)
+        except Refused:
+            raise
+        except Exception as error:
+            self.error = error
+            self.failure.set()
+            raise Refused(f"the engine failed: {error}", status=500, code="engine_dead") from error
+
+    async def _answered(self, asked: Asked) -> list[Node]:
+        if self._calls + asked.n > self._budget.calls:
+            self._refuse(f"the episode has used its {self._budget.calls} calls (rollout.max-turns)", "budget_exhausted")
+        place = self.placed(asked)
+        room = self._budget.max_len - len(place.prompt)
+        if room < 1:
+            self._refuse(
+                f"the conversation has {len(place.prompt)} tokens; its context ends at {self._budget.max_len} (data.max-len)",
+                "context_length_exceeded",
+            )
+        self._calls += asked.n
+        limit = min(self._budget.new_tokens, room, asked.limit or room)
+        requests = [self._request(place, limit) for _ in range(asked.n)]
+        drawn = await draw(self._engine, requests, of=[self.prompt_id], timeout_s=self._budget.timeout_s)
+        nodes = [self._entered(asked, place, request, completion) for request, completion in zip(requests, drawn, strict=True)]
+        self.refused = ""
+        return nodes
+
+    def _request(self, place: Place, limit: int) -> Request:
+        run_seed, step, sample = self._origin
+        digest = hashlib.blake2b(str(place.prompt).encode(), digest_size=8).hexdigest()
+        name = f"{self.prompt_id}@{digest}#{self._drawn[digest]}"
+        self._drawn[digest] += 1
+        return Request(
+            request_id=f"{step}:{name}:{sample}",
+            tokens=place.prompt,
+            max_new_tokens=limit,
+            contract=dataclasses.replace(self._contract, seed=seed_of(run_seed, step, name, sample)),
+            greedy=self._greedy,
+        )
+
+    def _entered(self, asked: Asked, place: Place, request: Request, completion: Completion) -> Node:
+        tokens = completion.tokens
+        ended = completion.finish_reason == "stop" and tokens[-1] in self._stop_ids
+        text = self._renderer.decoded(tokens[:-1] if ended else tokens, behind=place.prompt)
+        kept, finish_reason, requested = len(tokens), completion.finish_reason, dict(asked.requested)
+        found = min(((start, stop) for stop in asked.stops if (start := text.find(stop)) >= 0), default=None)
+        if found is not None:
+            # As an engine would have stopped: a shorter prefix of a sample is a sample.
+            kept = self._first_with(found[1], tokens, place.prompt)
+            text, finish_reason, requested["stopped_by"] = text[: found[0]], "stop", found[1]
+        reply = self._reply(text, asked, request, cut=finish_reason == "length")
+        return self.tree.commit(
+            place,
+            completion,
+            reply=reply,
+            text=text,
+            contract=request.contract,
+            kept=kept,
+            finish_reason=finish_reason,
+            requested=requested,
+        )
+
+    def _first_with(self, stop: str, tokens: Sequence[int], prompt: Sequence[int]) -> int:
+        """How many ids it takes until the stop string is complete."""
+        lengths = range(1, len(tokens) + 1)
+        return 1 + bisect.bisect_left(lengths, True, key=lambda length: stop in self._renderer.decoded(tokens[:length], behind=prompt))
+
+    def _reply(self, text: str, asked: Asked, request: Request, *, cut: bool) -> Message:
+        """What was written as a message: thoughts, words, calls of tools. Calls that cannot be read stay text, and are counted."""
+        if asked.prompt is not None:
+            return Message(role="assistant", content=text)
+        reasoning, content = _thoughts(text)
+        calls: tuple[ToolCall, ...] = ()
+        if asked.tools and asked.reads_calls and self._served is not None and self._served.dialect:
+            schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in asked.tools}
+            parsed = PARSERS[self._served.dialect](content, schemas)
+            self.tree.counts["tool_parse_errors"] += parsed.errors
+            if not (cut and parsed.errors):
+                name = f"{request.contract.seed:016x}"
+                content = parsed.content
+                calls = tuple(
+                    ToolCall(id=f"call_{name}_{index}", name=tool, arguments=text) for index, (tool, text) in enumerate(parsed.calls)
+                )
+        return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=calls)
+
+    def _refuse(self, message: str, code: str) -> None:
+        self.refused = code
+        raise Refused(message, code=code)
+
+
+def _thoughts(text: str) -> tuple[str | None, str]:
+    """(what was thought, what was said): a thought ends with `</think>`, and may have been begun by the prompt."""
+    if "</think>" in text:
+        thought, _, said = text.partition("</think>")
+        return thought.removeprefix("<think>").strip("\n"), said.lstrip("\n")
+    if text.lstrip().startswith("<think>"):
+        return text.lstrip().removeprefix("<think>").strip("\n"), ""
+    return None, text
