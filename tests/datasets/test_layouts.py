@@ -16,7 +16,7 @@ from hone.datasets.offline_config import JudgedData, LabelledData, MarginPairDat
 from hone.datasets.records import Source
 from hone.datasets.rows_stream import SampleStream
 from hone.datasets.samples import mismatched, prompt_of, samples_of
-from hone.datasets.sources import read_json_lines
+from hone.datasets.sources import read_file
 from hone.datasets.step_rows import reward_token_ids, steps_rows
 from hone.datasets.tasks import labelled_arithmetic
 from hone.datasets.tasks.arithmetic import build_tokenizer
@@ -32,7 +32,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def source(tmp_path: Path, *rows: dict[str, Any]) -> Source:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_json_lines(str(file), max_samples=1000)
+    return read_file(str(file), max_samples=1000)
 
 
 def learnt(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:

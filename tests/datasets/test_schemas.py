@@ -147,5 +147,52 @@ def test_real_word_problems_load_and_the_default_keys_are_answered_with_the_righ
     assert len(prompts.rows) == 7473
     assert str(prompts.rows[0].prompt).startswith("Natalia sold clips")
     assert str(prompts.rows[0].label).endswith("#### 72")
+    recognised = load_prompts(DataConfig(prompt_dataset=str(GSM8K)))
+    assert [(row.prompt, row.label) for row in recognised.rows[:50]] == [(row.prompt, row.label) for row in prompts.rows[:50]]
     with pytest.raises(DataError, match=r"columns found: 'question', 'answer'; name one with --data\.input-key; did you mean 'question'\?"):
-        load_prompts(DataConfig(prompt_dataset=str(GSM8K)))
+        load_prompts(DataConfig(prompt_dataset=str(GSM8K), input_key="prompt"))
+
+
+VERL = {
+    "data_source": "openai/gsm8k",
+    "prompt": [HI],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "72"},
+    "extra_info": {"split": "train", "index": 0},
+}
+
+
+def test_the_layouts_of_verl_and_trl_are_recognised_and_their_other_columns_kept(write: Write) -> None:
+    (row,) = load(write, VERL).rows
+    assert (row.prompt, row.label) == ((HI,), "72")
+    assert row.columns == {name: VERL[name] for name in VERL if name != "prompt"}
+    (row,) = load(write, {"prompt": "2+2?", "solution": "4", "level": 1}).rows
+    assert (row.prompt, row.label, row.columns) == ("2+2?", None, {"solution": "4", "level": 1})
+    (row,) = load(write, {"messages": [HI], "id": 7}).rows
+    assert (row.prompt, row.columns) == ((HI,), {"id": 7})
+
+
+def test_columns_named_by_a_flag_come_before_a_layout(write: Write) -> None:
+    (row,) = load(write, {**VERL, "other": "x", "mine": 3}, input_key="other", label_key="mine").rows
+    assert (row.prompt, row.label) == ("x", 3)
+    (row,) = load(write, {**VERL, "mine": 3}, label_key="mine").rows
+    assert (row.prompt, row.label) == ((HI,), 3)
+    (row,) = load(write, {"input": "x", "prompt": "y"}).rows
+    assert row.prompt == "x"
+
+
+def test_a_label_is_found_by_a_path_into_an_object(write: Write) -> None:
+    assert load(write, {"input": "a", "meta": {"gold": 5}, "a.b": 6}, label_key="meta.gold").rows[0].label == 5
+    assert load(write, {"input": "a", "a.b": 6}, label_key="a.b").rows[0].label == 6
+    message = message_of(write, {"input": "a", "meta": {"gold": 5}}, {"input": "b", "meta": {}}, label_key="meta.gold")
+    assert (
+        "  no column 'meta.gold' (1 row); add it to the rows, or delete them\n    rows.jsonl:2: columns found: 'input', 'meta'" in message
+    )
+
+
+def test_the_same_settings_and_file_are_read_once_and_a_changed_file_again(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write('{"input": "a"}')
+    config = DataConfig(prompt_dataset=path)
+    assert load_prompts(config) is load_prompts(config)
+    Path(path).write_text('{"input": "other"}')
+    assert load_prompts(config).rows[0].prompt == "other"

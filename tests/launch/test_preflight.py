@@ -186,9 +186,11 @@ def test_prompts_that_are_not_there_are_named_with_their_neighbour(tmp_path: Pat
     assert "does not exist: there is no 'trian.jsonl'" in problem.what
     assert problem.mend.startswith("did you mean 'train.jsonl'?")
     assert (problem.code, problem.where) == (3, f"--data.prompt-dataset {tmp_path}/trian.jsonl")
-    problem = only(of_model(model, words))
-    assert "is a directory" in problem.what
-    assert problem.mend == "it holds 'train.jsonl'; name one JSON-lines file"
+    (tmp_path / "empty").mkdir()
+    problem = only(of_model(model, f"{words}/empty"))
+    assert "is a directory without data files" in problem.what
+    assert problem.mend == "it is empty; name a data file"
+    assert of_model(model, words) == []  # a folder with a data file of that split
     assert of_model(model, f"{words}/train.jsonl") == []
 
 

@@ -1,11 +1,13 @@
 """Rendering: a prompt into the one text that is tokenised, by a chat template, by an input template, or as it stands."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from hone.datasets.config import DataConfig, Templates
-from hone.datasets.errors import BadRow, DataError, TokenizerError, bad_rows_error, shown
+from hone.datasets.errors import BadRow, DataError, bad_rows_error, shown
 from hone.datasets.records import Message, PromptRow, PromptSet
+from hone.datasets.templates import template_kwargs, use_template
 
 if TYPE_CHECKING:
     import transformers
@@ -18,9 +20,16 @@ KEPT_ROLES = ("system", "user", "assistant")
 def template_problems(config: Templates) -> tuple[str, ...]:
     """What is wrong with the two template settings, one message each; nothing when they are sound. Needs no tokenizer."""
     template = config.input_template
-    if template is None:
-        return ()
     problems: list[str] = []
+    if not config.apply_chat_template:
+        named = {
+            "--data.tokenizer-chat-template": config.tokenizer_chat_template,
+            "--data.chat-template-kwargs": config.chat_template_kwargs,
+        }
+        told = "has no effect without the chat template; add --data.apply-chat-template"
+        problems += [f"{flag} {told}" for flag, value in named.items() if value is not None]
+    if template is None:
+        return tuple(problems)
     if config.apply_chat_template:
         problems.append("--data.input-template and --data.apply-chat-template exclude one another; drop one of them")
     if template.count(SLOT) != 1:
@@ -45,36 +54,46 @@ def render(
     With a chat template, a plain string becomes one user message. Raises TokenizerError when the tokenizer has no chat
     template, DataError for unsound settings (`template_problems`), and one for all rows the template fails on or drops part of.
     """
+    texts: list[str] = []
+    bad: list[BadRow] = []
+    for found in rendered(prompts.rows, tokenizer, config=config, processor=processor):
+        (texts if isinstance(found, str) else bad).append(found)  # pyright: ignore[reportArgumentType] - each goes to its own list
+    if bad:
+        raise bad_rows_error(prompts.name, bad, rows=len(prompts.rows))
+    return texts
+
+
+def rendered(
+    rows: Iterable[PromptRow],
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    *,
+    config: DataConfig,
+    processor: "transformers.ProcessorMixin | None" = None,
+) -> Iterator[str | BadRow]:
+    """The text of each row in order, or everything the template does wrong with it. Raises as `render` does for what is not a row's."""
     problems = template_problems(config)
     if problems:
         raise DataError("\n".join(problems))
     if not config.apply_chat_template:
-        return [_fill(config.input_template, row.prompt) for row in prompts.rows]
-    renderer = tokenizer if processor is None or processor.chat_template is None else processor
-    if renderer.chat_template is None:
-        raise TokenizerError(
-            f"--data.apply-chat-template is on, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
-            "use an instruction-tuned model, put a chat_template.jinja beside the tokenizer, or use --data.input-template"
-        )
-    texts: list[str] = []
-    bad: list[BadRow] = []
-    for row in prompts.rows:
-        text = _apply(row, renderer, name=str(tokenizer.name_or_path))
-        if isinstance(text, BadRow):
-            bad.append(text)
-        else:
-            bad += _lost_messages(row, text)
-            texts.append(text)
-    if bad:
-        raise bad_rows_error(prompts.name, bad, rows=len(prompts.rows))
-    return texts
+        yield from (_fill(config.input_template, row.prompt) for row in rows)
+        return
+    own = processor is None or processor.chat_template is None or config.tokenizer_chat_template is not None
+    if own:
+        use_template(tokenizer, config)
+    renderer = tokenizer if own or processor is None else processor
+    given = template_kwargs(config)
+    for row in rows:
+        text = _apply(row, renderer, given, name=str(tokenizer.name_or_path))
+        lost = [] if isinstance(text, BadRow) else _lost_messages(row, text)
+        yield from lost or [text]
 
 
 def template_text(tokenizer: "transformers.PreTrainedTokenizerBase", *, config: DataConfig) -> str:
     """The template that `render` uses, or an empty text where it uses none."""
     if config.apply_chat_template:
         template = tokenizer.chat_template
-        return template if isinstance(template, str) else repr(template)
+        given = template_kwargs(config)
+        return (template if isinstance(template, str) else repr(template)) + (json.dumps(given, sort_keys=True) if given else "")
     return config.input_template or ""
 
 
@@ -88,13 +107,19 @@ def _as_messages(prompt: str | Sequence[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def _apply(row: PromptRow, renderer: "transformers.PreTrainedTokenizerBase | transformers.ProcessorMixin", *, name: str) -> str | BadRow:
+def _apply(
+    row: PromptRow,
+    renderer: "transformers.PreTrainedTokenizerBase | transformers.ProcessorMixin",
+    given: Mapping[str, Any],
+    *,
+    name: str,
+) -> str | BadRow:
     from jinja2.exceptions import TemplateError
 
     # The annotation of apply_chat_template knows text values only; templates take any (tool calls are lists).
     messages = cast("list[dict[str, str]]", [dict(message) for message in _as_messages(row.prompt)])
     try:
-        text = renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given)
     except (TemplateError, TypeError, ValueError) as error:
         return BadRow(
             what=f"the chat template of {name!r} fails",

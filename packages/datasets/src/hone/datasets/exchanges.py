@@ -9,13 +9,14 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hone.datasets.chat import SLOT
 from hone.datasets.errors import BadRow, TokenizerError, shown
 from hone.datasets.labelled import Exchange, TokenRow
 from hone.datasets.offline_config import LabelledData
 from hone.datasets.records import Message
+from hone.datasets.templates import template_kwargs, use_template
 
 if TYPE_CHECKING:
     import transformers
@@ -35,11 +36,8 @@ class Encoder:
     """Turns exchanges into token ids, one after another, with one tokenizer and one set of settings."""
 
     def __init__(self, tokenizer: "transformers.PreTrainedTokenizerBase", config: LabelledData) -> None:
-        if config.apply_chat_template and tokenizer.chat_template is None:
-            raise TokenizerError(
-                f"--data.apply-chat-template is on, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
-                "use an instruction-tuned model, put a chat_template.jinja beside the tokenizer, or use --data.input-template"
-            )
+        use_template(tokenizer, config)
+        self._given: dict[str, Any] = template_kwargs(config)
         if tokenizer.eos_token_id is None:
             raise TokenizerError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no end token, so nothing could be taught to end; "
@@ -100,7 +98,10 @@ class Encoder:
     def _by_tags(self, messages: Sequence[Message], first: int, line: int) -> Encoded | BadRow:
         """The template marks what the assistant says; of it, what belongs to the answer's messages is trained on."""
         found = self._tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", [dict(one) for one in messages]), return_dict=True, return_assistant_tokens_mask=True
+            cast("list[dict[str, str]]", [dict(one) for one in messages]),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **self._given,
         )
         ids, marks = cast("list[int]", list(found["input_ids"])), [bool(mark) for mark in found["assistant_masks"]]  # pyright: ignore[reportArgumentType, reportCallIssue] - a BatchEncoding of one row
         spans = [
@@ -168,12 +169,19 @@ class Encoder:
         """Whether a token says nothing: a special one, or white space."""
         return token in self._special or not str(self._tokenizer.decode(token)).strip()
 
-    def _rendered(self, messages: Sequence[Message], *, prompting: bool) -> list[int]:
+    def rendered(self, messages: Sequence[Message], *, prompting: bool, **given: Any) -> str:
+        """The text of a conversation, asking for an answer or not; `given` to the template on top of the configuration's."""
         text = self._tokenizer.apply_chat_template(
-            cast("list[dict[str, str]]", [dict(message) for message in messages]), tokenize=False, add_generation_prompt=prompting
+            cast("list[dict[str, str]]", [dict(message) for message in messages]),
+            tokenize=False,
+            add_generation_prompt=prompting,
+            **{**self._given, **given},
         )
         assert isinstance(text, str)
-        return self._ids(text, special=False)
+        return text
+
+    def _rendered(self, messages: Sequence[Message], *, prompting: bool) -> list[int]:
+        return self._ids(self.rendered(messages, prompting=prompting), special=False)
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return self._tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType] - of one text

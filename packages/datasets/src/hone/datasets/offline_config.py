@@ -11,11 +11,18 @@ class LabelledData:
     """What every kind of labelled data has."""
 
     dataset: str | None = None
-    """A JSON-lines file; without one, rows of the built-in arithmetic task."""
+    """A file (JSON lines, JSON, CSV, Parquet, Arrow), a saved dataset, a folder of files, or OWNER/NAME[:CONFIGURATION][@REVISION] of
+    the hub; without one, rows of the built-in arithmetic task."""
+    dataset_split: str = "train"
+    """Split of the dataset, or a part of one: train[:1000], train[10%:20%], test[-500:]. A file alone is its own train."""
     input_template: str | None = None
     """Text with one {} that a string prompt is put into; other braces stand for themselves."""
     apply_chat_template: bool = False
     """Render prompts and answers with the tokenizer's chat template; a string prompt becomes one user message."""
+    tokenizer_chat_template: str | None = None
+    """Template in place of the tokenizer's: a file of Jinja, or one of chatml, llama3, gemma. Needs apply_chat_template."""
+    chat_template_kwargs: str | None = None
+    """What the template is given by name, a JSON object: {"enable_thinking": false}. Needs apply_chat_template."""
     max_len: Annotated[int, Range(low=2)] = 2048
     """Longest row [tokens]; an answer that does not fit is cut, and then has no end token to learn."""
     max_samples: Annotated[int, Range(low=1)] = 100_000_000

@@ -1,11 +1,13 @@
 """The stages of a prompt: Row (as read) -> PromptRow (validated) -> PromptRecord (token ids).
 
 `uid` is "<first 12 digits of the source's fingerprint>:<index of the row>": the same row has the same uid in every run on
-the same data, whatever was dropped around it. `line` is the line of the file, counted from 1.
+the same data, whatever was dropped around it. `line` is the line of the file, counted from 1 (of a Parquet or Arrow file:
+the row). Sequences of rows may be lazy: an item is read when it is asked for.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from hone.datasets.errors import BadRow
 from hone.datasets.images import Picture
@@ -25,17 +27,21 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a file or a built-in task holds: `fingerprint` is a hash of its content, `bad` are the lines that are no rows."""
+    """What a file or a built-in task holds: `fingerprint` is a hash of its content, `bad` are the lines that are no rows.
+
+    Where only a part of it was asked for, `first` is the index of the part's first row.
+    """
 
     name: str
     fingerprint: str
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     bad: tuple[BadRow, ...] = ()
+    first: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptRow:
-    """A validated row: a text or chat messages, and what the reward function judges by.
+    """A validated row: a text or chat messages, what the reward function judges by, and the row's other columns.
 
     A row with `images` has messages, with a part {"type": "image"} in the place of each.
     """
@@ -44,16 +50,23 @@ class PromptRow:
     prompt: str | tuple[Message, ...]
     label: object
     line: int
+    columns: Mapping[str, object] = field(default_factory=dict)
     images: tuple[Picture, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """The validated rows of one source."""
+    """The validated rows of one source, or of several end to end: `sizes` are the rows of each, `weights` its share of the draws.
+
+    `with_images` says that some row has images.
+    """
 
     name: str
     fingerprint: str
-    rows: tuple[PromptRow, ...]
+    rows: Sequence[PromptRow]
+    sizes: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    with_images: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +81,7 @@ class PromptRecord:
     text: str
     label: object
     line: int
+    columns: Mapping[str, object] = field(default_factory=dict)
     images: tuple[Picture, ...] = ()
     places: tuple[tuple[int, int], ...] = ()
     given: str | tuple[Message, ...] = ""
@@ -82,10 +96,27 @@ class Dropped:
     reason: str
 
 
+@runtime_checkable
+class Records(Protocol):
+    """Prompts that are made, or looked up, some at a time; `fingerprint` is of the rows in use and of what makes their ids."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[PromptRecord | Dropped]: ...
+
+    def take(self, rows: Sequence[int]) -> Sequence[PromptRecord | Dropped]:
+        """The prompts of these rows, in this order; Dropped for one that cannot be used."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Everything that can be drawn from one source, and everything that was dropped on the way."""
+    """Everything that can be drawn, and everything that was dropped on the way; `sizes` and `weights` as in a PromptSet."""
 
     name: str
-    records: tuple[PromptRecord, ...]
+    records: Records
     dropped: tuple[Dropped, ...] = ()
+    sizes: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from hone.datasets.errors import DataError
 from hone.datasets.labelled import Sample
-from hone.datasets.stream import StreamState, permutation
+from hone.datasets.order import permutation
+from hone.datasets.stream import StreamState
 
 
 class SampleStream:

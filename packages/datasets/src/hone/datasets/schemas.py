@@ -1,14 +1,20 @@
 """Validation: rows of a source into prompts, all faults of all rows in one error, before any model is touched."""
 
+import functools
+import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from hone.datasets.config import DataConfig
-from hone.datasets.errors import BadRow, bad_rows_error, did_you_mean, shown
+from hone.datasets.errors import BadRow, DataError, bad_rows_error, did_you_mean, shown
 from hone.datasets.images import BadImageError, Picture, picture
+from hone.datasets.lazy import Joined, Lazy
 from hone.datasets.places import column_of, count_faults, part_faults, placed
-from hone.datasets.records import FINGERPRINT_DIGITS, Message, PromptRow, PromptSet, Source
-from hone.datasets.sources import read_json_lines
+from hone.datasets.prompt_layouts import MISSING, recognise, value_at
+from hone.datasets.reading import dataset_names, open_datasets, probabilities
+from hone.datasets.records import FINGERPRINT_DIGITS, Message, PromptRow, PromptSet, Row, Source
 
 ROLES = ("system", "user", "assistant", "tool")
 # Names prompts go by in published data sets: offered when a file has one of them and not the column asked for.
@@ -17,11 +23,49 @@ USUAL_LABELS = ("label", "answer", "solution", "ground_truth", "target", "output
 
 
 def load_prompts(config: DataConfig) -> PromptSet:
-    """The validated prompts of `config.prompt_dataset`."""
+    """The validated prompts of `config.prompt_dataset`: of one dataset, or of several end to end.
+
+    Raises DataError. Asked again for the same settings and unchanged files, it gives the same answer without reading.
+    """
     assert config.prompt_dataset is not None, "the caller takes the built-in task when no file is given"
-    source = read_json_lines(config.prompt_dataset, max_samples=config.max_samples)
-    keys = {"input_key": config.input_key, "label_key": config.label_key, "image_key": config.image_key}
-    return prompt_rows(source, **keys, chat=config.apply_chat_template, folder=Path(config.prompt_dataset).expanduser().parent)
+    stamps = tuple(stamp for name in dataset_names(config.prompt_dataset) for stamp in _stamps(Path(name).expanduser()))
+    found = _load_prompts(config, stamps)
+    if found.with_images:
+        _load_prompts.cache_clear()  # whether their files have changed, only reading them tells
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _load_prompts(config: DataConfig, stamps: tuple[object, ...]) -> PromptSet:
+    assert config.prompt_dataset is not None
+    names = dataset_names(config.prompt_dataset)
+    weights = probabilities(config.prompt_probs, len(names))
+    datasets = open_datasets(config.prompt_dataset, split=config.prompt_split, max_samples=config.max_samples)
+    sets: list[list[PromptSet]] = []
+    errors: list[DataError] = []
+    for dataset in datasets:
+        sets.append([])
+        for source in dataset.sources:
+            try:
+                keys = {"input_key": config.input_key, "label_key": config.label_key, "image_key": config.image_key}
+                rows = prompt_rows(source, **keys, chat=config.apply_chat_template, folder=dataset.folder)
+            except DataError as error:
+                errors.append(error)
+            else:
+                sets[-1].append(rows)
+    if errors:
+        raise DataError("\n".join(map(str, errors)))
+    whole = [one for inside in sets for one in inside]
+    if len(whole) == 1:
+        return whole[0]
+    return PromptSet(
+        name=", ".join(dataset.name for dataset in datasets),
+        fingerprint=hashlib.blake2b(" ".join(one.fingerprint for one in whole).encode(), digest_size=16).hexdigest(),
+        rows=Joined([one.rows for one in whole]),
+        sizes=tuple(sum(len(one.rows) for one in inside) for inside in sets),
+        weights=weights,
+        with_images=any(one.with_images for one in whole),
+    )
 
 
 def prompt_rows(
@@ -31,39 +75,124 @@ def prompt_rows(
 
     Paths of images begin at `folder`; without `image_key` no column is looked at for images.
 
+    Where the rows have no column `input_key`, and it is the usual "input", their layout may name another one, and the label's.
     Raises DataError that lists the unreadable lines and every faulty row together.
     """
-    columns = list(dict.fromkeys(name for row in source.rows for name in row.columns))
+    if input_key == "input" and len(source.rows) and (layout := recognise(source.rows[0].columns)):
+        input_key, label_key = layout.prompt, label_key or layout.label
+    judge = _Judge(source=source, input_key=input_key, label_key=label_key, chat=chat)
     bad = list(source.bad)
-    prompts: list[PromptRow] = []
+    pictures: dict[int, tuple[Picture, ...]] = {}
     for index, row in enumerate(source.rows):
-        faults = list(_input_faults(row.columns, row.line, input_key, columns, chat=chat))
-        if label_key is not None:
-            faults += _label_faults(row.columns, row.line, label_key, columns)
-        if not faults:
-            column = column_of(row.columns.get(image_key)) if image_key is not None else []
-            value = row.columns[input_key]
-            prompt, values, places = placed(value if isinstance(value, str) else _messages(value), column)
+        faults = judge.faults(row)
+        value = None if faults else row.columns[input_key]
+        column = [] if image_key is None or faults else column_of(row.columns.get(image_key))
+        # A text without a column of images, which most are, has none.
+        if value is not None and (column or not isinstance(value, str)):
+            _, values, places = placed(value if isinstance(value, str) else _messages(value), column)
             faults += count_faults(places, column, key=image_key, line=row.line)
             images = () if faults else tuple(_pictures(values, row.line, folder or Path(), faults, chat=chat))
-            prompts.append(
-                PromptRow(
-                    uid=f"{source.fingerprint[:FINGERPRINT_DIGITS]}:{index}",
-                    prompt=prompt,
-                    label=None if label_key is None else row.columns[label_key],
-                    line=row.line,
-                    images=images,
-                )
-            )
+            if images:
+                pictures[index] = images
         bad += faults
     if bad:
         raise bad_rows_error(source.name, bad, rows=len(source.rows) + len(source.bad))
-    return PromptSet(name=source.name, fingerprint=source.fingerprint, rows=tuple(prompts))
+    rows = _PromptRows(source, pictures, input_key=input_key, label_key=label_key, image_key=image_key)
+    return PromptSet(name=source.name, fingerprint=source.fingerprint, rows=rows, with_images=bool(pictures))
 
 
-def _messages(value: object) -> tuple[Message, ...]:
-    assert isinstance(value, Sequence)
-    return tuple(value)
+class _PromptRows(Lazy[PromptRow]):
+    """Validated rows, each made a prompt when it is asked for."""
+
+    def __init__(
+        self,
+        source: Source,
+        pictures: Mapping[int, tuple[Picture, ...]],
+        *,
+        input_key: str,
+        label_key: str | None,
+        image_key: str | None,
+    ) -> None:
+        self._pictures, self._image_key = pictures, image_key
+        self._rows, self._first, self._uid = source.rows, source.first, source.fingerprint[:FINGERPRINT_DIGITS]
+        self._input_key, self._label_key = input_key, label_key
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _at(self, index: int) -> PromptRow:
+        return self._prompt(index, self._rows[index])
+
+    def __iter__(self) -> Iterator[PromptRow]:
+        """Every prompt in order."""
+        return (self._prompt(index, row) for index, row in enumerate(self._rows))
+
+    def _prompt(self, index: int, row: Row) -> PromptRow:
+        value, images = row.columns[self._input_key], self._pictures.get(index, ())
+        prompt = value if isinstance(value, str) else _messages(value)
+        taken = {self._input_key, *([self._image_key] * bool(images))}
+        return PromptRow(
+            uid=f"{self._uid}:{self._first + index}",
+            prompt=placed(prompt, column_of(row.columns.get(str(self._image_key))))[0] if images else prompt,
+            label=None if self._label_key is None else value_at(row.columns, self._label_key),
+            line=row.line,
+            columns={name: column for name, column in row.columns.items() if name not in taken},
+            images=images,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judge:
+    """What is wrong with the rows of a source."""
+
+    source: Source
+    input_key: str
+    label_key: str | None
+    chat: bool
+
+    def faults(self, row: Row) -> list[BadRow]:
+        """Everything wrong with one row."""
+        value = row.columns.get(self.input_key)
+        sound = type(value) is str and value.isascii() and not (value.isspace() or not value)
+        faults = [] if sound else list(self._input_faults(row))
+        if self.label_key is not None and (label := value_at(row.columns, self.label_key)) in (None, MISSING):
+            faults.append(self._label_fault(row, label))
+        return faults
+
+    @functools.cached_property
+    def columns(self) -> list[str]:
+        """Every column that any row has, in the order they come up."""
+        return list(dict.fromkeys(name for row in self.source.rows for name in row.columns))
+
+    def _label_fault(self, row: Row, label: object) -> BadRow:
+        if label is MISSING:
+            key = str(self.label_key)
+            known = self.columns if key.partition(".")[0] not in self.columns else [*self.columns, key]
+            return missing_column(key, row.line, known, row.columns, flag="--data.label-key", usual=USUAL_LABELS)
+        return BadRow(
+            what=f"label {self.label_key!r} is null",
+            remedy="give the rows a label, delete them, or drop --data.label-key if the reward function needs none",
+            line=row.line,
+        )
+
+    def _input_faults(self, row: Row) -> Iterator[BadRow]:
+        key, line = self.input_key, row.line
+        remedy = "give the rows a prompt, or delete them"
+        if key not in row.columns:
+            yield missing_column(key, line, self.columns, row.columns, flag="--data.input-key", usual=USUAL_INPUTS)
+            return
+        value = row.columns[key]
+        if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+            yield BadRow(what=f"prompt {key!r} is empty", remedy=remedy, line=line, detail=shown(value))
+        elif isinstance(value, str):
+            yield from surrogate_faults(value, line)
+        elif not isinstance(value, list):
+            wanted = "write a string or a list of chat messages"
+            yield BadRow(what=f"prompt {key!r} is neither text nor messages", remedy=wanted, line=line, detail=shown(value))
+        else:
+            if not self.chat:
+                yield BadRow(what="chat messages without a chat template", remedy="turn on --data.apply-chat-template", line=line)
+            yield from message_faults(value, line)
 
 
 def _pictures(values: Sequence[object], line: int, folder: Path, faults: list[BadRow], *, chat: bool) -> Iterator[Picture]:
@@ -89,34 +218,18 @@ def missing_column(key: str, line: int, columns: Sequence[str], found: Mapping[s
     return BadRow(what=f"no column {key!r}", remedy=f"columns found: {listed}; name one with {flag}{nearest}", line=line)
 
 
-def _label_faults(row: Mapping[str, object], line: int, key: str, columns: Sequence[str]) -> Iterator[BadRow]:
-    if key not in row:
-        yield missing_column(key, line, columns, row, flag="--data.label-key", usual=USUAL_LABELS)
-    elif row[key] is None:
-        yield BadRow(
-            what=f"label {key!r} is null",
-            remedy="give the rows a label, delete them, or drop --data.label-key if the reward function needs none",
-            line=line,
-        )
+def _messages(value: object) -> tuple[Message, ...]:
+    """Messages of a row; a table gives every message the keys of all, and those that are null are no part of this one."""
+    assert isinstance(value, Sequence)
+    return tuple({name: part for name, part in message.items() if part is not None} for message in value)
 
 
-def _input_faults(row: Mapping[str, object], line: int, key: str, columns: Sequence[str], *, chat: bool) -> Iterator[BadRow]:
-    remedy = "give the rows a prompt, or delete them"
-    if key not in row:
-        yield missing_column(key, line, columns, row, flag="--data.input-key", usual=USUAL_INPUTS)
-        return
-    value = row[key]
-    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-        yield BadRow(what=f"prompt {key!r} is empty", remedy=remedy, line=line, detail=shown(value))
-    elif isinstance(value, str):
-        yield from surrogate_faults(value, line)
-    elif not isinstance(value, list):
-        wanted = "write a string or a list of chat messages"
-        yield BadRow(what=f"prompt {key!r} is neither text nor messages", remedy=wanted, line=line, detail=shown(value))
-    else:
-        if not chat:
-            yield BadRow(what="chat messages without a chat template", remedy="turn on --data.apply-chat-template", line=line)
-        yield from message_faults(value, line)
+def _stamps(path: Path) -> Iterator[object]:
+    """What changes when a file, or one within a folder, is written again."""
+    for file in [path, *(sorted(path.rglob("*")) if path.is_dir() else ())]:
+        if file.exists():
+            status = os.stat(file)
+            yield str(file), status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def surrogate_faults(text: str, line: int) -> Iterator[BadRow]:

@@ -1,22 +1,23 @@
 """Draws: which prompts each step gets, fixed by the seed, countable beforehand, and resumable from a few numbers.
 
-Every epoch is a permutation of all records. Steps take `batch_size` prompts each from the epochs laid end to end, so a step
-may span two epochs (its prompts then still have different ids), and only the last step of all may be smaller.
+Steps take `batch_size` prompts each from the epochs of an `Order` laid end to end, so a step may span two epochs (its prompts
+then still have different ids), and only the last step of all may be smaller. Where rows are tokenised as they are drawn, a row
+that cannot be used is passed over, and the next takes its place.
 """
 
 import hashlib
 import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from hone.datasets.errors import DataError
-from hone.datasets.records import PromptRecord
+from hone.datasets.order import Order
+from hone.datasets.records import Dropped, PromptRecord, Records
 
 
 class Draw(NamedTuple):
-    """One prompt drawn for one step; `prompt_id` is "<fingerprint>:<epoch>:<index>", unique in a run."""
+    """One prompt drawn for one step; `prompt_id` is "<fingerprint>:<epoch>:<index>", unique in a run (and "...:<n>" the n-th time more)."""
 
     prompt_id: str
     record: PromptRecord
@@ -24,7 +25,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StreamState:
-    """Where a stream stands: `drawn` prompts have been handed out since the start of the run."""
+    """Where a stream stands: `drawn` places of the order have been used up since the start of the run."""
 
     fingerprint: str
     batch_size: int
@@ -34,23 +35,49 @@ class StreamState:
 
 
 class PromptStream:
-    """An iterator over steps, each a list of draws."""
+    """An iterator over steps, each a list of draws; `sizes` and `weights` as in a PromptSet."""
 
-    def __init__(self, records: Sequence[PromptRecord], *, batch_size: int, seed: int, num_episodes: int, drawn: int = 0) -> None:
+    def __init__(
+        self,
+        records: Sequence[PromptRecord] | Records,
+        *,
+        batch_size: int,
+        seed: int,
+        num_episodes: int,
+        drawn: int = 0,
+        sizes: Sequence[int] = (),
+        weights: Sequence[float] = (),
+    ) -> None:
         for name, value in (("--rollout.batch-size", batch_size), ("--train.num-episodes", num_episodes)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
-        if not records:
+        if not len(records):
             raise DataError("there is no prompt to draw: the data has no usable row")
-        self._records = tuple(records)
-        self._fingerprint = _fingerprint(self._records)
+        self._records = records if isinstance(records, Records) else _Listed(records)
+        self._fingerprint = _mixture(self._records.fingerprint, sizes, weights)
         self._batch_size, self._seed, self._num_episodes, self._drawn = batch_size, seed, num_episodes, drawn
-        self._epoch, self._order = -1, []
+        self._order = Order(sizes if weights else (len(records),), weights, seed=seed, episodes=num_episodes)
+        self._passed_over: dict[str, Dropped] = {}
 
     @classmethod
-    def from_state(cls, state: StreamState, records: Sequence[PromptRecord]) -> "PromptStream":
+    def from_state(
+        cls,
+        state: StreamState,
+        records: Sequence[PromptRecord] | Records,
+        *,
+        sizes: Sequence[int] = (),
+        weights: Sequence[float] = (),
+    ) -> "PromptStream":
         """The stream that goes on where `state` was taken. Raises DataError when the records are not those it was drawn from."""
-        stream = cls(records, batch_size=state.batch_size, seed=state.seed, num_episodes=state.num_episodes, drawn=state.drawn)
+        stream = cls(
+            records,
+            batch_size=state.batch_size,
+            seed=state.seed,
+            num_episodes=state.num_episodes,
+            drawn=state.drawn,
+            sizes=sizes,
+            weights=weights,
+        )
         if stream._fingerprint != state.fingerprint:
             raise DataError(
                 f"the data has changed since the run was saved: fingerprint {stream._fingerprint} now, {state.fingerprint} then "
@@ -60,8 +87,13 @@ class PromptStream:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run, those already taken included."""
-        return math.ceil(self._total / self._batch_size)
+        """Steps of the whole run, those already taken included; fewer where rows are passed over."""
+        return math.ceil(len(self._order) / self._batch_size)
+
+    @property
+    def passed_over(self) -> tuple[Dropped, ...]:
+        """The rows that this stream came upon and could not use, in the order it did."""
+        return tuple(self._passed_over.values())
 
     def state(self) -> StreamState:
         """Where the stream stands after the last step it handed out."""
@@ -83,35 +115,45 @@ class PromptStream:
 
     def draw(self, count: int) -> list[Draw]:
         """The next `count` prompts, or as many as are left."""
-        end = min(self._drawn + count, self._total)
-        draws = [self._draw(position) for position in range(self._drawn, end)]
-        self._drawn = end
+        draws: list[Draw] = []
+        while len(draws) < count and self._drawn < len(self._order):
+            end = min(self._drawn + count - len(draws), len(self._order))
+            places = [self._order[position] for position in range(self._drawn, end)]
+            self._drawn = end
+            for place, record in zip(places, self._records.take([place.row for place in places]), strict=True):
+                if isinstance(record, Dropped):
+                    self._passed_over.setdefault(record.uid, record)
+                    continue
+                fingerprint, index = record.uid.split(":")
+                again = f":{place.again}" if place.again else ""
+                draws.append(Draw(prompt_id=f"{fingerprint}:{place.epoch}:{index}{again}", record=record))
         return draws
 
-    @property
-    def _total(self) -> int:
-        return self._num_episodes * len(self._records)
 
-    def _draw(self, position: int) -> Draw:
-        epoch, place = divmod(position, len(self._records))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(len(self._records), self._seed, epoch)
-        record = self._records[self._order[place]]
-        fingerprint, index = record.uid.split(":")
-        return Draw(prompt_id=f"{fingerprint}:{epoch}:{index}", record=record)
+class _Listed:
+    """Records that are all there."""
+
+    def __init__(self, records: Sequence[PromptRecord]) -> None:
+        self._records = tuple(records)
+        digest = hashlib.blake2b(digest_size=8)
+        for record in self._records:
+            seen = " ".join(image.digest for image in record.images)
+            digest.update(f"{record.uid} {record.tokens}{seen and ' '}{seen}\n".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[PromptRecord | Dropped]:
+        return iter(self._records)
+
+    def take(self, rows: Sequence[int]) -> list[PromptRecord | Dropped]:
+        """The prompts of these rows."""
+        return [self._records[row] for row in rows]
 
 
-def permutation(count: int, seed: int, epoch: int) -> list[int]:
-    """A permutation that never changes: random() is the one generator whose sequence Python promises to keep between versions."""
-    generator = random.Random(f"{seed}:{epoch}")
-    keys = [generator.random() for _ in range(count)]
-    return sorted(range(count), key=keys.__getitem__)
-
-
-def _fingerprint(records: Sequence[PromptRecord]) -> str:
-    """Of the rows in use and their ids: another file, template, tokenizer or length limit gives another."""
-    digest = hashlib.blake2b(digest_size=8)
-    for record in records:
-        seen = " ".join(image.digest for image in record.images)
-        digest.update(f"{record.uid} {record.tokens}{seen and ' '}{seen}\n".encode())
-    return digest.hexdigest()
+def _mixture(fingerprint: str, sizes: Sequence[int], weights: Sequence[float]) -> str:
+    """A fingerprint with that of the weights, which decide the order, too."""
+    if not weights:
+        return fingerprint
+    return hashlib.blake2b(f"{fingerprint} {tuple(sizes)} {tuple(weights)}".encode(), digest_size=8).hexdigest()

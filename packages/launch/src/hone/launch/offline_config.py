@@ -50,11 +50,13 @@ class EvalConfig:
     """Rows that are measured on the way and never trained on."""
 
     dataset: str | None = None
-    """A JSON-lines file of the same layout as `data.dataset`; without one nothing is measured, but for the built-in task."""
+    """A dataset of the same layout as `data.dataset`; without one nothing is measured, but for the built-in task."""
     steps: Annotated[int, Range(low=-1)] = -1
     """Optimiser steps between two evaluations; -1 evaluates after every epoch. The last step is always evaluated."""
+    split: str = "train"
+    """Split of it, or a part of one, as `data.dataset_split`."""
     max_samples: Annotated[int, Range(low=1)] = 1000
-    """Rows used, from the start of the file."""
+    """Rows used, from the start of the split."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from hone.datasets.errors import DataError
 from hone.datasets.labelled import LabelledSet, Sample, Samples
 from hone.datasets.layouts import exchange_rows, judged_rows, pair_rows, text_rows
 from hone.datasets.offline_config import LabelledData, SFTData
+from hone.datasets.reading import open_one
 from hone.datasets.records import Source
 from hone.datasets.rows_stream import SampleStream
 from hone.datasets.samples import samples_of
-from hone.datasets.sources import read_json_lines
 from hone.datasets.step_rows import steps_rows
 from hone.datasets.stream import StreamState
 from hone.datasets.tasks import labelled_arithmetic as builtin_rows
@@ -54,9 +54,9 @@ class OfflineData:
     tokenizer: "transformers.PreTrainedTokenizerBase"
 
 
-def read_rows(config: OfflineConfig, path: str, *, at_most: int, flag: str) -> LabelledSet[Any]:
-    """The validated rows of a file. Raises DataError."""
-    source = read_json_lines(path, max_samples=at_most, flag=flag)
+def read_rows(config: OfflineConfig, path: str, *, split: str, at_most: int, flag: str) -> LabelledSet[Any]:
+    """The validated rows of a dataset. Raises DataError."""
+    source = open_one(path, split=split, max_samples=at_most, flag=flag)
     return READERS[config.verb][0](source, config.data)
 
 
@@ -77,9 +77,9 @@ def prepare(config: OfflineConfig, *, model: str, state: StreamState | None = No
         rows = read(built_in(seed, min(BUILT_IN_ROWS, data.max_samples)), data)
         held_out = read(built_in(seed + EVALUATION_SEED, config.eval.max_samples), data) if config.eval.dataset is None else None
     else:
-        rows, held_out = read_rows(config, data.dataset, at_most=data.max_samples, flag="--data.dataset"), None
+        rows, held_out = read_rows(config, data.dataset, split=data.dataset_split, at_most=data.max_samples, flag="--data.dataset"), None
     if config.eval.dataset is not None:
-        held_out = read_rows(config, config.eval.dataset, at_most=config.eval.max_samples, flag="--eval.dataset")
+        held_out = read_rows(config, config.eval.dataset, split=config.eval.split, at_most=config.eval.max_samples, flag="--eval.dataset")
     tokenizer = load_tokenizer(model)
     samples = samples_of(rows, tokenizer, data)
     stream = SampleStream(samples.samples, batch_size=config.train.batch_size, seed=seed, epochs=config.train.max_epochs, state=state)

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from hone.datasets.errors import DataError
-from hone.datasets.sources import read_json_lines
+from hone.datasets.reading import open_one
+from hone.datasets.templates import template_problem
 from hone.launch.builtin import BuiltinModel
 from hone.launch.errors import ENVIRONMENT, Problem, exit_code
 from hone.launch.model_directory import faults, stated
 from hone.launch.offline_config import OfflineConfig
 from hone.launch.offline_data import read_rows
-from hone.launch.preflight import head_stride, run_directory
+from hone.launch.preflight import head_stride, named_setting, run_directory
 from hone.launch.resolve import Resolved
 
 
@@ -49,18 +50,21 @@ def _models(config: OfflineConfig) -> Iterator[Problem]:
 
 def _rows(resolved: Resolved) -> Iterator[Problem]:
     config: OfflineConfig = resolved.config
+    if error := template_problem(config.data):
+        yield replace(stated(error, otherwise=""), settings=named_setting(error, "data.tokenizer_chat_template"))
     files = {"data.dataset": config.data.dataset, "eval.dataset": config.eval.dataset}
     unsure = any(name.startswith("data.") for name in resolved.bad)
     for name, path in files.items():
         if path is None:
             continue
         flag = "--" + name
-        at_most = config.data.max_samples if name == "data.dataset" else config.eval.max_samples
+        own = name == "data.dataset"
+        at_most, split = (config.data.max_samples, config.data.dataset_split) if own else (config.eval.max_samples, config.eval.split)
         try:
             if unsure:
-                read_json_lines(path, max_samples=1, flag=flag)  # by a stand-in, rows would be faulty that are not
+                open_one(path, max_samples=1, flag=flag)  # by a stand-in, rows would be faulty that are not
             else:
-                read_rows(config, path, at_most=at_most, flag=flag)
+                read_rows(config, path, split=split, at_most=at_most, flag=flag)
         except DataError as error:
             if "\n" in str(error):  # faulty rows: a remedy stands with each kind
                 yield Problem(what=str(error), mend="", code=exit_code(error), settings=(name,))

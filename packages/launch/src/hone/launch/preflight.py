@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from hone.datasets.errors import DataError
+from hone.datasets.reading import open_datasets
 from hone.datasets.schemas import load_prompts
-from hone.datasets.sources import read_json_lines
+from hone.datasets.templates import template_problem
 from hone.launch.builtin import BuiltinModel
 from hone.launch.commands import AnyConfig
 from hone.launch.config import PolicyGradientConfig
@@ -24,6 +25,17 @@ from hone.learner.model_files import check_ring, check_tensor_parallel
 
 STATE_BYTES = 12
 """Of a parameter in a checkpoint: its master and Adam's two moments, each in fp32."""
+READS_ROWS = (
+    "data.prompt_dataset",
+    "data.prompt_probs",
+    "data.prompt_split",
+    "data.input_key",
+    "data.label_key",
+    "data.apply_chat_template",
+    "data.image_key",
+    "data.max_samples",
+)
+"""What decides which rows are read, and which of them are faulty."""
 SPARE_BYTES = 256 * 2**20
 """Disk a run needs besides its models: rollouts, metrics, logs."""
 
@@ -130,20 +142,29 @@ def head_stride(config: AnyConfig, directory: str) -> Iterator[Problem]:
 
 
 def _prompts(resolved: Resolved) -> Iterator[Problem]:
-    names = ("data.prompt_dataset", "data.input_key", "data.label_key", "data.apply_chat_template", "data.image_key", "data.max_samples")
-    path = resolved.config.data.prompt_dataset
+    data = resolved.config.data
+    if error := template_problem(data):
+        yield replace(stated(error, otherwise=""), settings=named_setting(error, "data.tokenizer_chat_template"))
+    path = data.prompt_dataset
     if path is None:
         return
     try:
-        if resolved.bad.intersection(names):
-            read_json_lines(path, max_samples=1)  # only whether it is there: by a stand-in, rows would be faulty that are not
+        if resolved.bad.intersection(READS_ROWS):
+            open_datasets(path, max_samples=1)  # only whether it is there: by a stand-in, rows would be faulty that are not
         else:
-            load_prompts(resolved.config.data)
+            load_prompts(data)
     except DataError as error:
         if "\n" in str(error):  # faulty rows: a remedy stands with each kind
-            yield Problem(what=str(error), mend="", code=exit_code(error), settings=names)
+            yield Problem(what=str(error), mend="", code=exit_code(error), settings=READS_ROWS)
         else:
-            yield replace(stated(error, otherwise="--data.prompt-dataset FILE.jsonl, one JSON object per line"), settings=names[:1])
+            told = stated(error, otherwise="--data.prompt-dataset FILE.jsonl, one JSON object per line")
+            yield replace(told, settings=named_setting(error, READS_ROWS[0]))
+
+
+def named_setting(error: DataError, otherwise: str) -> tuple[str, ...]:
+    """The setting that an error speaks of first, where it begins with a flag."""
+    first = str(error).partition(" ")[0]
+    return (first.removeprefix("--").replace("-", "_") if first.startswith("--data.") else otherwise,)
 
 
 def _agent(config: PolicyGradientConfig) -> Iterator[Problem]:

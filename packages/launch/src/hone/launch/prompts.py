@@ -1,15 +1,16 @@
 """The run's prompts: from the configuration to what the loop draws, with the tokenizer the model comes with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hone.algos.batch import Attachment
 from hone.datasets.config import DataConfig
-from hone.datasets.records import PromptRecord
+from hone.datasets.records import Dropped, PromptRecord
 from hone.datasets.schemas import load_prompts, prompt_rows
 from hone.datasets.stream import PromptStream, StreamState
 from hone.datasets.tasks import arithmetic
+from hone.datasets.templates import use_template
 from hone.datasets.tokenise import tokenise
 from hone.datasets.tokenizer import load_processor, load_tokenizer, template_hash, tokenizer_hash
 from hone.rollout.types import Prompt
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 BUILTIN_ROWS = 10_000
 """Rows of the built-in task; there are 90 different sums, and a short run ends long before."""
+
+FIRST = 2
+"""Prompts that a reward is tried out on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,28 +66,37 @@ def prepare(
     else:
         rows = load_prompts(config)
     tokenizer = load_tokenizer(model)
-    processor = load_processor(model) if any(row.images for row in rows.rows) else None
-    prompts = tokenise(rows, tokenizer, config=config, max_new_tokens=max_new_tokens, processor=processor)
+    processor = load_processor(model) if rows.with_images else None
+    if processor is None or config.tokenizer_chat_template is not None:
+        use_template(tokenizer, config)
+    hashed = tokenizer_hash(tokenizer)
+    prompts = tokenise(rows, tokenizer, config=config, max_new_tokens=max_new_tokens, tokenizer_hash=hashed, processor=processor)
+    records, shares = prompts.records, {"sizes": prompts.sizes, "weights": prompts.weights}
     if state is None:
-        stream = PromptStream(prompts.records, batch_size=batch_size, seed=seed, num_episodes=num_episodes)
+        stream = PromptStream(records, batch_size=batch_size, seed=seed, num_episodes=num_episodes, **shares)
     else:
-        stream = PromptStream.from_state(state, prompts.records)
+        stream = PromptStream.from_state(state, records, **shares)
+    first = records.take(range(min(FIRST, len(records))))
     return PromptData(
         name=prompts.name,
         stream=stream,
         rows=len(prompts.records),
         dropped=tuple((row.uid, row.reason) for row in prompts.dropped),
         tokenizer=tokenizer,
-        tokenizer_hash=tokenizer_hash(tokenizer),
+        tokenizer_hash=hashed,
         template_hash=template_hash(tokenizer, config=config),
-        first=tuple(_prompt(record.uid, record) for record in prompts.records[:2]),
-        with_images=next((_prompt(record.uid, record) for record in prompts.records if record.images), None),
+        with_images=_with_images(records) if rows.with_images else None,
+        first=tuple(_prompt(record.uid, record) for record in first if isinstance(record, PromptRecord)),
     )
+
+
+def _with_images(records: Iterable[PromptRecord | Dropped]) -> Prompt | None:
+    return next((_prompt(one.uid, one) for one in records if isinstance(one, PromptRecord) and one.images), None)
 
 
 def _prompt(prompt_id: str, record: PromptRecord) -> Prompt:
     """A record as it is drawn, its images read now. Raises DataError for an image file that has changed since."""
     placed = zip(record.places, record.images, strict=True)
     images = tuple(Attachment(start=start, count=count, data=image.encoded()) for (start, count), image in placed)
-    known = {"tokens": record.tokens, "text": record.text, "label": record.label, "given": record.given}
+    known = {"tokens": record.tokens, "text": record.text, "label": record.label, "given": record.given, "columns": record.columns}
     return Prompt(prompt_id=prompt_id, images=images, **known)

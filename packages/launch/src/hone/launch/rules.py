@@ -193,12 +193,17 @@ def _prompts(resolved: Resolved, _: int) -> Iterator[Problem]:
     data, sources = resolved.config.data, resolved.sources
     for problem in template_problems(data):
         what, mend = problem.rsplit("; ", 1)  # the last one: a template may have some of its own
-        yield Problem(what=what, mend=mend, settings=("data.input_template", *(["data.apply_chat_template"] * data.apply_chat_template)))
+        yield Problem(what=what, mend=mend, settings=_template_settings(problem, data.apply_chat_template))
     if data.prompt_dataset is None:
-        for name in ("data.input_key", "data.label_key", "data.input_template"):
+        for name in ("data.prompt_probs", "data.prompt_split", "data.input_key", "data.label_key", "data.input_template"):
             if typed(sources[name]):
                 what = f"{name} describes a prompt dataset, and there is none"
                 yield Problem(what=what, mend="add --data.prompt-dataset FILE.jsonl, or drop it", settings=(name, "data.prompt_dataset"))
+
+
+def _template_settings(problem: str, chat: bool) -> tuple[str, ...]:
+    first = problem.partition(" ")[0].removeprefix("--").replace("-", "_")
+    return (first, *(["data.apply_chat_template"] * (chat or first != "data.input_template")))
 
 
 def _own_parts(resolved: Resolved, _: int) -> Iterator[Problem]:

@@ -230,5 +230,19 @@ TOOLS = {
             "launch score --function examples/reward.py examples/sums.jsonl scored.jsonl --label-key answer",
         ),
     ),
+    "template": Verb(
+        section="data",
+        summary="what a chat template does to sample conversations",
+        story=(
+            "`template check MODEL` prints whether answers begin where they are asked for, what is trained on, the stop token, the BOS, "
+            "what becomes of system messages and thoughts, the thinking toggle, and whether supervised and reinforcement learning see the "
+            "same prompt. Needs the tokenizer alone; ends with 3 where something would spoil training."
+        ),
+        examples=(
+            "launch template check DIR",
+            "launch template check OWNER/MODEL --data.tokenizer-chat-template chatml",
+            "launch template check DIR --data.chat-template-kwargs '{\"enable_thinking\": false}'",
+        ),
+    ),
 }
 """Commands that train nothing."""

@@ -254,7 +254,12 @@ class Session:
 
     def _issued(self, source: Callable[[], Iterator[list[Prompt]]]) -> Iterator[list[Prompt]]:
         """The prompts of each step, entered into the ledger as they are drawn."""
+        told = 0
         for number, prompts in enumerate(source(), start=self._first + 1):
+            passed_over = self._prompts.stream.passed_over
+            for row in passed_over[told:]:
+                self._directory.append_event("row_dropped", uid=row.uid, reason=row.reason)
+            told = len(passed_over)
             self._ledger.issue([prompt.prompt_id for prompt in prompts], step=number)
             yield prompts
 
