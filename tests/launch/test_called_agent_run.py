@@ -1,18 +1,20 @@
 """Whole runs of agents that own their loop: programs written for the openai and anthropic packages, trained for ten steps."""
 
+import dataclasses
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 from transformers import AutoModelForCausalLM
 
+from hone.datasets.config import DataConfig
 from hone.launch.agent import agent_of
 from hone.launch.cli import main
 from hone.launch.config import default_config
 from hone.launch.observe.run_directory import read_metrics
+from hone.launch.prompts import prepare
 from hone.launch.schema import replaced
 from hone.rollout.errors import EnvironmentFailure
 from tests.launch.conftest import write_rows
@@ -115,10 +117,14 @@ def test_agents_that_cannot_be_served_are_refused_before_anything_starts(tmp_pat
     assert "cannot serve an agent: the template leaves the reply out" in message
 
 
-def test_rows_with_images_are_refused() -> None:
+def test_rows_with_images_are_refused(tmp_path: Path) -> None:
+    model = str(write_chat_model(tmp_path / "model"))
+    prompts = prepare(DataConfig(), model=model, batch_size=1, num_episodes=1, seed=0, max_new_tokens=8)
+    pictured = dataclasses.replace(prompts, with_images=prompts.first[0])
     config = replaced(default_config("grpo"), {"rollout.agent_command": "python3"})
     with pytest.raises(EnvironmentFailure, match="agent `python3` would not see the images of the rows: the endpoint serves text"):
-        agent_of(config, "", SimpleNamespace(with_images=object()), on_start=lambda *_: None, note=print)  # type: ignore[arg-type]
+        agent_of(config, model, pictured, on_start=lambda *_: None, note=print)
+    assert agent_of(config, model, prompts, on_start=lambda *_: None, note=print)
 
 
 def test_a_program_that_fails_ends_the_run_with_its_last_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
