@@ -1,21 +1,23 @@
 """Whole runs of agents that own their loop: programs written for the openai and anthropic packages, trained for ten steps."""
 
+import dataclasses
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 from transformers import AutoModelForCausalLM
 
+from hone.datasets.config import DataConfig
 from hone.launch.agent import agent_of
 from hone.launch.cli import main
 from hone.launch.config import default_config
 from hone.launch.observe.run_directory import read_metrics
+from hone.launch.prompts import prepare
 from hone.launch.schema import replaced
 from hone.rollout.errors import EnvironmentFailure
-from tests.launch.conftest import write_rows
+from tests.launch.conftest import SHORT_IS_GOOD, write_reward, write_rows
 from tests.launch.running import started
 from tests.rollout.chatting import CHATML, write_chat_model
 
@@ -98,6 +100,29 @@ async def agent(base_url, api_key, model, row):
     assert rows_seen[0]["reward"] == rows_seen[1]["reward"]
 
 
+def test_a_reward_function_judges_a_program_that_prints_none(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import json, os, sys, urllib.request
+row = json.load(sys.stdin)
+body = json.dumps({"messages": [{"role": "user", "content": row["prompt"]}]}).encode()
+headers = {"x-api-key": os.environ["ANTHROPIC_API_KEY"]}
+print(urllib.request.urlopen(urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, headers)).status == 200)
+"""
+    )
+    flags = arguments(tmp_path, "openai")
+    flags[2] = f"{sys.executable} -S {program}"
+    reward = write_reward(tmp_path / "reward.py", SHORT_IS_GOOD)
+    run = tmp_path / "run"
+    more = ["--reward.remote-url", str(reward), "--run.backend", "local", "--train.max-steps", "1", "--run.dir", str(run)]
+    assert main([*flags, *more]) == 0
+    (step,) = read_metrics(run)[0]
+    rows = pyarrow.parquet.read_table(run / "rollouts" / "step_000001.parquet").to_pylist()
+    assert [row["reward"] for row in rows] == [pytest.approx(1 / (1 + len(row["response"]))) for row in rows]
+    assert step["rollout/extra/characters"] > 0
+
+
 def test_agents_that_cannot_be_served_are_refused_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refusal(code: int, *flags: str) -> str:
         assert main(["grpo", *flags, "--run.dir", str(tmp_path / "run")]) == code
@@ -115,10 +140,14 @@ def test_agents_that_cannot_be_served_are_refused_before_anything_starts(tmp_pat
     assert "cannot serve an agent: the template leaves the reply out" in message
 
 
-def test_rows_with_images_are_refused() -> None:
+def test_rows_with_images_are_refused(tmp_path: Path) -> None:
+    model = str(write_chat_model(tmp_path / "model"))
+    prompts = prepare(DataConfig(), model=model, batch_size=1, num_episodes=1, seed=0, max_new_tokens=8)
+    pictured = dataclasses.replace(prompts, with_images=prompts.first[0])
     config = replaced(default_config("grpo"), {"rollout.agent_command": "python3"})
-    with pytest.raises(EnvironmentFailure, match="agent `python3` would not see the images of the rows: the endpoint serves text"):
-        agent_of(config, "", SimpleNamespace(with_images=object()), on_start=lambda *_: None, note=print)  # type: ignore[arg-type]
+    with pytest.raises(EnvironmentFailure, match="agent `python3` would not see the rows' images: the endpoint serves text"):
+        agent_of(config, model, pictured, on_start=lambda *_: None, note=print)
+    assert agent_of(config, model, prompts, on_start=lambda *_: None, note=print)
 
 
 def test_a_program_that_fails_ends_the_run_with_its_last_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

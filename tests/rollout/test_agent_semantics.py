@@ -213,6 +213,17 @@ def test_15_where_nothing_is_rewritten_the_template_appends_too() -> None:
     assert talk.ask(user("2+2"), echoed(first), user("sure?")).place.how == "append"
 
 
+def test_16_thoughts_that_the_prompt_began_are_told_as_thoughts_even_where_they_were_cut() -> None:
+    begun = CHATML.replace("<|im_start|>assistant{{ '\\n' }}", "<|im_start|>assistant{{ '\\n' }}<think>{{ '\\n' }}")
+    talk = Talk([f"hm</think>four{END}", "never ending", f"ok{END}"], template=begun, new_tokens=16)
+    first = talk.ask(user("2+2"))
+    assert (first.reply.reasoning, first.reply.content) == ("hm", "four")
+    cut = talk.ask(user("2+2"), max_tokens=5)
+    assert (cut.reply.reasoning, cut.reply.content, cut.finish_reason) == ("never", "", "length")
+    third = talk.ask(user("2+2"), echoed(first), user("sure?"))
+    assert third.place.parent is first and talk.text(third.ids).count("<think>") == 2
+
+
 def test_18_concurrent_requests_are_all_recorded() -> None:
     def rows(order: Sequence[int]) -> set[tuple[Any, ...]]:
         talk = Talk([f"root{END}"])

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from hone.rollout.agents.calling import CallingAgent, CommandAgent, FunctionAgent, check_command, environment, outcome
@@ -60,13 +61,12 @@ class Length:
         return [Judgement(reward=float(len(item.response or "")), score=0.5, extra_logs={"judged": 1.0}) for item in items]
 
 
-def collect(agent: CallingAgent, *replies: str, judge: Judge | None = None, n: int = 1, script: Any = None, **settings: Any) -> Group:
+def calling(agent: CallingAgent, *replies: str, judge: Judge | None = None, n: int = 1, script: Any = None, **settings: Any) -> Calling:
     letters = tokenizer()
     left = list(replies)
-    engine = ScriptedEngine(script=script or (lambda _: letters.encode(left.pop(0), add_special_tokens=False)))
     ends = (letters.eos_token_id,)
-    calling = Calling(
-        engine=engine,
+    return Calling(
+        engine=ScriptedEngine(script=script or (lambda _: letters.encode(left.pop(0), add_special_tokens=False))),
         agent=agent,
         judge=judge,
         tokenizer=letters,
@@ -79,8 +79,37 @@ def collect(agent: CallingAgent, *replies: str, judge: Judge | None = None, n: i
         tokenizer_hash="",
         template_hash="",
     )
-    (group,) = asyncio.run(calling.collect([Prompt(prompt_id="p", tokens=(), text="2+2", label="4", given=[user("2+2")])], step=1))
+
+
+def question(name: str = "p") -> Prompt:
+    return Prompt(prompt_id=name, tokens=(), text="2+2", label="4", given=[user("2+2")])
+
+
+def collect(agent: CallingAgent, *replies: str, **settings: Any) -> Group:
+    (group,) = asyncio.run(calling(agent, *replies, **settings).collect([question()], step=1))
     return group
+
+
+def test_calls_of_collect_share_the_endpoint_and_its_bound() -> None:
+    seen: list[tuple[str, str]] = []
+
+    async def agent(base_url: str, api_key: str, model: str, row: dict[str, Any]) -> float:
+        seen.append((base_url.partition("/s/")[0], "in"))
+        body, headers = {"messages": row["prompt"]}, {"x-api-key": api_key}
+        async with aiohttp.ClientSession() as client, client.post(base_url + "/chat/completions", json=body, headers=headers) as answer:
+            assert answer.status == 200
+        seen.append((base_url.partition("/s/")[0], "out"))
+        return 1.0
+
+    async def both() -> None:
+        of_agent = calling(FunctionAgent(function=agent, where="agent"), *[f"4{END}"] * 8, n=2, agents_in_flight=1)
+        await asyncio.gather(*(of_agent.collect([question(name)], step=1) for name in ("p", "q")))
+        assert of_agent._post.users == 0
+        await of_agent.collect([question("r")], step=2)
+
+    asyncio.run(both())
+    assert [what for _, what in seen] == ["in", "out"] * 6
+    assert len({address for address, _ in seen[:8]}) == 1
 
 
 def test_1_2_a_command_is_given_the_row_and_prints_its_reward(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ action of every segment. Any failure stops the run; a request the endpoint refus
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,6 +36,35 @@ class Caller:
     judge: Judge | None = None
 
 
+@dataclass(kw_only=True)
+class _Post:
+    """The server, and the gate that bounds how many agents go on: one of each for all calls of `collect` that go on at a time."""
+
+    users: int = 0
+    opening: "asyncio.Task[tuple[AsyncExitStack, Server, asyncio.Semaphore]] | None" = None
+
+    @asynccontextmanager
+    async def held(self, renderer: Renderer, *, agents: int) -> AsyncIterator[tuple[Server, asyncio.Semaphore]]:
+        """Opened by the first who comes, closed by the last who goes."""
+        self.users += 1
+        if self.users == 1 or self.opening is None:
+            self.opening = asyncio.ensure_future(_opened(renderer, agents))
+        opening = self.opening
+        try:
+            _, server, gate = await asyncio.shield(opening)
+            yield server, gate
+        finally:
+            self.users -= 1
+            if not self.users and opening.done() and opening.exception() is None:
+                await opening.result()[0].aclose()
+
+
+async def _opened(renderer: Renderer, agents: int) -> tuple[AsyncExitStack, Server, asyncio.Semaphore]:
+    stack = AsyncExitStack()
+    server = await stack.enter_async_context(serving(renderer))
+    return stack, server, asyncio.Semaphore(agents)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calling:
     """Episodes of an agent at the endpoint. `judge` gives the rewards where the agent does not; `served` is the chat template
@@ -55,12 +84,12 @@ class Calling:
     tokenizer_hash: str
     template_hash: str
     greedy: bool = False
+    _post: "_Post" = field(default_factory=lambda: _Post())
 
     async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
         """Play every prompt's episodes; `on_group` sees each group as it is finished, the result is in the order of `prompts`."""
-        gate = asyncio.Semaphore(self.config.agents_in_flight)
         renderer = Renderer(self.tokenizer, closers=()) if self.served is None else self.served.renderer
-        async with serving(renderer) as server:
+        async with self._post.held(renderer, agents=self.config.agents_in_flight) as (server, gate):
             return await all_of(self._group(server, renderer, prompt, step, gate, on_group) for prompt in prompts)
 
     async def _group(

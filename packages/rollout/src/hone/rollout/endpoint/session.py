@@ -160,7 +160,7 @@ class Session:
         """What was written as a message: thoughts, words, calls of tools. Calls that cannot be read stay text, and are counted."""
         if asked.prompt is not None:
             return Message(role="assistant", content=text)
-        reasoning, content = _thoughts(text)
+        reasoning, content = _thoughts(text, begun=self._renderer.decoded(request.tokens[-4:]).rstrip().endswith("<think>"))
         calls: tuple[ToolCall, ...] = ()
         if asked.tools and asked.reads_calls and self._served is not None and self._served.dialect:
             schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in asked.tools}
@@ -179,11 +179,11 @@ class Session:
         raise Refused(message, code=code)
 
 
-def _thoughts(text: str) -> tuple[str | None, str]:
-    """(what was thought, what was said): a thought ends with `</think>`, and may have been begun by the prompt."""
+def _thoughts(text: str, *, begun: bool) -> tuple[str | None, str]:
+    """(what was thought, what was said): a thought ends with `</think>`, and may have been `begun` by the prompt."""
     if "</think>" in text:
         thought, _, said = text.partition("</think>")
         return thought.removeprefix("<think>").strip("\n"), said.lstrip("\n")
-    if text.lstrip().startswith("<think>"):
+    if begun or text.lstrip().startswith("<think>"):
         return text.lstrip().removeprefix("<think>").strip("\n"), ""
     return None, text
