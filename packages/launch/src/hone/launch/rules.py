@@ -367,7 +367,7 @@ def _typed(source: str) -> bool:
     return source.startswith("flag ")
 
 
-SHARED: tuple[Rule, ...] = (_rings, _models_in_parts, _steps, _backend, _formats)
+SHARED: tuple[Rule, ...] = (_rings, _tensor_parallel, _models_in_parts, _steps, _backend, _formats)
 """What every program that trains must keep."""
 
 RULES: tuple[Rule, ...] = (
