@@ -117,8 +117,8 @@ class OfflineConfig:
 
     @property
     def unused(self) -> frozenset[str]:
-        """Settings, or groups of them, without an effect."""
-        return frozenset()
+        """Settings, or groups of them, without an effect: scores are learnt and measured as they are."""
+        return frozenset({"ds.normalize_reward"})
 
     @property
     def others(self) -> dict[str, str | None]:
@@ -146,7 +146,7 @@ class ComparedConfig(OfflineConfig):
     @property
     def unused(self) -> frozenset[str]:
         """Without a reference in the loss, none is set up."""
-        return frozenset() if "ref_logp" in self.algo.needs else frozenset({"ref"})
+        return super().unused if "ref_logp" in self.algo.needs else super().unused | {"ref"}
 
     @property
     def others(self) -> dict[str, str | None]:
@@ -192,7 +192,7 @@ class RMConfig(OfflineConfig):
     @property
     def unused(self) -> frozenset[str]:
         """Margins, where the loss knows none."""
-        return frozenset({"data.margin_key"}) if self.loss == "log_exp" else frozenset()
+        return super().unused | {"data.margin_key"} if self.loss == "log_exp" else super().unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +207,7 @@ class PRMConfig(OfflineConfig):
     @property
     def unused(self) -> frozenset[str]:
         """Ids of reward tokens are found from their texts; steps are tokenised as they stand."""
-        return frozenset({"algo.reward_tokens", "data.input_template", "data.apply_chat_template"})
+        return super().unused | {"algo.reward_tokens", "data.input_template", "data.apply_chat_template"}
 
 
 @dataclass(frozen=True, kw_only=True)
