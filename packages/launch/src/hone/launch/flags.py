@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hone.launch.errors import Problem
-from hone.launch.names import aliases, flag, plain, unknown
+from hone.launch.names import ALL_ALIASES, flag, plain, unknown
 from hone.launch.schema import Setting, from_text, shown
 
 ACTIONS = {"config": "FILE", "recipe": "NAME", "print_config": ""}
@@ -54,8 +54,8 @@ def targets(name: str, tokens: Sequence[Any], known: Mapping[str, Setting]) -> l
     """The settings a name stands for, each with its share of the values; empty for an unknown name."""
     if name in known:
         return [(name, tokens)]
-    alias = aliases(known).get(name)
-    if alias is None:
+    alias = ALL_ALIASES.get(name)
+    if alias is None or any(target not in known for target in alias.targets):
         return []
     if not alias.spread:
         return [(target, tokens) for target in alias.targets]

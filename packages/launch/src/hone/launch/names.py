@@ -50,9 +50,12 @@ OFFLINE_ALIASES = {
 """Names of OpenRLHF's offline programs, understood where the settings they stand for are there."""
 
 
+ALL_ALIASES = ALIASES | OFFLINE_ALIASES
+
+
 def aliases(known: Collection[str]) -> dict[str, Alias]:
     """Every alias that stands for settings there are."""
-    return {name: one for name, one in (ALIASES | OFFLINE_ALIASES).items() if all(target in known for target in one.targets)}
+    return {name: one for name, one in ALL_ALIASES.items() if all(target in known for target in one.targets)}
 
 
 RENAMED = {

@@ -51,11 +51,11 @@ def _rows(resolved: Resolved, _: int) -> Iterator[Problem]:
     if train.micro_batch_size is not None and train.micro_batch_size < together:
         what = f"a micro-batch of {train.micro_batch_size} row holds no pair, which has two"
         yield Problem(what=what, mend="--train.micro-batch-size 2 or more", settings=("train.micro_batch_size",))
-    rings = max(1, rules.ranks(config) // ring)
-    if train.batch_size < rings:
-        what = f"{rings} ranks share an optimiser step of {train.batch_size} rows: some would have none"
+    shares = max(1, rules.ranks(config) // config.ds.ranks_per_shard)
+    if train.batch_size < shares:
+        what = f"{shares} ranks share an optimiser step of {train.batch_size} rows: some would have none"
         names = ("train.batch_size", "model.num_nodes", "model.num_gpus_per_node")
-        yield Problem(what=what, mend=f"--train.batch-size {rings} or more, or fewer ranks", settings=names)
+        yield Problem(what=what, mend=f"--train.batch-size {shares} or more, or fewer ranks", settings=names)
 
 
 def _own(resolved: Resolved, _: int) -> Iterator[Problem]:

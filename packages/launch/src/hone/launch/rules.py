@@ -359,7 +359,7 @@ def spans_machines(config: AnyConfig) -> bool:
     return "RAY_ADDRESS" in os.environ or getattr(config, config.groups[0]).num_nodes > 1
 
 
-SHARED: tuple[Rule, ...] = (_rings, _models_in_parts, _steps, _backend, _formats)
+SHARED: tuple[Rule, ...] = (_rings, _tensor_parallel, _models_in_parts, _steps, _backend, _formats)
 """What every program that trains must keep."""
 
 RULES: tuple[Rule, ...] = (
