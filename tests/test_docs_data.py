@@ -13,6 +13,7 @@ from hone.datasets.prompt_layouts import PROMPT_LAYOUTS
 from hone.datasets.templates import BUILTIN
 from hone.datasets.tokenise import SAMPLED_ROWS, UPFRONT_ROWS
 from hone.launch.cli import main
+from tests.datasets.test_masks import tokenizer_with
 
 PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.replace("\\\n", " ").splitlines()]
@@ -29,6 +30,15 @@ def test_every_command_is_accepted(
     (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}")
     words = shlex.split(command)
     assert words[:3] == ["uv", "run", "launch"]
+    if words[3] == "template":
+        sound = tokenizer_with(BUILTIN["chatml"], "<|im_end|>")
+        sound.save_pretrained(tmp_path / "DIR")
+        assert main(words[3:]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert all(
+            any(f" {name} " in line for line in lines) for name in ("prefix", "mask", "stop token", "SFT = RL", "BOS", "thinking toggle")
+        )
+        return
     assert main([*words[3:], "--print-config"]) == 0, capsys.readouterr().err
     assert 'prompt_dataset = "rows.jsonl' in capsys.readouterr().out
 

@@ -38,8 +38,16 @@ class FileRows(Lazy[Row]):
     def __len__(self) -> int:
         return len(self._starts)
 
+    def __iter__(self) -> Iterator[Row]:
+        """Every row in order."""
+        places = zip(self._starts, self._lengths, self._lines, strict=True)
+        return (self._row(start, length, line) for start, length, line in places)
+
     def _at(self, index: int) -> Row:
-        row = self._parse(os.pread(self._handle, self._lengths[index], self._starts[index]), self._lines[index])
+        return self._row(self._starts[index], self._lengths[index], self._lines[index])
+
+    def _row(self, start: int, length: int, line: int) -> Row:
+        row = self._parse(os.pread(self._handle, length, start), line)
         if isinstance(row, BadRow):
             raise DataError(f"{self._file}:{row.line} has changed while it was in use ({row.what}); leave the file alone during a run")
         return row

@@ -86,7 +86,8 @@ def prompt_rows(
     for index, row in enumerate(source.rows):
         faults = judge.faults(row)
         value = None if faults else row.columns[input_key]
-        column = [] if image_key is None or faults else column_of(row.columns.get(image_key))
+        shown_images = None if image_key is None or faults else row.columns.get(image_key)
+        column = [] if shown_images is None else column_of(shown_images)
         # A text without a column of images, which most are, has none.
         if value is not None and (column or not isinstance(value, str)):
             _, values, places = placed(value if isinstance(value, str) else _messages(value), column)
