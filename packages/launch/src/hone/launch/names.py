@@ -274,8 +274,6 @@ OFFLINE_WITHOUT_COUNTERPART = {
     "model.margin_loss_enable": "margins are used where the data has a column of them; --data.margin-key names it",
     "model.compute_fp32_loss_enable": "losses are computed in fp32 always",
     "ref.offload": "the reference is asked before training begins, and is gone by then",
-    "eval.split": "name a file of its own with --eval.dataset",
-    "data.dataset_split": "name a file of its own with --data.dataset",
 }
 
 WITHOUT_COUNTERPART = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hone.datasets.chat import template_problems
 from hone.datasets.errors import DataError
-from hone.datasets.labelled import LabelledSet, Sample, Samples
+from hone.datasets.labelled import LabelledSet, Samples
 from hone.datasets.layouts import exchange_rows, judged_rows, pair_rows, text_rows
 from hone.datasets.offline_config import LabelledData, SFTData
 from hone.datasets.reading import open_one
@@ -100,8 +100,3 @@ def settled(config: OfflineConfig, tokenizer: "transformers.PreTrainedTokenizerB
     if not isinstance(config.data, StepData):
         return config
     return replace(config, algo=replace(config.algo, reward_tokens=reward_token_ids(config.data, tokenizer)))  # pyright: ignore[reportCallIssue, reportArgumentType] - that of prm
-
-
-def longest(samples: Samples) -> Sample:
-    """The sample of most tokens."""
-    return max(samples.samples, key=lambda sample: sample.length)

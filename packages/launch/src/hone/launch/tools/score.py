@@ -37,17 +37,17 @@ def run(words: Sequence[str]) -> int:
     )
     size = _number(asked, "--batch-size", 64)
     from hone.datasets.layouts import exchange_rows
-    from hone.datasets.sources import read_json_lines
+    from hone.datasets.reading import open_one
 
-    source = read_json_lines(asked["ROWS"], max_samples=10**12, flag="ROWS")
+    source = open_one(asked["ROWS"], flag="ROWS")
     rows = exchange_rows(source, config)
     score = _by_function if by_function else _by_model
     written, total = 0, 0.0
     partial = Path(f"{asked['OUT']}.partial")
     with partial.open("w", encoding="utf-8") as out:
         for scores in score(asked, config, source, rows, size):
-            for row, value in zip(source.rows[written:], scores, strict=False):
-                out.write(json.dumps({**row.columns, "score": value}, ensure_ascii=False) + "\n")
+            for place, value in enumerate(scores, start=written):
+                out.write(json.dumps({**source.rows[place].columns, "score": value}, ensure_ascii=False) + "\n")
             written, total = written + len(scores), total + math.fsum(scores)
     partial.replace(asked["OUT"])
     print(f"{written} rows with their scores are in {asked['OUT']}, mean {total / written:.4f}")
@@ -121,7 +121,7 @@ def _by_function(asked: dict[str, str], config: DemonstrationData, source: Sourc
         with asyncio.Runner() as runner:
             for start in range(0, len(rows.rows), size):
                 items: list[RewardItem] = []
-                for row, one in zip(rows.rows[start : start + size], source.rows[start : start + size], strict=True):
+                for row, one in ((rows.rows[place], source.rows[place]) for place in range(start, min(start + size, len(rows.rows)))):
                     prompt, answer = row.exchange.prompt, row.exchange.answer
                     if not isinstance(prompt, str) or not isinstance(answer, str):
                         raise DataError(
