@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hone.rollout.errors import EngineError, EngineLost
-from hone.rollout.weight_sync import trainer
+from hone.rollout.weight_sync import compiled_sums, source, trainer
 from hone.rollout.weight_sync.protocol import FanOut
 from hone.rollout.weight_sync.shared_memory import SharedMemoryTrainer
 from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
@@ -47,6 +47,17 @@ def test_the_bytes_count_and_not_how_they_lie_in_memory() -> None:
     assert fingerprint(tensor) == fingerprint(tensor.t().contiguous().t()) == fingerprint(torch.cat([torch.zeros(1, 70), tensor])[1:])
     odd = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert fingerprint(odd[1:]) == fingerprint(odd[1:].clone())
+
+
+@pytest.mark.parametrize("words", [0, 1, 16_383, 16_384, 16_385, 70_000])
+def test_compiled_sums_are_plain_ones(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="compiled sums need numba (hone-algos[fast])")
+    data = torch.randint(-(2**62), 2**62, (words,), generator=torch.Generator().manual_seed(words)).view(torch.uint8)[: 8 * words - 3]
+    asked = []
+    plain = fingerprint(data)
+    monkeypatch.setattr(source, "COMPILED_WORDS", 1)
+    monkeypatch.setattr(compiled_sums, "in_threads", lambda *a, run=compiled_sums.in_threads, **b: asked.append(1) or run(*a, **b))
+    assert fingerprint(data) == plain and bool(asked) == (words > 16_384)
 
 
 @given(size=st.integers(1, 40_000), at=st.integers(0), bit=st.integers(0, 31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))

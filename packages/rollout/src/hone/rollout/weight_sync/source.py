@@ -5,16 +5,23 @@ Flow: learner's gathered parameters -> FingerprintedSource -> a trainer (shared_
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
+
+from hone.algos.kernels import PLAIN_VARIABLE
 
 # Words summed into one entry of a fingerprint; 128 KiB of data, so the products stay in a core's cache.
 _WORDS = 1 << 14
 # Bytes handled at a time: on the CPU what the last-level cache holds, on a GPU what keeps it busy without a second copy of the model.
 _CPU_SLICE, _GPU_SLICE = 1 << 20, 1 << 26
+COMPILED_WORDS = 1 << 20
+"""Words of a tensor from which compiled loops sum them on a CPU: below, a millisecond; compiling takes half a second."""
 
 
 @functools.cache
@@ -39,14 +46,24 @@ def fingerprint(tensor: Tensor) -> str:
     words = data[: data.numel() // 8 * 8].view(torch.int64)
     multipliers = _multipliers(data.device)
     whole = words.numel() // _WORDS * _WORDS
-    step = (_GPU_SLICE if data.is_cuda else _CPU_SLICE) // 8 // _WORDS
-    sums = [(rows * multipliers).sum(1) for rows in words[:whole].view(-1, _WORDS).split(step)] if whole else []
+    sums = [_sums(words[:whole], multipliers)] if whole else []
     rest = words[whole:]
     sums.append((rest * multipliers[: rest.numel()]).sum().view(1))
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
     digest.update(torch.cat(sums).cpu().numpy().data)
     digest.update(data[words.numel() * 8 :].cpu().numpy().data)
     return digest.hexdigest()
+
+
+def _sums(words: Int64[Tensor, " W"], multipliers: Int64[Tensor, " c"]) -> Int64[Tensor, " C"]:
+    """Of every chunk; whole numbers, so compiled loops and plain torch agree to the bit."""
+    plain = words.is_cuda or words.numel() < COMPILED_WORDS or os.environ.get(PLAIN_VARIABLE) or find_spec("numba") is None
+    if not plain:
+        from hone.rollout.weight_sync.compiled_sums import sums_of_chunks
+
+        return sums_of_chunks(words, multipliers)
+    step = (_GPU_SLICE if words.is_cuda else _CPU_SLICE) // 8 // _WORDS
+    return torch.cat([(rows * multipliers).sum(1) for rows in words.view(-1, _WORDS).split(step)])
 
 
 @dataclass(frozen=True, kw_only=True)
