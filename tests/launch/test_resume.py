@@ -244,3 +244,20 @@ def test_a_checkpoint_of_any_step_exports_the_model_of_that_step(whole: Path, tm
     ):
         assert main(words) == code
         assert said in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_run_cannot_begin_among_checkpoints_of_another_line(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted((whole / "ckpt").iterdir())
+    place = ["--ckpt.path", str(whole / "ckpt"), "--run.dir", str(tmp_path / "run")]
+    assert main([*ASKED, *place]) == 4
+    assert "has checkpoints of another line (step_3, step_6)" in capsys.readouterr().err
+    assert main([*ASKED, *place, "--ckpt.resume", str(whole / "ckpt" / "step_3")]) == 4
+    assert "another line (step_6), which would be taken for those of this run, which goes on after step 3" in capsys.readouterr().err
+    assert sorted((whole / "ckpt").iterdir()) == before and not (tmp_path / "run").exists()
+
+
+def test_a_run_cannot_go_on_after_its_own_end(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*ASKED, "--ckpt.resume", str(whole / "ckpt"), "--run.dir", str(tmp_path / "run"), "--train.max-steps", "2"]
+    assert main(asked) == 4
+    assert "step_6 is of step 6, and the run ends after step 2; --train.max-steps 6 or more" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

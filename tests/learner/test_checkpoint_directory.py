@@ -117,7 +117,7 @@ def save(files: Files, root: Path, step: int, *, keep: int = 2) -> Path:
     for rank in range(RANKS):
         written += write_with(files, partial, {file_name(role, rank=rank, world_size=RANKS): layout(role, rank, step) for role in ROLES})
     path = checkpoints.complete(files, partial, written, {"run.json": json.dumps({"step": step})})
-    checkpoints.prune(files, root, keep=keep)
+    checkpoints.prune(files, root, keep=keep, newest=step)
     return path
 
 
@@ -269,3 +269,22 @@ def test_an_error_of_the_writer_is_never_lost(tmp_path: Path) -> None:
     again.save({tmp_path / "fourth": layout("policy", 0, 1)})  # room was made
     again.raise_unseen()
     assert (tmp_path / "fourth").exists() and not (tmp_path / "third").exists()
+
+
+def test_a_run_removes_its_own_older_checkpoints_and_none_of_a_later_step(tmp_path: Path) -> None:
+    for step in (20, 30, 40):
+        save(Files(), tmp_path, step, keep=3)
+    branch = save(Files(), tmp_path, 10, keep=1)
+    assert branch.is_dir() and sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_20", "step_30", "step_40"]
+    save(Files(), tmp_path, 25, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_25", "step_30", "step_40"]
+    assert [path.name for path in checkpoints.later(tmp_path, than=25)] == ["step_30", "step_40"]
+
+
+def test_one_that_was_being_replaced_when_the_process_ended_is_still_found(tmp_path: Path) -> None:
+    kept = save(Files(), tmp_path, 7)
+    kept.rename(kept.with_name(f"step_7.replaced{checkpoints.PARTIAL}"))
+    found = checkpoints.find(tmp_path)
+    assert found.step == 7 and content(found.path) == {7}
+    again = save(Files(), tmp_path, 7)  # complete once more: the other goes
+    assert checkpoints.find(tmp_path).path == again and [path.name for path in tmp_path.iterdir()] == ["step_7"]

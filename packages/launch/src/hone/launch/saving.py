@@ -105,7 +105,7 @@ class Checkpoints:
             return
         self._event("checkpoint_saved", step=step, path=str(path))
         try:
-            checkpoints.prune(self._files, self._root, keep=self._keep)
+            checkpoints.prune(self._files, self._root, keep=self._keep, newest=step)
         except OSError as error:  # the new one is complete all the same; what could not go is tried again after the next
             self._event("checkpoint_left", path=str(self._root), error=str(error))
 
@@ -150,6 +150,28 @@ def _root_of(run: Path) -> Path:
         saved = [json.loads(line)["path"] for line in lines if '"checkpoint_saved"' in line and line.endswith("}")]
     root = Path(saved[-1]).parent if saved else run / "checkpoints"
     return root if root.is_dir() else run / "checkpoints"  # it was moved, or is named as seen from elsewhere
+
+
+def check_start(resumed: Resumed | None, *, steps: int, path: str | None) -> None:
+    """Whether a run of `steps` steps can begin here. Raises CheckpointError before anything is started.
+
+    Not after its own end; and not in a directory (`path`, `--ckpt.path`) with checkpoints of later steps than it begins after, which
+    would be taken for its own. Newer ones that were passed over because they are damaged are in nobody's way.
+    """
+    begun = 0 if resumed is None else resumed.state.step
+    if resumed is not None and begun > steps:
+        raise CheckpointError(
+            f"{resumed.path} is of step {begun}, and the run ends after step {steps}; --train.max-steps {begun} or more, or more "
+            "--train.num-episodes"
+        )
+    others = [] if path is None or (resumed is not None and resumed.passed_over) else checkpoints.later(Path(path), than=begun)
+    if others:
+        names = ", ".join(one.name for one in others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        what = "begins anew" if resumed is None else f"goes on after step {begun}"
+        raise CheckpointError(
+            f"{path} has checkpoints of another line ({names}), which would be taken for those of this run, which {what}; go on from the "
+            "newest with --ckpt.load-enable, move them away, or name another directory with --ckpt.path"
+        )
 
 
 def take_up(

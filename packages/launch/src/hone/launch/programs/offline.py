@@ -29,7 +29,7 @@ from hone.launch.processes import adopt_orphans, keep_bytecode
 from hone.launch.programs.best import Best
 from hone.launch.programs.conduct import Stage, began, built_in, conduct
 from hone.launch.programs.keeping import Keeper
-from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, place_of, take_up
+from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, check_start, place_of, take_up
 from hone.launch.toml import to_toml
 from hone.learner.errors import CheckpointError
 
@@ -49,6 +49,7 @@ def run(config: OfflineConfig, sources: Mapping[str, str]) -> int:
     resumed = _take_up(config, models) if config.ckpt.load_enable or config.ckpt.resume is not None else None
     data = prepare(config, model=models[MODEL], state=None if resumed is None else resumed.state.stream)
     steps = min(data.stream.steps, config.train.max_steps or data.stream.steps)
+    check_start(resumed, steps=steps, path=config.ckpt.path)
     directory = RunDirectory.create(config.run.dir, config.verb)
     if resumed is not None:
         directory.go_on_from(resumed.text(METRICS), resumed.text(EVENTS))

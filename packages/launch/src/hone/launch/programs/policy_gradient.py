@@ -32,7 +32,7 @@ from hone.launch.programs.conduct import Stage, began, built_in, conduct
 from hone.launch.programs.keeping import Keeper
 from hone.launch.prompts import PromptData, prepare
 from hone.launch.rollout_rows import rows
-from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, place_of, take_up
+from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, check_start, place_of, take_up
 from hone.launch.toml import to_toml
 from hone.launch.train import Start, Step, train
 from hone.learner.errors import CheckpointError
@@ -74,6 +74,7 @@ def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
         state=None if resumed is None else resumed.state.stream,
     )
     steps = min(prompts.stream.steps, config.train.max_steps or prompts.stream.steps)
+    check_start(resumed, steps=steps, path=config.ckpt.path)
     directory = RunDirectory.create(config.run.dir, config.algo.name)
     if resumed is not None:
         directory.go_on_from(resumed.text(METRICS), resumed.text(EVENTS))

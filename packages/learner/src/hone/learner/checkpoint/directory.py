@@ -21,6 +21,7 @@ from hone.learner.errors import CheckpointError
 FORMAT = 1
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+_REPLACED = f".replaced{PARTIAL}"
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -62,7 +63,7 @@ def complete(files: Files, partial: Path, written: Sequence[Written], texts: Map
     write_file(files, partial / MANIFEST, [memoryview(text.encode())])
     files.flush_directory(partial)
     if target.exists():  # of a run that was taken up again before it
-        replaced = target.with_name(f"{target.name}.replaced{PARTIAL}")
+        replaced = target.with_name(f"{target.name}{_REPLACED}")
         if replaced.exists():
             files.remove(replaced)
         files.rename(target, replaced)
@@ -71,10 +72,13 @@ def complete(files: Files, partial: Path, written: Sequence[Written], texts: Map
     return target
 
 
-def prune(files: Files, root: Path, *, keep: int) -> list[Path]:
-    """Removes all but the newest `keep` checkpoints, and everything half written; call it when the newest is complete."""
-    steps = sorted((path for path in _entries(root) if step_of(path) is not None), key=lambda path: step_of(path) or 0)
-    doomed = [path for path in _entries(root) if path.name.endswith(PARTIAL)] + steps[: max(0, len(steps) - keep)]
+def prune(files: Files, root: Path, *, keep: int, newest: int) -> list[Path]:
+    """Removes what is half written, and of the checkpoints up to step `newest`, just complete, all but the last `keep`.
+
+    One of a later step is of another line of training, and not this run's to remove.
+    """
+    steps = sorted((number, path) for path in _entries(root) if (number := step_of(path)) is not None and number <= newest)
+    doomed = [path for path in _entries(root) if path.name.endswith(PARTIAL)] + [path for _, path in steps[: max(0, len(steps) - keep)]]
     for path in doomed:
         gone = path
         if not path.name.endswith(PARTIAL):
@@ -85,12 +89,20 @@ def prune(files: Files, root: Path, *, keep: int) -> list[Path]:
     return doomed
 
 
+def later(root: Path, *, than: int) -> list[Path]:
+    """Checkpoints under `root` of steps after `than`, in order, whole or not."""
+    return [path for number, path in sorted((step_of(path) or 0, path) for path in _entries(root)) if number > than]
+
+
 def find(root: Path, *, step: int | None = None) -> Found:
     """The newest checkpoint under `root` whose every byte is as its manifest says, or that of `step`.
 
+    One that was on its way to be replaced by another of its step, when the process ended, counts behind that.
+
     Raises CheckpointError where there is none, naming all that was looked at.
     """
-    steps = sorted(((number, path) for path in _entries(root) if (number := step_of(path)) is not None), reverse=True)
+    named = {path: step_of(Path(path.name.removesuffix(_REPLACED))) for path in _entries(root)}
+    steps = sorted(((number, path) for path, number in named.items() if number is not None), key=lambda one: (-one[0], one[1].name))
     if step is not None:
         steps = [(number, path) for number, path in steps if number == step]
     reasons: list[str] = []
@@ -104,7 +116,7 @@ def find(root: Path, *, step: int | None = None) -> Found:
     half = [path.name for path in _entries(root) if path.name.endswith(PARTIAL)]
     what = f"no complete checkpoint{'' if step is None else f' of step {step}'} in {root}"
     looked = "; ".join(reasons) or (f"only half-written ones: {', '.join(half)}" if half else "it holds none")
-    raise CheckpointError(f"{what} ({looked}); name another directory with --ckpt.path or --resume, or start without --ckpt.load-enable")
+    raise CheckpointError(f"{what} ({looked}); name another with --ckpt.path or --resume, or start anew without them")
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -36,8 +36,9 @@ ONE_PROCESS = {
     "zpg": 1,
     "overlap_comm": False,
     "deepcompile": False,
+    "use_liger_kernel": False,
 }
-"""What spreads a model over ranks, as one process has it."""
+"""What spreads a model over ranks, or needs a device, as one process without one has it."""
 Settings = TypeVar("Settings")
 
 
@@ -61,13 +62,13 @@ def export(checkpoint: Path, out: Path, *, role: str = "policy", model: str | No
     spec = RoleSpec(
         kind=made_of["kind"],
         model=_model(path, model or made_of["model"], named=model is not None),
-        config=_settings(CONFIGS[made_of["config_type"]], made_of["config"]),
+        config=_read(path, CONFIGS.get(made_of["config_type"]), made_of["config"]),
         total_steps=made_of["total_steps"],
         labels=made_of["labels"],
     )
     learner = Learner(
         roles={role: spec},
-        ds=dataclasses.replace(_settings(DeepSpeedConfig, made_of["ds"]), **ONE_PROCESS),
+        ds=dataclasses.replace(_read(path, DeepSpeedConfig, made_of["ds"]), **ONE_PROCESS),
         backend="single",
         rank=0,
         world_size=1,
@@ -110,6 +111,16 @@ def _model(path: Path, model: str, *, named: bool) -> str:
     if not named and not Path(model).is_dir():
         raise CheckpointError(f"{path} is of a run that began with {model}, which is not there any more; say where it is with --model DIR")
     return model
+
+
+def _read(path: Path, kind: type[Settings] | None, values: dict[str, Any]) -> Settings:
+    foreign = CheckpointError(f"{path} was made with settings that another version of hone has; export it with that version")
+    if kind is None:
+        raise foreign
+    try:
+        return _settings(kind, values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise foreign from error
 
 
 def _settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
