@@ -246,10 +246,10 @@ def check_critic(
     fresh = HEADS[kind](size, labels, dtype=torch.float32)
     if kind != "critic":
         classifier_config(skeleton, fresh, prefix)
-    with _refused(directory):
-        check_head(directory, kind, hidden_size=size, labels=labels, prefix=prefix, normalize=normalize, must_be_stored=must_be_stored)
     if adaptation.needs_names:
         adapt(CriticModel(skeleton, fresh, value_head_prefix=prefix), adaptation, name)
+    with _refused(directory):
+        check_head(directory, kind, hidden_size=size, labels=labels, prefix=prefix, normalize=normalize, must_be_stored=must_be_stored)
 
 
 def load_critic(
