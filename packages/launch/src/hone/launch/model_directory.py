@@ -14,7 +14,7 @@ from hone.launch.names import closest
 from hone.launch.schema import shown
 from hone.launch.toml import nearest
 from hone.learner.errors import ModelError
-from hone.learner.model_files import check_model
+from hone.learner.model_files import check_model, head_name
 
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 LONGEST_HEADER = 100_000_000
@@ -121,12 +121,23 @@ def _weight_fault(file: Path) -> str:
 
 def numbers_in(file: Path) -> int:
     """Numbers that a safetensors file holds, by its header; 0 for one that cannot be read, which `faults` tells of."""
+    return sum(math.prod(shape) for shape in _shapes_in(file).values())
+
+
+def holds_head(path: Path, prefix: str) -> bool:
+    """Whether a model directory has a value, reward or process head, called `prefix` unless its configuration names it."""
+    name = f"{head_name(path, prefix)}.weight"
+    return any(name in _shapes_in(file) for file in path.glob("*.safetensors"))
+
+
+def _shapes_in(file: Path) -> dict[str, list[int]]:
+    """Shape of each tensor, by the header; none of a file that cannot be read."""
     try:
         with file.open("rb") as content:
             header = json.loads(content.read(min(int.from_bytes(content.read(8), "little"), LONGEST_HEADER)))
-        return sum(math.prod(one["shape"]) for name, one in header.items() if name != "__metadata__")
+        return {name: [int(size) for size in one["shape"]] for name, one in header.items() if name != "__metadata__"}
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
-        return 0
+        return {}
 
 
 def _json_object(path: Path) -> dict[str, object]:

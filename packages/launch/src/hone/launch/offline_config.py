@@ -111,6 +111,11 @@ class OfflineConfig:
     """Where and how the run is carried out."""
 
     @property
+    def trained_kind(self) -> Literal["policy", "reward", "process"]:
+        """The kind of model that is trained: steps are judged by a classifier, unless a language model says reward tokens."""
+        return self.kind
+
+    @property
     def groups(self) -> list[str]:
         """Groups of settings of the models that have ranks of their own, the trained one first."""
         return ["model"]
@@ -203,6 +208,11 @@ class PRMConfig(OfflineConfig):
 
     data: StepData = field(default_factory=StepData)
     """Solutions in steps, and how they are read."""
+
+    @property
+    def trained_kind(self) -> Literal["policy", "process"]:
+        """See `OfflineConfig`."""
+        return "process" if self.data.reward_tokens is None else "policy"
 
     @property
     def unused(self) -> frozenset[str]:

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from hone.launch.local import LocalGroup
 from hone.launch.observe.progress import READY
-from hone.launch.offline_config import OfflineConfig, PRMConfig
+from hone.launch.offline_config import OfflineConfig
 from hone.launch.offline_parts import MODEL, TEACHER, OfflineGroup
 from hone.learner.config import RefConfig
 from hone.learner.learner import Learner
@@ -43,7 +43,7 @@ class OfflinePlan:
         """The model that is trained, and a teacher beside it where there is one."""
         config = self.config
         trained = RoleSpec(
-            kind=kind(config),
+            kind=config.trained_kind,
             model=self.models[MODEL],
             config=config.model,
             total_steps=self.optimiser_steps,
@@ -56,11 +56,6 @@ class OfflinePlan:
         own = self.config.model
         config = RefConfig(num_nodes=own.num_nodes, num_gpus_per_node=own.num_gpus_per_node)
         return RoleSpec(kind="reference", model=self.models[role], config=config, total_steps=0)
-
-
-def kind(config: OfflineConfig) -> Literal["policy", "reward", "process"]:
-    """The kind of model a program trains: steps are judged by a classifier, unless a language model says reward tokens."""
-    return "process" if isinstance(config, PRMConfig) and config.data.reward_tokens is None else config.kind
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ from hone.datasets.reading import open_one
 from hone.datasets.templates import template_problem
 from hone.launch.builtin import BuiltinModel
 from hone.launch.errors import ENVIRONMENT, Problem, exit_code
+from hone.launch.fitting import unfit
 from hone.launch.model_directory import faults, stated
 from hone.launch.offline_config import OfflineConfig
 from hone.launch.offline_data import read_rows
@@ -21,7 +22,7 @@ from hone.launch.resolve import Resolved
 def lacking(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     """Everything the configuration needs that is not there, or not as it must be, on a machine with so many GPUs."""
     config: OfflineConfig = resolved.config
-    checks = (_installation(config), _models(config), _rows(resolved), run_directory(config))
+    checks = (_installation(config), _models(resolved), _rows(resolved), run_directory(config))
     for problem in itertools.chain.from_iterable(checks):
         yield problem if problem.where else problem.at(resolved.where(problem.settings))
 
@@ -33,7 +34,8 @@ def _installation(config: OfflineConfig) -> Iterator[Problem]:
             yield Problem(what=f"{module} is not installed", mend=mend, code=ENVIRONMENT)
 
 
-def _models(config: OfflineConfig) -> Iterator[Problem]:
+def _models(resolved: Resolved) -> Iterator[Problem]:
+    config: OfflineConfig = resolved.config
     longest = BuiltinModel().max_position_embeddings
     if config.model.model_name_or_path is None and config.data.max_len > longest:
         what = f"data.max_len {config.data.max_len} is more than the built-in model's {longest} positions"
@@ -46,6 +48,8 @@ def _models(config: OfflineConfig) -> Iterator[Problem]:
             yield replace(problem, settings=(name,))
         if not problems and Path(path).expanduser().is_dir():
             yield from head_stride(config, str(Path(path).expanduser()))
+            if name == "model.model_name_or_path":
+                yield from unfit(resolved, [("model", config.trained_kind, path)])
 
 
 def _rows(resolved: Resolved) -> Iterator[Problem]:

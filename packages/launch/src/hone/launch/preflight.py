@@ -18,6 +18,7 @@ from hone.launch.builtin import BuiltinModel
 from hone.launch.commands import AnyConfig
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.errors import ENVIRONMENT, USAGE, Problem, exit_code
+from hone.launch.fitting import unfit
 from hone.launch.model_directory import faults, numbers_in, sees, stated
 from hone.launch.resolve import Resolved
 from hone.launch.schema import shown
@@ -45,7 +46,7 @@ def lacking(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     config = resolved.config
     checks = (
         _installation(config, gpus),
-        _models(config),
+        _models(resolved),
         _vision(config),
         _prompts(resolved),
         _agent(config),
@@ -83,7 +84,8 @@ def _shared_memory(config: PolicyGradientConfig, gpus: int) -> Iterator[Problem]
         yield Problem(what=what, mend="enlarge it (a container: --shm-size), or use a smaller model", code=ENVIRONMENT)
 
 
-def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
+def _models(resolved: Resolved) -> Iterator[Problem]:
+    config: PolicyGradientConfig = resolved.config
     longest = BuiltinModel().max_position_embeddings
     if config.actor.model_name_or_path is None and config.data.max_len > longest:
         what = f"data.max_len {config.data.max_len} is more than the built-in model's {longest} positions"
@@ -93,16 +95,23 @@ def _models(config: PolicyGradientConfig) -> Iterator[Problem]:
     if config.actor.model_name_or_path is None and heads % parts:
         what = f"ds.tensor_parallel_size {parts} does not divide the built-in model's {heads} key heads"
         yield Problem(what=what, mend=f"a divisor of {heads}", settings=("ds.tensor_parallel_size", "actor.model_name_or_path"))
-    seen: dict[str, str] = {}
+    whole: dict[str, bool] = {}
     for group in ("actor", "critic", "ref"):
         path = getattr(config, group).model_name_or_path
-        if path is not None and path not in seen:
-            seen[path] = group
+        if path is not None and path not in whole:
             problems = list(faults(path, max_len=config.data.max_len))
             for problem in problems:
                 yield Problem(what=problem.what, mend=problem.mend, code=problem.code, settings=(f"{group}.model_name_or_path",))
-            if not problems and Path(path).expanduser().is_dir():
+            whole[path] = not problems and Path(path).expanduser().is_dir()
+            if whole[path]:
                 yield from head_stride(config, str(Path(path).expanduser()))
+    policy = config.actor.model_name_or_path
+    trained = {"actor": ("policy", policy), "critic": ("critic", config.critic.model_name_or_path or policy)}
+    roles = [(group, *trained[group]) for group in config.groups if group in trained]
+    # A critic that sees is refused below.
+    yield from unfit(
+        resolved, [(group, kind, path) for group, kind, path in roles if path and whole[path] and (kind == "policy" or not sees(path))]
+    )
 
 
 def _vision(config: PolicyGradientConfig) -> Iterator[Problem]:

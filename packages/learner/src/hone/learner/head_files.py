@@ -18,9 +18,8 @@ from transformers import (
 
 from hone.learner.errors import ModelError
 from hone.learner.heads import HEADS, Head, Statistics, ValueHead
+from hone.learner.model_files import PREFIX
 
-PREFIX = "value_head_prefix"
-"""Under this name the configuration keeps the head's, where it is not transformers' own "score"; OpenRLHF's, too."""
 STATISTICS = ("mean", "std")
 """Under these it keeps what normalises a reward model's scores."""
 HeadKind = Literal["critic", "reward", "process"]
@@ -30,10 +29,41 @@ CLASSIFIERS = {
 }
 
 
-def head_name(directory: Path, prefix: str) -> str:
-    """What the head is called in `directory`: as its configuration says, else `prefix`."""
-    stored = _settings(directory).get(PREFIX)
-    return stored if isinstance(stored, str) else prefix
+def check_head(
+    directory: Path,
+    kind: HeadKind,
+    *,
+    hidden_size: int,
+    labels: int,
+    prefix: str,
+    normalize: bool = False,
+    must_be_stored: bool = False,
+) -> bool:
+    """Whether a head called `prefix` is stored, by the headers of the files alone.
+
+    Raises ModelError for one of another shape, one without statistics to `normalize` by, and none where it `must_be_stored`.
+    """
+    with torch.device("meta"):
+        fresh = HEADS[kind](hidden_size, labels, dtype=torch.float32)
+    stored = {name: _stored_shape(directory, f"{prefix}.{name}") for name, _ in fresh.named_parameters()}
+    if stored["weight"] is None:
+        if must_be_stored:
+            raise ModelError(
+                f"{directory} has no {prefix}.weight, and a {kind} model that is not trained has nothing to say without its head; name a "
+                "trained one, or set --ds.value-head-prefix to what its head is called"
+            )
+        return False
+    for name, parameter in fresh.named_parameters():
+        shape = stored[name]
+        if shape != tuple(parameter.shape):
+            has = "is missing" if shape is None else f"has shape {shape}"
+            raise ModelError(
+                f"{directory}: {prefix}.{name} {has}, a {kind} head of {labels} {'label' if labels == 1 else 'labels'} has "
+                f"{tuple(parameter.shape)}; name a {kind} model, or set --ds.value-head-prefix to the head's name"
+            )
+    if normalize and kind != "process":
+        _statistics(directory)
+    return True
 
 
 def load_head(
@@ -49,27 +79,14 @@ def load_head(
 ) -> Head:
     """The stored head called `prefix`, else a fresh one of `labels` outputs, which says 0 everywhere.
 
-    With `normalize`, a stored head takes the directory's statistics. Raises ModelError for a head of another shape, one without
-    statistics to normalise by, and none where it `must_be_stored`.
+    With `normalize`, a stored head takes the directory's statistics. Raises ModelError as `check_head`.
     """
     head = HEADS[kind](hidden_size, labels, dtype=dtype)
-    stored = {name: _stored_tensor(directory, f"{prefix}.{name}") for name, _ in head.named_parameters()}
-    if stored["weight"] is None:
-        if must_be_stored:
-            raise ModelError(
-                f"{directory} has no {prefix}.weight, and a {kind} model that is not trained has nothing to say without its head; name a "
-                "trained one, or set --ds.value-head-prefix to what its head is called"
-            )
+    wanted = {"hidden_size": hidden_size, "labels": labels, "prefix": prefix, "normalize": normalize, "must_be_stored": must_be_stored}
+    if not check_head(directory, kind, **wanted):
         return head
-    for name, parameter in head.named_parameters():
-        tensor = stored[name]
-        if tensor is None or tensor.shape != parameter.shape:
-            has = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise ModelError(
-                f"{directory}: {prefix}.{name} {has}, a {kind} head of {labels} {'label' if labels == 1 else 'labels'} has "
-                f"{tuple(parameter.shape)}; name a {kind} model, or set --ds.value-head-prefix to the head's name"
-            )
-    head.load_state_dict({name: tensor.to(dtype) for name, tensor in stored.items() if tensor is not None})
+    stored = {name: _stored_tensor(directory, f"{prefix}.{name}") for name, _ in head.named_parameters()}
+    head.load_state_dict({name: tensor.to(dtype) for name, tensor in stored.items()})
     if normalize and kind != "process":
         head.statistics = _statistics(directory)
     return head
@@ -125,9 +142,25 @@ def _settings(directory: Path) -> dict[str, object]:
     return json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
-def _stored_tensor(directory: Path, name: str) -> Tensor | None:
+def _stored_shape(directory: Path, name: str) -> tuple[int, ...] | None:
+    file = _holder(directory, name)
+    if file is None:
+        return None
+    with safe_open(file, framework="pt") as tensors:
+        return tuple(tensors.get_slice(name).get_shape())
+
+
+def _stored_tensor(directory: Path, name: str) -> Tensor:
+    file = _holder(directory, name)
+    assert file is not None, f"{name} was found before"
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def _holder(directory: Path, name: str) -> Path | None:
+    """The file that holds a tensor."""
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             if name in tensors.keys():  # noqa: SIM118 - not a dict; it has no __contains__
-                return tensors.get_tensor(name)
+                return file
     return None

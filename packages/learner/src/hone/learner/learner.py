@@ -17,7 +17,7 @@ from torch import Tensor
 from hone.algos.batch import Packed, select
 from hone.algos.offline import LogpLoss, Offline
 from hone.algos.protocol import Loss, Outputs
-from hone.learner.adapters import adaptation, dropout_awake
+from hone.learner.adapters import dropout_awake
 from hone.learner.attention.wire import add_over_ring, group_of
 from hone.learner.checkpoint import role_files
 from hone.learner.checkpoint.files import Files
@@ -33,8 +33,8 @@ from hone.learner.exporting import write
 from hone.learner.heads import statistics_of
 from hone.learner.liger import apply_liger, check_liger
 from hone.learner.logprobs import Slopes
-from hone.learner.mixture import FIGURES, Balance, check_mixture, heard_by
-from hone.learner.model import CriticModel, PolicyModel, hidden_size, load_critic, load_policy
+from hone.learner.mixture import FIGURES, Balance, heard_by
+from hone.learner.model import CriticModel, PolicyModel, hidden_size
 from hone.learner.model_files import resolve
 from hone.learner.offline import Questions, told
 from hone.learner.optim import Training
@@ -42,6 +42,7 @@ from hone.learner.over_logits import OverLogits, TopLogp
 from hone.learner.packing import Shard
 from hone.learner.per_token import PerToken, PolicyLoss
 from hone.learner.ring_probe import check_cut
+from hone.learner.role_models import load_role
 from hone.learner.roles import DTYPES, LABELLED, Figures, RoleSpec, StepResult, ValueLoss, made_of
 from hone.learner.tensor_parallel.split import split
 
@@ -242,21 +243,11 @@ class Learner:
             deepspeed.leave()
 
     def _engine(self, role: str, spec: RoleSpec, ds: DeepSpeedConfig) -> Engine:
-        dtype = DTYPES[ds.param_dtype]
-        training, recompute = None, False
+        training = None
         if not isinstance(spec.config, RefConfig):
             training = Training(config=spec.config, total_steps=spec.total_steps, ema_beta=spec.ema_beta)
-            recompute = spec.config.gradient_checkpointing_enable
         name = str(self.sources[role])
-        adapted = adaptation(ds, freeze=getattr(spec.config, "freeze", None), trained=training is not None)
-        loading = {"dtype": dtype, "device": self.device, "gradient_checkpointing": recompute, "adaptation": adapted}
-        if spec.kind in ("critic", "reward", "process"):
-            labels = spec.labels if spec.kind == "process" else 1
-            loading |= {"kind": spec.kind, "labels": labels, "normalize": ds.normalize_reward, "must_be_stored": training is None}
-            module = load_critic(name, value_head_prefix=ds.value_head_prefix, **loading)
-        else:
-            module = load_policy(name, **loading)
-        check_mixture(module.adaptable()[0].base_model, name, coef=self.aux_loss_coefs[role])
+        module = load_role(spec, ds, name=name, device=self.device)
         if ds.use_liger_kernel:
             apply_liger(module.backbone if isinstance(module, CriticModel) else module.causal_lm, name=name)
         if self.parallel is not None:

@@ -23,11 +23,11 @@ from hone.learner.adapters import PLAIN, Adaptation, Adapted, adapt
 from hone.learner.attention.varlen import row_arguments
 from hone.learner.context import Piece
 from hone.learner.errors import ModelError
-from hone.learner.head_files import HEADS, HeadKind, classifier_config, forget_statistics, head_name, load_head
+from hone.learner.head_files import HEADS, HeadKind, check_head, classifier_config, forget_statistics, load_head
 from hone.learner.heads import Head, TokenHead
 from hone.learner.logprobs import Slopes
-from hone.learner.mixture import Hear
-from hone.learner.model_files import resolve
+from hone.learner.mixture import Hear, check_mixture
+from hone.learner.model_files import head_name, resolve
 from hone.learner.over_logits import OverLogits
 from hone.learner.packed_probe import check_packed
 from hone.learner.published import Layer, Named, adapted, layers, parameters_of
@@ -187,25 +187,69 @@ def hidden_size(directory: Path) -> int:
     return int(AutoConfig.from_pretrained(directory, trust_remote_code=False).get_text_config().hidden_size)
 
 
+def check_policy(name: str, *, adaptation: Adaptation = PLAIN, aux_loss_coef: float = 0.0) -> None:
+    """Raises ModelError for an `adaptation` or a balancing loss that does not fit the model; no weight is read."""
+    if not (adaptation.needs_names or aux_loss_coef):
+        return
+    directory = resolve(name)
+    skeleton = _skeleton(_policy_class(_config(directory)), directory, torch.float32)
+    check_mixture(skeleton.base_model, name, coef=aux_loss_coef)
+    adapt(PolicyModel(skeleton, device_type="cpu"), adaptation, name)
+
+
 def load_policy(
-    name: str, *, dtype: torch.dtype, device: torch.device, gradient_checkpointing: bool = False, adaptation: Adaptation = PLAIN
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    gradient_checkpointing: bool = False,
+    adaptation: Adaptation = PLAIN,
+    aux_loss_coef: float = 0.0,
 ) -> PolicyModel:
     """A causal language model from a directory or hub id, safetensors only, on `device`, in evaluation mode.
 
-    Raises ModelError for a name that leads nowhere, pickled weights, models that bring their own code, missing weights, an
-    `adaptation` that does not fit, and architectures whose log-probabilities over packed rows do not come out as transformers' own
+    Raises ModelError for a name that leads nowhere, pickled weights, models that bring their own code, missing weights, what
+    `check_policy` refuses, and architectures whose log-probabilities over packed rows do not come out as transformers' own
     forward has them.
     """
     directory = resolve(name)
     config = _config(directory)
-    auto_class = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
     sight = Sight(directory, config) if sees(config) else None
-    if adaptation.needs_names:
-        adapt(PolicyModel(_skeleton(auto_class, directory, dtype), device_type=device.type), adaptation, name)
-    causal_lm = _load(auto_class, directory, dtype, device, four_bit=adaptation.four_bit)
+    check_policy(name, adaptation=adaptation, aux_loss_coef=aux_loss_coef)
+    causal_lm = _load(_policy_class(config), directory, dtype, device, four_bit=adaptation.four_bit)
     model = PolicyModel(causal_lm, device_type=device.type, sight=sight)
     check_packed(model, name, dtype)
     return _prepare(adapt(model, adaptation, name), gradient_checkpointing)
+
+
+def check_critic(
+    name: str,
+    *,
+    value_head_prefix: str,
+    kind: HeadKind = "critic",
+    labels: int = 1,
+    normalize: bool = False,
+    must_be_stored: bool = False,
+    adaptation: Adaptation = PLAIN,
+    aux_loss_coef: float = 0.0,
+) -> None:
+    """Raises ModelError as `check_policy` and `check_head`, and for models that cannot have such a head; no weight is read."""
+    directory = resolve(name)
+    skeleton = _skeleton(AutoModel, directory, torch.float32)
+    if sees(skeleton.config):
+        raise ModelError(
+            f"{name} is a vision-language model, which cannot be a critic, reward or process model here; choose an algorithm without a "
+            "critic (grpo, rloo, reinforce), or name a language model for this role"
+        )
+    check_mixture(skeleton.base_model, name, coef=aux_loss_coef)
+    prefix, size = head_name(directory, value_head_prefix), skeleton.config.get_text_config().hidden_size
+    fresh = HEADS[kind](size, labels, dtype=torch.float32)
+    if kind != "critic":
+        classifier_config(skeleton, fresh, prefix)
+    if adaptation.needs_names:
+        adapt(CriticModel(skeleton, fresh, value_head_prefix=prefix), adaptation, name)
+    with _refused(directory):
+        check_head(directory, kind, hidden_size=size, labels=labels, prefix=prefix, normalize=normalize, must_be_stored=must_be_stored)
 
 
 def load_critic(
@@ -220,32 +264,27 @@ def load_critic(
     labels: int = 1,
     normalize: bool = False,
     must_be_stored: bool = False,
+    aux_loss_coef: float = 0.0,
 ) -> CriticModel:
     """A critic, reward or process model from a causal language model (fresh head) or from a saved one (its own); see `load_head`.
 
-    Raises ModelError as `load_policy` and `load_head`.
+    Raises ModelError as `load_policy` and `check_critic`.
     """
     directory = resolve(name)
-    skeleton = _skeleton(AutoModel, directory, dtype)
-    if sees(skeleton.config):
-        raise ModelError(
-            f"{name} is a vision-language model, which cannot be a critic, reward or process model here; choose an algorithm without a "
-            "critic (grpo, rloo, reinforce), or name a language model for this role"
-        )
-    prefix, size = head_name(directory, value_head_prefix), skeleton.config.get_text_config().hidden_size
-    fresh = HEADS[kind](size, labels, dtype=dtype)
-    # Before any weight is read: whether it can be adapted, and stored once it is trained.
-    if kind != "critic":
-        classifier_config(skeleton, fresh, prefix)
-    if adaptation.needs_names:
-        adapt(CriticModel(skeleton, fresh, value_head_prefix=prefix), adaptation, name)
-    settings = {"prefix": prefix, "dtype": dtype, "normalize": normalize, "must_be_stored": must_be_stored}
+    head_settings = {"labels": labels, "normalize": normalize, "must_be_stored": must_be_stored}
+    asked = {"kind": kind, **head_settings, "adaptation": adaptation, "aux_loss_coef": aux_loss_coef}
+    check_critic(name, value_head_prefix=value_head_prefix, **asked)
+    prefix = head_name(directory, value_head_prefix)
     with _refused(directory):
-        head = load_head(directory, kind, hidden_size=size, labels=labels, **settings).to(device)
+        head = load_head(directory, kind, hidden_size=hidden_size(directory), prefix=prefix, dtype=dtype, **head_settings).to(device)
     backbone = _load(AutoModel, directory, dtype, device, four_bit=adaptation.four_bit)
     if kind == "reward" and not must_be_stored:
         forget_statistics(backbone.config)
     return _prepare(adapt(CriticModel(backbone, head, value_head_prefix=prefix), adaptation, name), gradient_checkpointing)
+
+
+def _policy_class(config: Any) -> Any:
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
 def _config(directory: Path) -> Any:

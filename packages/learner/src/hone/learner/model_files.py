@@ -15,6 +15,8 @@ from hone.learner.errors import ModelError
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+PREFIX = "value_head_prefix"
+"""Under this name a configuration keeps its head's, where that is not transformers' own "score"; OpenRLHF's, too."""
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -65,6 +67,12 @@ def check_ring(directory: str, *, world_size: int, size: int, head_stride: int |
         raise ValueError(
             f"--ds.ring-attn-head-stride {head_stride} does not divide the {of_rank} of {directory}; choose a divisor of {here}"
         )
+
+
+def head_name(directory: Path, prefix: str) -> str:
+    """What the head is called in `directory`: as its configuration says, else `prefix`."""
+    stored = json.loads((directory / "config.json").read_text(encoding="utf-8")).get(PREFIX)
+    return stored if isinstance(stored, str) else prefix
 
 
 def _text_settings(directory: str) -> dict[str, object]:
