@@ -162,6 +162,7 @@ masks = st.lists(st.text("#.", min_size=0, max_size=5), min_size=1, max_size=4).
 def test_a_cut_takes_rows_with_all_they_carry(name, masks, over, data):
     kind, label = LABELS[name]
     plain = packed(masks, ref_logp=torch.arange(float(sum(map(len, masks)))))
+    plain = dataclasses.replace(plain, attached=tuple((f"of row {row}",) for row in range(plain.rows)))
     rows = label(dataclasses.replace(plain, temperature=0.7), Reduction(over=over))
     assert type(rows) is kind and rows.temperature == 0.7
     for field in dataclasses.fields(Packed):
@@ -176,6 +177,9 @@ def test_a_cut_takes_rows_with_all_they_carry(name, masks, over, data):
     for field in dataclasses.fields(kind):
         value = getattr(rows, field.name)
         if field.name in ("cu_seqlens", "temperature", "anchor") or value is None:
+            continue
+        if field.name == "attached":
+            assert part.attached == tuple(rows.attached[row] for row in order)
             continue
         index = torch.tensor(order if field.name in kind.PER_ROW else tokens, dtype=torch.long)
         assert_close(getattr(part, field.name), value[index], rtol=0, atol=0)

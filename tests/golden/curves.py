@@ -78,6 +78,9 @@ def plan(verb: str, directory: Path, *, zero_stage: int = 0, ranks: int = 1) -> 
         scratch=directory,
         on_start=lambda role, state: None,
         on_phase=lambda name, seconds: None,
+        on_event=lambda kind, **fields: None,
+        on_rejected=lambda group, reason: None,
+        more=prompts.more,
     )
 
 
