@@ -18,6 +18,7 @@ COMMANDS = ", ".join([*VERBS, *OFFLINE, *USING, *TOOLS])
 PROGRAMS = {
     "generate": "hone.launch.programs.generate",
     "eval": "hone.launch.programs.evaluate",
+    "serve-rm": "hone.launch.programs.serve_rm",
 }
 """Module of each command that uses a model; its `run(config, sources)` returns the exit code."""
 

@@ -223,6 +223,20 @@ USING = {
             "launch eval --eval.k 1,8 --rollout.n-samples-per-prompt 16",
         ),
     ),
+    "serve-rm": Verb(
+        section="using a model",
+        summary="a reward model or function behind HTTP",
+        story=(
+            "Answers POST /get_reward as OpenRLHF's server does, for --reward.remote-url of any training command: a reward model "
+            "(--model.model-name-or-path) or a reward function (--reward.remote-url). Listens on loopback; HONE_REWARD_TOKEN in the "
+            "environment is the bearer token it asks for. Ctrl-C ends it."
+        ),
+        examples=(
+            "launch serve-rm --model.model-name-or-path runs/rm-20260101-120000/model",
+            "launch serve-rm --reward.remote-url reward.py --server.port 5001",
+            "launch grpo --reward.remote-url http://127.0.0.1:5000/get_reward   # in another terminal",
+        ),
+    ),
 }
 """Commands that use a model and train none; their settings are in `using_config.py`."""
 
