@@ -18,7 +18,7 @@ from hone.launch.plan import in_full, stop_ids, vocabulary
 from hone.launch.processes import Descendants, adopt_orphans, keep_bytecode
 from hone.launch.programs.conduct import built_in
 from hone.launch.prompts import PromptData, prepare
-from hone.launch.using_config import AnsweringConfig, ChatConfig
+from hone.launch.using_config import AnsweringConfig
 from hone.rollout.config import RolloutConfig
 from hone.rollout.engines.vllm import VLLMEngine
 from hone.rollout.executor import Group, Judge, Sample, SingleTurn
@@ -52,7 +52,7 @@ class Unjudged:
         return [Judgement(reward=math.nan, score=math.nan, extra_logs={}, applies=False) for _ in items]
 
 
-def model_of(config: AnsweringConfig | ChatConfig, console: Console) -> str:
+def model_of(config: AnsweringConfig, console: Console) -> str:
     """The model that answers: the one named, or the built-in one, made now if this is the first time."""
     keep_bytecode(cache_directory() / "bytecode")
     adopt_orphans()
@@ -161,9 +161,7 @@ def judge_of(config: AnsweringConfig, *, judged: bool, log: Path | None) -> Iter
 
 
 @contextmanager
-def serving(
-    config: AnsweringConfig | ChatConfig, model: str, runner: asyncio.Runner, *, eos_ids: Sequence[int], bar: Bar
-) -> Iterator[Engine]:
+def serving(config: AnsweringConfig, model: str, runner: asyncio.Runner, *, eos_ids: Sequence[int], bar: Bar) -> Iterator[Engine]:
     """The engine, its model loaded; it ends with the block. Raises EngineError."""
     bar.say(f"loading {model}")
     if config.run.backend == "local":
@@ -176,7 +174,7 @@ def serving(
         runner.run(engine.shutdown())
 
 
-def _local(config: AnsweringConfig | ChatConfig, model: str, eos_ids: Sequence[int]) -> Engine:
+def _local(config: AnsweringConfig, model: str, eos_ids: Sequence[int]) -> Engine:
     import torch
 
     from hone.launch.local import loaded
@@ -191,13 +189,12 @@ def _local(config: AnsweringConfig | ChatConfig, model: str, eos_ids: Sequence[i
     return TransformersEngine(**parts, eos_ids=eos_ids, name=f"transformers {transformers.__version__}")
 
 
-async def _vllm(config: AnsweringConfig | ChatConfig, model: str, eos_ids: Sequence[int]) -> VLLMEngine:
-    length = config.model.max_len if isinstance(config, ChatConfig) else config.data.max_len
+async def _vllm(config: AnsweringConfig, model: str, eos_ids: Sequence[int]) -> VLLMEngine:
     return VLLMEngine(
         model=model,
         name="vllm",
         config=config.vllm,
-        max_model_len=length,
+        max_model_len=config.data.max_len,
         dtype="float32" if config.model.param_dtype == "fp32" else "bfloat16",
         backend="nccl" if visible_gpus() else "shared_memory",
         threads=config.run.threads or os.cpu_count() or 1,

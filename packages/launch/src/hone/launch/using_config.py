@@ -1,4 +1,4 @@
-"""The configurations of the commands that use a model and train none: generate, eval, serve-rm and chat.
+"""The configurations of the commands that use a model and train none: generate, eval and serve-rm.
 
 Groups and names are those of the training commands wherever a knob is the same.
 """
@@ -190,45 +190,7 @@ class ServeRMConfig(UsingConfig):
         return frozenset(f"reward.{name}" for name in ("retry_s", "rows_per_request", "max_in_flight", "allowed_hosts"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatModelConfig(ModelConfig):
-    """The model that answers."""
-
-    max_len: Annotated[int, Range(low=2)] = 4096
-    """Longest conversation, the reply included [tokens]; the model's own limit where that is smaller."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatSamplingConfig:
-    """How replies are drawn."""
-
-    max_new_tokens: Annotated[int, Range(low=1)] = 1024
-    """Longest reply [tokens]."""
-    temperature: Annotated[float, Range(low=0, high=2)] = 0.7
-    """Sampling temperature; 0 takes the likeliest token each time. `/temperature` changes it."""
-    seed: Annotated[int, Range(low=0, high=2**32 - 1)] = 42
-    """Seed of the replies: the same conversation gets the same ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatConfig(UsingConfig):
-    """A conversation in the terminal."""
-
-    verb = "chat"
-
-    system: str | None = None
-    """What the model is told before the conversation. `/system` changes it."""
-    model: ChatModelConfig = field(default_factory=ChatModelConfig)
-    """The model that answers."""
-    rollout: ChatSamplingConfig = field(default_factory=ChatSamplingConfig)
-    """How replies are drawn."""
-    vllm: VLLMConfig = field(default_factory=VLLMConfig)
-    """The inference engine."""
-    run: UsingRunConfig = field(default_factory=lambda: UsingRunConfig(backend="local"))
-    """Where and how it is carried out."""
-
-
 def default_using(verb: str) -> UsingConfig:
     """The configuration of a command before any recipe, file or flag."""
     measured = EvalConfig(rollout=SamplingConfig(n_samples_per_prompt=4, temperature=0.6))
-    return {"generate": GenerateConfig(), "eval": measured, "serve-rm": ServeRMConfig(), "chat": ChatConfig()}[verb]
+    return {"generate": GenerateConfig(), "eval": measured, "serve-rm": ServeRMConfig()}[verb]

@@ -16,7 +16,7 @@ from hone.launch.measured import ks
 from hone.launch.model_directory import faults
 from hone.launch.resolve import Resolved
 from hone.launch.responses import outcome_of
-from hone.launch.using_config import AnsweringConfig, ChatConfig, EvalConfig, GenerateConfig, ServeRMConfig, UsingConfig
+from hone.launch.using_config import AnsweringConfig, EvalConfig, GenerateConfig, ServeRMConfig, UsingConfig
 
 PROMPTS = ("data.input_key", "data.label_key", "data.input_template")
 
@@ -66,7 +66,7 @@ def _loopback(host: str) -> bool:
 
 
 def _installation(config: UsingConfig) -> Iterator[Problem]:
-    if isinstance(config, AnsweringConfig | ChatConfig) and config.run.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+    if isinstance(config, AnsweringConfig) and config.run.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         yield Problem(what="vllm is not installed", mend="`uv sync`, or --run.backend local, which does without", code=ENVIRONMENT)
 
 
@@ -162,14 +162,4 @@ def _served(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend="name a function: FILE.py, builtin:math", settings=("reward.remote_url",))
 
 
-def _talked_to(resolved: Resolved, _: int) -> Iterator[Problem]:
-    config: UsingConfig = resolved.config
-    if isinstance(config, ChatConfig) and config.rollout.max_new_tokens >= config.model.max_len:
-        what = (
-            f"a reply of {config.rollout.max_new_tokens} tokens leaves no room for a question within model.max_len {config.model.max_len}"
-        )
-        mend = "raise --model.max-len, or lower --rollout.max-new-tokens"
-        yield Problem(what=what, mend=mend, settings=("model.max_len", "rollout.max_new_tokens"))
-
-
-RULES: tuple[rules.Rule, ...] = (_lengths, _own, _counts, _served, _talked_to)
+RULES: tuple[rules.Rule, ...] = (_lengths, _own, _counts, _served)
