@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 from rich.console import Console
@@ -37,11 +38,12 @@ SAMPLES_PER_ROUND = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is to be answered: the prompts in the order of the data, and how they were rendered."""
+    """What is to be answered: the prompts in the order of the data, what of it was left out (id and reason), and how they were rendered."""
 
     model: str
     data: PromptData
     prompts: tuple[Prompt, ...]
+    left_out: tuple[tuple[str, str], ...]
 
 
 class Unjudged:
@@ -67,7 +69,8 @@ def asked(config: AnsweringConfig, console: Console) -> Asked:
     data = prepare(config.data, model=model, batch_size=1024, num_episodes=1, seed=rollout.seed, max_new_tokens=rollout.max_new_tokens)
     vocabulary({"policy": model}, data.tokenizer)
     prompts = sorted((prompt for step in data.steps() for prompt in step), key=lambda prompt: index_of(prompt.prompt_id))
-    return Asked(model=model, data=data, prompts=tuple(prompts))
+    left_out = (*data.dropped, *((row.uid, row.reason) for row in data.stream.passed_over))
+    return Asked(model=model, data=data, prompts=tuple(prompts), left_out=left_out)
 
 
 def index_of(prompt_id: str) -> int:
@@ -103,6 +106,7 @@ def answer(
         timeout_s=config.rollout.timeout_s,
     )
     local = config.run.backend == "local"
+    tokenizer: Any = asked.data.tokenizer  # transformers says of decode that it may return a list
     with Descendants(), asyncio.Runner() as runner, judge_of(config, judged=judged, log=log) as judge:
         if judged:
             bar.say("trying the reward out")
@@ -111,7 +115,7 @@ def answer(
             executor = SingleTurn(
                 engine=engine,
                 judge=judge,
-                tokenizer=asked.data.tokenizer,
+                tokenizer=tokenizer,
                 config=rollout,
                 run_seed=config.rollout.seed,
                 max_len=config.data.max_len,

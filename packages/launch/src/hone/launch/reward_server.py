@@ -71,7 +71,7 @@ def read(body: object) -> list[RewardItem]:
     columns: list[list[object]] = [queries]
     for name, missing in (("prompts", ""), ("labels", None)):
         column = body.get(name)
-        own = [missing] * len(queries) if column is None else column if isinstance(column, list) else [column]
+        own: list[object] = [missing] * len(queries) if column is None else column if isinstance(column, list) else [column]
         if len(own) != len(queries):
             raise ValueError(f'{len(own)} values in "{name}" for {len(queries)} in "query"')
         columns.append(own)

@@ -55,7 +55,7 @@ def run(config: EvalConfig, sources: Mapping[str, str]) -> int:
     found = {
         "model": everything.model,
         "data": everything.data.name,
-        "left_out": len(everything.data.dropped),
+        "left_out": len(everything.left_out),
         "samples_per_prompt": n,
         "temperature": config.rollout.temperature,
         "max_new_tokens": config.rollout.max_new_tokens,

@@ -23,7 +23,7 @@ def run(config: GenerateConfig, sources: Mapping[str, str]) -> int:
     greedy = config.rollout.temperature == 0
     n = config.best_of or (1 if greedy else config.rollout.n_samples_per_prompt)
     judged = config.best_of is not None or config.reward.remote_url is not None
-    for uid, reason in everything.data.dropped:
+    for uid, reason in everything.left_out:
         console.print(f"left out: {uid} ({reason})", soft_wrap=True)
     ids = [prompt.prompt_id for prompt in prompts]
     with opened(path, config, ids, rows_per_prompt=1 if config.best_of else n) as file:
