@@ -22,7 +22,7 @@ from hone.launch.prompts import PromptData, prepare
 from hone.launch.using_config import AnsweringConfig
 from hone.rollout.config import RolloutConfig
 from hone.rollout.engines.vllm import VLLMEngine
-from hone.rollout.executor import Group, Judge, Sample, SingleTurn
+from hone.rollout.executor import Group, Sample, SingleTurn
 from hone.rollout.rewards import judges
 from hone.rollout.rewards.result import Judgement, RewardItem
 from hone.rollout.types import Engine, Prompt
@@ -52,6 +52,9 @@ class Unjudged:
     async def judge(self, items: Sequence[RewardItem]) -> list[Judgement]:
         """A judgement that does not apply for each item."""
         return [Judgement(reward=math.nan, score=math.nan, extra_logs={}, applies=False) for _ in items]
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def model_of(config: AnsweringConfig, console: Console) -> str:
@@ -152,7 +155,7 @@ class InOrder:
 
 
 @contextmanager
-def judge_of(config: AnsweringConfig, *, judged: bool, log: Path | None) -> Iterator[Judge]:
+def judge_of(config: AnsweringConfig, *, judged: bool, log: Path | None) -> Iterator[judges.Closable]:
     """The judge, its processes started; they end with the block."""
     if not judged:
         yield Unjudged()
