@@ -11,9 +11,16 @@ import sys
 from collections.abc import Sequence
 
 from hone.launch.errors import Problem, UsageError, exit_code, present
-from hone.launch.verbs import OFFLINE, TOOLS, VERBS
+from hone.launch.verbs import OFFLINE, TOOLS, USING, VERBS
 
-COMMANDS = ", ".join([*VERBS, *OFFLINE, *TOOLS])
+COMMANDS = ", ".join([*VERBS, *OFFLINE, *USING, *TOOLS])
+
+PROGRAMS = {
+    "generate": "hone.launch.programs.generate",
+    "eval": "hone.launch.programs.evaluate",
+    "serve-rm": "hone.launch.programs.serve_rm",
+}
+"""Module of each command that uses a model; its `run(config, sources)` returns the exit code."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +50,7 @@ def _dispatch(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb in TOOLS:
         return _tool(verb, rest)
-    if verb not in VERBS and verb not in OFFLINE:
+    if verb not in VERBS | OFFLINE | USING:
         raise UsageError([_unknown_verb(verb)])
     asked = [place for place, word in enumerate(rest) if word == "-h" or word.partition("=")[0] == "--help"]
     if asked:
@@ -84,7 +91,9 @@ def _run(verb: str, rest: list[str]) -> int:
     from hone.launch.resolve import resolve
     from hone.launch.toml import to_toml
 
-    if verb in OFFLINE:
+    if verb in USING:
+        from hone.launch.using_rules import broken, lacking, notes
+    elif verb in OFFLINE:
         from hone.launch.offline_preflight import lacking
         from hone.launch.offline_rules import broken, notes
     else:
@@ -105,7 +114,9 @@ def _run(verb: str, rest: list[str]) -> int:
         print(to_toml(resolved.config, resolved.sources), end="")
         return 0
 
-    if verb in OFFLINE:
+    if verb in USING:
+        run = importlib.import_module(PROGRAMS[verb]).run
+    elif verb in OFFLINE:
         from hone.launch.programs.offline import run
     else:
         from hone.launch.programs.policy_gradient import run
@@ -126,7 +137,7 @@ def _unknown_verb(verb: str) -> Problem:
     from hone.launch.names import closest, plain
 
     name = plain(verb)
-    near = [VERB_OF[name]] if name in VERB_OF else closest(name, [*VERBS, *OFFLINE, *TOOLS])
+    near = [VERB_OF[name]] if name in VERB_OF else closest(name, [*VERBS, *OFFLINE, *USING, *TOOLS])
     if verb.startswith("-"):
         return Problem(
             what=f"a command comes first, not {verb}",

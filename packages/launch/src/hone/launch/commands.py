@@ -1,12 +1,14 @@
-"""Every training command by its name: the configuration it begins with, whichever loop carries it out."""
+"""Every command with settings by its name: the configuration it begins with, whichever program carries it out."""
 
 from collections.abc import Mapping
 
 from hone.launch.config import PolicyGradientConfig, default_config
 from hone.launch.offline_config import OfflineConfig, default_offline
-from hone.launch.verbs import OFFLINE, VERBS
+from hone.launch.using_config import UsingConfig, default_using
+from hone.launch.verbs import OFFLINE, USING, VERBS
 
 AnyConfig = PolicyGradientConfig | OfflineConfig
+EveryConfig = AnyConfig | UsingConfig
 
 # Settings that more than one rank or DeepSpeed alone can carry out, and the value with which they ask for neither.
 _ALONE: dict[str, object] = {
@@ -23,12 +25,14 @@ _ALONE: dict[str, object] = {
 }
 
 
-def defaults(verb: str, loss: str | None = None) -> AnyConfig:
+def defaults(verb: str, loss: str | None = None) -> EveryConfig:
     """The configuration of a command, and of its `--loss` where it has several, before any recipe, file or flag."""
+    if verb in USING:
+        return default_using(verb)
     return default_offline(verb, loss) if verb in OFFLINE else default_config(verb)
 
 
-def defaults_of(config: AnyConfig) -> AnyConfig:
+def defaults_of(config: EveryConfig) -> EveryConfig:
     """The configuration that a command like this one begins with."""
     return defaults(config.verb, getattr(config, "loss", None))
 
@@ -38,11 +42,14 @@ def training_verbs() -> list[str]:
     return [*VERBS, *OFFLINE]
 
 
-def implied_backend(config: AnyConfig, said: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+def implied_backend(config: EveryConfig, said: Mapping[str, object]) -> tuple[str, dict[str, object]]:
     """What follows for where a run takes place: the reason, and settings with their values.
 
     One rank without DeepSpeed needs no Ray: an offline program then begins in seconds, in this process. In one process nothing is sharded.
     """
+    if isinstance(config, UsingConfig):
+        own = config.verb in ("generate", "eval") and "run.backend" not in said and said.get("model.model_name_or_path") is None
+        return ("as the built-in model", {"run.backend": "local"}) if own else ("", {})
     asked = [name for name, alone in _ALONE.items() if said.get(name, alone) != alone]
     if isinstance(config, OfflineConfig) and "run.backend" not in said and asked:
         return f"as {asked[0]}", {"run.backend": "ray"}

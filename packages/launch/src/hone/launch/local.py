@@ -180,7 +180,7 @@ def build(plan: Plan) -> Assembly:
     )
     plan.on_start("learner", READY)
     plan.on_start("engine", "loading model")
-    engine = TransformersEngine(**_loaded(resolve(plan.models["policy"]), dtype), eos_ids=plan.eos_token_ids)
+    engine = TransformersEngine(**loaded(resolve(plan.models["policy"]), dtype), eos_ids=plan.eos_token_ids)
     plan.on_start("engine", READY)
     served, group = ServedHere(engine), LocalGroup(learner, cut=plan.cut())
     source = FingerprintedSource(_Weights(learner))
@@ -208,7 +208,7 @@ def build(plan: Plan) -> Assembly:
     )
 
 
-def _loaded(directory: Path, dtype: torch.dtype) -> dict[str, Any]:
+def loaded(directory: Path, dtype: torch.dtype) -> dict[str, Any]:
     """The engine's own model, and the image processor of one that sees."""
     if not sees(transformers.AutoConfig.from_pretrained(directory)):
         return {"model": transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)}

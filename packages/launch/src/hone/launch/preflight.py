@@ -22,6 +22,7 @@ from hone.launch.fitting import unfit
 from hone.launch.model_directory import faults, numbers_in, sees, stated
 from hone.launch.resolve import Resolved
 from hone.launch.schema import shown
+from hone.launch.using_config import AnsweringConfig, EvalConfig, ServeRMConfig
 from hone.learner.model_files import check_ring, check_tensor_parallel
 
 STATE_BYTES = 12
@@ -48,9 +49,9 @@ def lacking(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         _installation(config, gpus),
         _models(resolved),
         _vision(config),
-        _prompts(resolved),
+        prompts(resolved),
         _agent(config),
-        _reward(config),
+        reward(config),
         run_directory(config),
         _shared_memory(config, gpus),
     )
@@ -150,7 +151,8 @@ def head_stride(config: AnyConfig, directory: str) -> Iterator[Problem]:
         yield replace(stated(error, otherwise="--ds.ring-attn-head-stride 1"), code=USAGE, settings=("ds.ring_attn_head_stride",))
 
 
-def _prompts(resolved: Resolved) -> Iterator[Problem]:
+def prompts(resolved: Resolved) -> Iterator[Problem]:
+    """What is wrong with the prompts that are named."""
     data = resolved.config.data
     if error := template_problem(data):
         yield replace(stated(error, otherwise=""), settings=named_setting(error, "data.tokenizer_chat_template"))
@@ -198,7 +200,8 @@ def _agent(config: PolicyGradientConfig) -> Iterator[Problem]:
         yield replace(stated(error, otherwise=mend), settings=("rollout.agent_func_path",))
 
 
-def _reward(config: PolicyGradientConfig) -> Iterator[Problem]:
+def reward(config: PolicyGradientConfig | AnsweringConfig | ServeRMConfig) -> Iterator[Problem]:
+    """What is wrong with the rewards that are named, as far as that shows without running any."""
     if config.reward.remote_url is None and config.reward.weights is None:
         return
     from hone.rollout.errors import RewardError
@@ -214,8 +217,8 @@ def _reward(config: PolicyGradientConfig) -> Iterator[Problem]:
         yield replace(problem, where="--reward.remote-url") if secret else replace(problem, settings=("reward.remote_url",))
 
 
-def run_directory(config: AnyConfig) -> Iterator[Problem]:
-    """What is wrong with the place a run is to write to."""
+def run_directory(config: AnyConfig | EvalConfig) -> Iterator[Problem]:
+    """What is wrong with the place a run is to write to; one that trains needs room for its models."""
     name = "runs" if config.run.dir is None else config.run.dir
     if refusal := _bad_name(name):
         yield Problem(what=f"{shown(name)} cannot name a run directory: {refusal}", mend="--run.dir runs/NAME", settings=("run.dir",))
@@ -235,7 +238,8 @@ def run_directory(config: AnyConfig) -> Iterator[Problem]:
         what = f"nothing can be written in {ground}" if ground.is_dir() else f"{ground} is not a directory"
         yield Problem(what=what, mend="choose another --run.dir", settings=("run.dir",), code=ENVIRONMENT)
         return
-    yield from _disk(config, ground)
+    if not isinstance(config, EvalConfig):
+        yield from _disk(config, ground)
 
 
 def _disk(config: AnyConfig, ground: Path) -> Iterator[Problem]:

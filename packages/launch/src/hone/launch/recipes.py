@@ -58,11 +58,26 @@ OFFLINE_BUILT_IN: dict[str, dict[str, object]] = {
     }
 }
 
+USING_RECIPES: dict[str, dict[str, object]] = {"none": {}, "laptop": {"model.param_dtype": "fp32"}}
+"""The same for programs that use a model and train none."""
+
+USING_BUILT_IN: dict[str, dict[str, object]] = {
+    "laptop": {
+        "rollout.max_new_tokens": 8,
+        "data.max_len": 64,
+        "data.max_samples": 100,
+        "run.threads": 1,
+        "vllm.kv_cache_gib": 0.25,
+    }
+}
+
 Tables = tuple[dict[str, dict[str, object]], dict[str, dict[str, object]]]
 
 
 def tables(known: Collection[str]) -> Tables:
     """The recipes of a command that has such settings, and what goes on top of each for the built-in model."""
+    if "model.param_dtype" in known:
+        return USING_RECIPES, USING_BUILT_IN
     return (RECIPES, BUILT_IN) if "rollout.batch_size" in known else (OFFLINE_RECIPES, OFFLINE_BUILT_IN)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hone.launch import flags, recipes, toml
-from hone.launch.commands import AnyConfig, defaults, implied_backend, training_verbs
+from hone.launch.commands import EveryConfig, defaults, implied_backend, training_verbs
 from hone.launch.errors import Problem, UsageError
 from hone.launch.names import closest
 from hone.launch.schema import Setting, replaced, settings, value_of, written
@@ -130,8 +130,8 @@ def _constant_length(known: Mapping[str, Setting], values: Mapping[str, object])
 
 
 def _laid_over(
-    config: AnyConfig, values: Mapping[str, object], known: Mapping[str, Setting], sources: Mapping[str, str]
-) -> tuple[AnyConfig, list[Problem]]:
+    config: EveryConfig, values: Mapping[str, object], known: Mapping[str, Setting], sources: Mapping[str, str]
+) -> tuple[EveryConfig, list[Problem]]:
     """The configuration with the values; a group whose dataclass refuses their combination keeps what it had."""
     problems: list[Problem] = []
     for group, own in _by_group(values, known):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hone.launch.commands import AnyConfig, defaults_of
+from hone.launch.commands import EveryConfig, defaults_of
 from hone.launch.errors import Problem, UsageError
 from hone.launch.flags import targets
 from hone.launch.names import closest, flag, unknown
@@ -88,7 +88,7 @@ def top_level(path: str, key: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def to_toml(config: AnyConfig, sources: Mapping[str, str] | None = None) -> str:
+def to_toml(config: EveryConfig, sources: Mapping[str, str] | None = None) -> str:
     """Every setting as TOML that `--config` reads back to the same configuration; with `sources`, whence each value is."""
     lines = [f'verb = "{config.verb}"', 'recipe = "none"  # every value is written out below']
     group = ""

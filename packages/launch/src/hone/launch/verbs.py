@@ -190,6 +190,56 @@ OFFLINE = {
 }
 """Commands of the loop over labelled rows."""
 
+_JUDGED = """\\
+    --model.model-name-or-path DIR --data.prompt-dataset FILE.jsonl \\
+    --data.label-key answer --reward.remote-url reward.py"""
+
+USING = {
+    "generate": Verb(
+        section="using a model",
+        summary="responses to prompts, into a file",
+        story=(
+            "Draws responses to every prompt with vLLM, or with transformers in this process (--run.backend local), and writes a row for "
+            "each, as JSON lines or Parquet. With a reward each is judged; --best-of keeps the best alone. A run that was stopped goes on "
+            "where it was when it is started again. Without arguments the built-in model answers a built-in task."
+        ),
+        examples=(
+            "launch generate",
+            "launch generate --model.model-name-or-path DIR --data.prompt-dataset FILE.jsonl --out responses.parquet",
+            f"launch generate --best-of 8 {_JUDGED}",
+        ),
+    ),
+    "eval": Verb(
+        section="using a model",
+        summary="how often a model is right (pass@k), per source",
+        story=(
+            "Draws several responses to every prompt, has them judged, and prints pass@k (the unbiased estimate) for the whole and for "
+            "each data source. Report and responses are in the run directory. Without arguments the built-in model is measured on a "
+            "built-in task."
+        ),
+        examples=(
+            "launch eval",
+            f"launch eval --rollout.n-samples-per-prompt 8 --rollout.temperature 0.8 {_JUDGED}",
+            "launch eval --eval.k 1,8 --rollout.n-samples-per-prompt 16",
+        ),
+    ),
+    "serve-rm": Verb(
+        section="using a model",
+        summary="a reward model or function behind HTTP",
+        story=(
+            "Answers POST /get_reward as OpenRLHF's server does, for --reward.remote-url of any training command: a reward model "
+            "(--model.model-name-or-path) or a reward function (--reward.remote-url). Listens on loopback; HONE_REWARD_TOKEN in the "
+            "environment is the bearer token it asks for. Ctrl-C ends it."
+        ),
+        examples=(
+            "launch serve-rm --model.model-name-or-path runs/rm-20260101-120000/model",
+            "launch serve-rm --reward.remote-url reward.py --server.port 5001",
+            "launch grpo --reward.remote-url http://127.0.0.1:5000/get_reward   # in another terminal",
+        ),
+    ),
+}
+"""Commands that use a model and train none; their settings are in `using_config.py`."""
+
 TOOLS = {
     "export": Verb(
         section="checkpoints",
