@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from hone.launch.processes import prepare_environment
 
+settings.register_profile("hone", deadline=None)  # a busy machine is no fault of what is tested
+settings.load_profile("hone")
 prepare_environment()  # before any test imports Ray, which looks at its environment once
 
 
