@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from hone.learner.engines import compiled, deepspeed, zero_settings
 from hone.learner.errors import NumericsError
 from hone.learner.learner import Learner
+from tests.learner.checkpoint_ranks import save
 from tests.learner.engine_ranks import ALGO, MAX_TOKENS, part, refused
 from tests.learner.ranks import weights
 from tests.learner.tiny import make_learner
@@ -60,11 +61,19 @@ def main(spec_file: str, rank: int) -> None:
         torch._dynamo.reset()  # else the code of the case before serves this one
         counters.clear()
         learner = make_learner({"policy": spec["model"]}, backend="deepspeed", **common, **settings)
-        if (engine := vars(learner.engines["policy"])).get("scaler") is not None:
-            engine["scaler"].cur_scale = float(SCALE)
+        if (parts := vars(learner.engines["policy"])).get("scaler") is not None:
+            parts["scaler"].cur_scale = float(SCALE)
         results[case] = {**take_steps(learner), "graphs": counters["stats"]["unique_graphs"]}
+        before = weights(learner, "policy")
         if settings.get("dtype") == "fp16":
+            saved = save(learner, Path(f"{spec['results']}-{case}"), 2)
             results[case]["overflow"] = overflow(learner)
+            learner.restore(str(saved))
+            engine: Any = learner.engines["policy"]
+            results[case]["restored"] = (
+                engine.counters,
+                all(torch.equal(one, before[name]) for name, one in weights(learner, "policy").items()),
+            )
         learner.close()
     torch.save(results, f"{spec['results']}-{rank}.pt")
 

@@ -197,7 +197,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_found(tmp_path: Pa
 
 
 def test_what_is_no_checkpoint_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*it holds none.*--ckpt\.load-enable"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*it holds none.*--ckpt\.path or --resume, or start anew"):
         checkpoints.find(tmp_path / "nowhere")
     checkpoints.begin(Files(), tmp_path, 4)
     with pytest.raises(CheckpointError, match=r"only half-written ones: step_4\.partial"):

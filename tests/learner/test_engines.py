@@ -172,8 +172,16 @@ def test_a_cpu_adam_that_cannot_be_built_is_an_error_with_a_way_out(monkeypatch:
 def test_the_loss_scale_halves_at_an_overflow_and_doubles_after_a_window() -> None:
     scale = LossScale()
     assert scale.scale == 65536 and scale.update(overflow=True) and scale.scale == 32768
-    for _ in range(1000):
+    for _ in range(999):
         scale.update(overflow=False)
+    assert scale.scale == 32768
+    scale.update(overflow=False)
     assert scale.scale == 65536
+    scale.update(overflow=False)
+    scale.update(overflow=True)
+    for _ in range(999):  # the window begins anew
+        scale.update(overflow=False)
+    assert scale.scale == 32768
+    scale.scale = 65536
     assert all(scale.update(overflow=True) for _ in range(16)) and scale.scale == 1
     assert not scale.update(overflow=True)  # nothing left to lower: this one counts

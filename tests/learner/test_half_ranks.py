@@ -65,3 +65,10 @@ def test_an_overflow_lowers_the_scale_and_counts_only_at_the_lowest(runs: list[d
         assert told["kept"] == (False, {**told["begin"], "skipped_in_a_row": 1, "loss_scale": 1, "loss_scale_clean": 0})
         assert told["same"]
         assert "2 times in a row" in told["ended"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_brings_the_loss_scale_and_its_count_back(runs: list[dict[str, Any]], stage: int) -> None:
+    for rank in runs:
+        counters, same = rank[str(stage)]["restored"]
+        assert counters == rank[str(stage)]["overflow"]["begin"] and same
