@@ -122,6 +122,11 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
         ("ppo --ds.lora.target-modules q_proj", "ds.lora.target_modules without adapters does nothing", "--ds.lora.rank 16"),
         ("ppo --ds.ring-attn-head-stride 2", "ds.ring_attn_head_stride without a ring does nothing", "raise --ds.ring-attn-size"),
         (
+            "ppo --ds.ring-attn-impl ring-flash-attn",
+            "ds.ring_attn_impl without a ring does nothing",
+            "raise --ds.ring-attn-size, or drop --ds.ring-attn-impl",
+        ),
+        (
             "ppo --actor.num-gpus-per-node 2 --ds.ring-attn-size 2 --train.max-tokens-per-gpu 200 --data.max-len 500",
             "a sample of 500 tokens does not fit a micro-batch of 400",
             "--train.max-tokens-per-gpu 250 or more",
@@ -196,6 +201,20 @@ def test_gpus_asked_and_visible_stand_in_a_table(monkeypatch: pytest.MonkeyPatch
     assert crossed("ppo --actor.num-gpus-per-node 8 --train.batch-size 256", gpus=0) == []
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert crossed(f"ppo {OWN} --actor.num-gpus-per-node 8", gpus=1) == []
+
+
+def test_ring_flash_attn_wants_a_gpu_and_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    line = f"ppo {OWN} --actor.num-gpus-per-node 2 --ds.ring-attn-size 2 --ds.ring-attn-impl ring-flash-attn --ds.param-dtype"
+    told = only(crossed(f"{line} fp32", gpus=8))
+    assert told.what == "ds.ring_attn_impl ring-flash-attn computes in bf16 and fp16 only, not in ds.param_dtype fp32"
+    assert told.mend == "--ds.param-dtype bf16, or --ds.ring-attn-impl own"
+    assert crossed(f"{line} bf16", gpus=8) == []
+    told = only(crossed(f"{line} bf16", gpus=0))
+    assert told.what == "ds.ring_attn_impl ring-flash-attn runs on CUDA only, and there is no GPU here"
+    assert told.mend == "--ds.ring-attn-impl own"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert crossed(f"{line} bf16", gpus=0) == []
 
 
 def test_a_rule_keeps_silent_about_a_value_that_was_refused() -> None:

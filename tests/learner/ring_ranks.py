@@ -11,22 +11,25 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import logsigmoid
+from torch.testing import assert_close
 
 from hone.algos.algorithms import GRPO, GSPO, PPO
 from hone.algos.algorithms.terms import Clip, KLPenalty
-from hone.algos.batch import Scored, rows_of_tokens
+from hone.algos.batch import Batch, Scored, rows_of_tokens
 from hone.algos.protocol import Loss, Outputs
+from hone.learner import learner as learner_module
 from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, RefConfig
 from hone.learner.engines import deepspeed
 from hone.learner.learner import Learner
-from hone.learner.packing import Shard, shards
+from hone.learner.packing import Shard, shards, unshard
 from hone.learner.roles import RoleSpec
 from hone.learner.supervised import NextToken
 from hone.learner.tensor_parallel.cut import cut_of
+from tests.learner import flash_stand_in
 from tests.learner.tiny import make_batch, score
 
 LENGTHS = [7, 40, 1, 30, 9, 5, 16, 11, 2]
@@ -58,7 +61,17 @@ CRITIC = {"critic": POLICY["ppo"]}
 
 
 def build(
-    model: str, *, backend: str, stage: int, ring: int, head_stride: int | None, rank: int, world_size: int, port: int, max_tokens: int
+    model: str,
+    *,
+    backend: str,
+    stage: int,
+    ring: int,
+    head_stride: int | None,
+    rank: int,
+    world_size: int,
+    port: int,
+    max_tokens: int,
+    impl: Literal["own", "ring-flash-attn"] = "own",
 ) -> Learner:
     adam = AdamConfig(lr=0.5, eps=1.0)
     configs = {
@@ -68,7 +81,9 @@ def build(
     }
     return Learner(
         roles={role: RoleSpec(kind=role, model=model, config=config, total_steps=100) for role, config in configs.items()},
-        ds=DeepSpeedConfig(zero_stage=stage, param_dtype="fp32", ring_attn_size=ring, ring_attn_head_stride=head_stride),
+        ds=DeepSpeedConfig(
+            zero_stage=stage, param_dtype="fp32", ring_attn_size=ring, ring_attn_head_stride=head_stride, ring_attn_impl=impl
+        ),
         backend=backend,
         rank=rank,
         world_size=world_size,
@@ -119,8 +134,48 @@ def train(learner: Learner, *, rank: int, rings: int, ring: int, max_tokens: int
     return result
 
 
+def close(got: torch.Tensor, expected: torch.Tensor, *, what: str) -> None:
+    """Equal but for fp32 rounding, measured against the tensor's largest entry."""
+    assert_close(got, expected, rtol=1e-5, atol=1e-5 * max(float(expected.abs().max()), 1e-3), msg=lambda text: f"{what}: {text}")
+
+
+def same_step(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """What every rank says of a step is what one process says."""
+    assert expected["norm"] > 0.01, "a step without a gradient shows nothing"
+    for rank in ranks:
+        assert rank["gradients"].keys() == rank["weights"].keys() == expected["weights"].keys()
+        for name, weight in expected["weights"].items():
+            close(rank["gradients"][name], expected["gradients"][name], what=f"gradient of {name}")
+            close(rank["weights"][name], weight, what=name)
+        assert_close(rank["norm"], expected["norm"], rtol=1e-5, atol=1e-8)
+    for name, value in expected["metrics"].items():
+        # Figures add up over all ranks: each ring tells its own once.
+        assert_close(
+            sum(rank["metrics"].get(name, 0.0) for rank in ranks),
+            value,
+            rtol=1e-5,
+            atol=1e-6,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def same_results(ranks: list[dict[str, Any]], single: dict[str, Any], *, ring: int, max_tokens: int) -> None:
+    """Every rank has its ring's whole shard, and the shards together are what one process has."""
+    batch: Batch = make_batch(LENGTHS)
+    assert ring == 1 or max_tokens < max(LENGTHS)
+    cut, alone = (shards(batch, ranks=count, max_tokens=tokens) for count, tokens in ((4 // ring, max_tokens * ring), (1, 200)))
+    for name in ("logp", "values"):
+        arrays = [rank[name] for rank in ranks]
+        assert all(torch.equal(array, arrays[rank // ring * ring]) for rank, array in enumerate(arrays))
+        together = unshard(cut, arrays[::ring], cu_seqlens=batch.cu_seqlens)
+        assert_close(together, unshard(alone, [single[name]], cu_seqlens=batch.cu_seqlens), rtol=1e-5, atol=1e-5)
+
+
 def run(spec: dict[str, Any], rank: int) -> None:
     deepspeed.WHOLE_BELOW = 0  # else stage 3 would leave models this small alone
+    if any(case["settings"].get("impl") == "ring-flash-attn" for case in spec["cases"]):
+        flash_stand_in.enter()
+        learner_module.check_ring_flash = lambda *_: None  # which refuses the CPU, and fp32
     for case in spec["cases"]:
         settings = case["settings"]
         learner = build(spec["model"], backend="deepspeed", rank=rank, world_size=4, port=case["port"], **settings)

@@ -94,7 +94,7 @@ def _lengths(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend=mend, settings=("train.max_tokens_per_gpu", "data.max_len"))
 
 
-def _rings(resolved: Resolved, _: int) -> Iterator[Problem]:
+def _rings(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     config = resolved.config
     size = config.ds.ring_attn_size
     if uneven := [group for group in config.groups if ranks(config, group) % size]:
@@ -102,10 +102,17 @@ def _rings(resolved: Resolved, _: int) -> Iterator[Problem]:
         what = f"learner ranks do not fall into rings of {size}: {told}"
         names = ("ds.ring_attn_size", *(f"{group}.{setting}" for group in uneven for setting in ("num_nodes", "num_gpus_per_node")))
         yield Problem(what=what, mend="a --ds.ring-attn-size that divides the ranks of each, or more ranks", settings=names)
-    if size == 1 and config.ds.ring_attn_head_stride is not None and typed(resolved.sources["ds.ring_attn_head_stride"]):
-        what = "ds.ring_attn_head_stride without a ring does nothing"
-        mend = "raise --ds.ring-attn-size, or drop --ds.ring-attn-head-stride"
-        yield Problem(what=what, mend=mend, settings=("ds.ring_attn_head_stride", "ds.ring_attn_size"))
+    ours = {"ds.ring_attn_head_stride": config.ds.ring_attn_head_stride is None, "ds.ring_attn_impl": config.ds.ring_attn_impl == "own"}
+    for name in (name for name, ordinary in ours.items() if not ordinary and size == 1 and typed(resolved.sources[name])):
+        mend = f"raise --ds.ring-attn-size, or drop {flag(name)}"
+        yield Problem(what=f"{name} without a ring does nothing", mend=mend, settings=(name, "ds.ring_attn_size"))
+    if size > 1 and not ours["ds.ring_attn_impl"]:
+        told, mend = "ds.ring_attn_impl ring-flash-attn", "--ds.ring-attn-impl own"
+        if config.ds.param_dtype == "fp32":
+            what, names = f"{told} computes in bf16 and fp16 only, not in ds.param_dtype fp32", ("ds.ring_attn_impl", "ds.param_dtype")
+            yield Problem(what=what, mend=f"--ds.param-dtype bf16, or {mend}", settings=names)
+        if not gpus and not spans_machines(config):
+            yield Problem(what=f"{told} runs on CUDA only, and there is no GPU here", mend=mend, settings=("ds.ring_attn_impl",))
 
 
 def _tensor_parallel(resolved: Resolved, _: int) -> Iterator[Problem]:

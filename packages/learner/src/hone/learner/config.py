@@ -166,7 +166,9 @@ class DeepSpeedConfig:
     ring_attn_size: Annotated[int, Range(low=1)] = 1
     """Consecutive ranks that share every micro-batch, long rows cut among them; it may hold this many times the tokens of one rank."""
     ring_attn_head_stride: Annotated[int, Range(low=1)] | None = None
-    """Key heads for which a ring gathers all keys at a time; without it, keys go round the ring, one rank's at a time."""
+    """Key heads for which a ring gathers all keys at a time; without it, keys go round, one rank's at a time (ring-flash-attn: all)."""
+    ring_attn_impl: Literal["own", "ring-flash-attn"] = "own"
+    """Whose attention a ring computes with: ours, or the package's, which gathers keys; it needs CUDA, flash-attn, bf16 or fp16."""
     value_head_prefix: str = "score"
     """Name of the value, reward or process head in its checkpoint, unless the checkpoint says it itself."""
     normalize_reward: bool = False

@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hone.learner.attention.ring import Ring
+from hone.learner.attention.ring_flash import FlashRing, flash_ring
 from hone.learner.attention.varlen import row_arguments
-from hone.learner.attention.wire import Wire
+from hone.learner.attention.wire import GroupWire, Wire
 from hone.learner.packing import HIDDEN_SIZE, cost
 
 BALANCE = 1.08
@@ -45,19 +46,56 @@ class Piece:
 
     `index` has the place in the micro-batch of each of this rank's tokens: rows it holds alone, then its chunks.
     `places` is the inverse, -1 for tokens of other ranks. `rows` bounds the rows it holds alone; `ring` is None where no row
-    is cut.
+    is cut. Of ring-flash-attn, all of its tokens are the ring's, and the last of them may be padding.
     """
 
     index: Int[Tensor, " S"]
     places: Int[Tensor, " T"]
     rows: Int[Tensor, " n_plus_1"]
-    ring: Ring | None
+    ring: Ring | FlashRing | None
     held: int
-    """S, but 0 of a rank with no tokens of its own: the one it runs is no result."""
+    """S less padding at the end, so 0 of a rank with no tokens of its own: what it runs is no result."""
 
     def row_arguments(self) -> dict[str, Any]:
         """Keyword arguments for a transformers model's forward over this rank's tokens; see `varlen.row_arguments`."""
         return {**row_arguments(self.rows), "ring": self.ring}
+
+
+def piece_for(
+    cu_seqlens: Int[Tensor, " N_plus_1"],
+    *,
+    wire: Wire,
+    impl: Literal["own", "ring-flash-attn"],
+    head_stride: int | None,
+    max_tokens: int,
+    hidden_size: int = HIDDEN_SIZE,
+) -> Piece:
+    """What the calling rank holds of a micro-batch, as `--ds.ring-attn-impl` has it; the rest as in `cut_rows`, `piece_of`."""
+    if impl == "ring-flash-attn":
+        assert isinstance(wire, GroupWire), "the package takes a process group"
+        return slice_of(cu_seqlens, wire=wire, head_stride=head_stride)
+    cut = cut_rows(cu_seqlens.diff().tolist(), size=wire.size, max_tokens=max_tokens, hidden_size=hidden_size)
+    return piece_of(cut, cu_seqlens, wire=wire, head_stride=head_stride)
+
+
+def slice_of(cu_seqlens: Int[Tensor, " N_plus_1"], *, wire: GroupWire, head_stride: int | None) -> Piece:
+    """The calling rank's run of a micro-batch with row bounds `cu_seqlens`, of as many tokens as every rank's, on their device.
+
+    For that, a last row of padding repeats the micro-batch's first token; nobody reads its results.
+    """
+    bounds, device = cu_seqlens.to("cpu", torch.int32), cu_seqlens.device
+    total = int(bounds[-1])
+    share = -(-total // wire.size)
+    if total % wire.size:
+        bounds = torch.cat([bounds, torch.tensor([share * wire.size], dtype=torch.int32)])
+    start = wire.rank * share
+    held = min(share, max(0, total - start))
+    index, places = torch.zeros(share, dtype=torch.long), torch.full((total,), -1)
+    index[:held] = torch.arange(start, start + held)
+    places[start : start + held] = torch.arange(held)
+    ring = flash_ring(bounds, wire=wire, head_stride=head_stride, device=device)
+    none_alone = torch.zeros(1, dtype=torch.int32, device=device)
+    return Piece(index=index.to(device), places=places.to(device), rows=none_alone, ring=ring, held=held)
 
 
 def cut_rows(lengths: Sequence[int], *, size: int, max_tokens: int, hidden_size: int = HIDDEN_SIZE) -> Cut:

@@ -18,6 +18,7 @@ from hone.algos.batch import Packed, select
 from hone.algos.offline import LogpLoss, Offline
 from hone.algos.protocol import Loss, Outputs
 from hone.learner.adapters import dropout_awake
+from hone.learner.attention.ring_flash import check_ring_flash
 from hone.learner.attention.wire import add_over_ring, group_of
 from hone.learner.checkpoint import role_files
 from hone.learner.checkpoint.files import Files
@@ -25,7 +26,7 @@ from hone.learner.checkpoint.random_state import random_state, set_random_state
 from hone.learner.checkpoint.snapshot import Outcome, Writer
 from hone.learner.combinations import check_combinations, check_heads
 from hone.learner.config import DeepSpeedConfig, RefConfig
-from hone.learner.context import Piece, cut_rows, piece_of
+from hone.learner.context import Piece, piece_for
 from hone.learner.engines.model_parallel import ModelParallel
 from hone.learner.engines.protocol import Engine
 from hone.learner.engines.single import SingleEngine
@@ -72,11 +73,14 @@ class Learner:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         if ds.use_liger_kernel:
             check_liger(self.device)
+        if ds.ring_attn_impl == "ring-flash-attn" and ds.ring_attn_size > 1:
+            check_ring_flash(self.device, ds.param_dtype)
         self.rank, self.world_size, self.backend, self.max_tokens = rank, world_size, backend, max_tokens
         self.writer = Writer(Files(), pinned=self.device.type == "cuda")
         self.aux_loss_coefs = {role: getattr(spec.config, "aux_loss_coef", 0.0) for role, spec in roles.items()}
         self.sources = {role: resolve(spec.model) for role, spec in roles.items()}
         self.sleeps, self.head_stride = ds.enable_sleep, ds.ring_attn_head_stride
+        self.ring_impl: Literal["own", "ring-flash-attn"] = ds.ring_attn_impl
         self.kinds = {role: spec.kind for role, spec in roles.items()}
         self.hidden_sizes = {role: hidden_size(source) for role, source in self.sources.items()}
         self.made_of = {role: made_of(spec, model=self.sources[role], ds=ds) for role, spec in roles.items()}
@@ -253,7 +257,7 @@ class Learner:
         if self.parallel is not None:
             split(module, name, wire=self.parallel.tensor)
         if self.wire is not None:
-            check_cut(module, name, wire=self.wire, head_stride=self.head_stride)
+            check_cut(module, name, wire=self.wire, head_stride=self.head_stride, impl=self.ring_impl)
         if self.backend == "single":
             return SingleEngine(module, role=role, training=training, grad_accum_dtype=DTYPES[ds.grad_accum_dtype])
         from hone.learner.engines.deepspeed import DeepSpeedEngine
@@ -282,8 +286,8 @@ class Learner:
         """What this rank of a ring runs of a micro-batch."""
         if self.wire is None:
             return None
-        cut = cut_rows(part.lengths.tolist(), size=self.wire.size, max_tokens=self.max_tokens, hidden_size=self.hidden_sizes[role])
-        return piece_of(cut, part.cu_seqlens, wire=self.wire, head_stride=self.head_stride)
+        sizes = {"max_tokens": self.max_tokens, "hidden_size": self.hidden_sizes[role]}
+        return piece_for(part.cu_seqlens, wire=self.wire, impl=self.ring_impl, head_stride=self.head_stride, **sizes)
 
     def _whole(self, per_token: Tensor) -> Tensor:
         """What the ranks of a ring have each for some of the tokens, for all of them."""

@@ -1,12 +1,12 @@
 """Whether a model's rows can be cut over a ring: tried out once, before anything is trained or evaluated over it."""
 
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from hone.learner.attention.wire import Wire
-from hone.learner.context import cut_rows, piece_of
+from hone.learner.context import piece_for
 from hone.learner.errors import ModelError
 from hone.learner.model import CriticModel, PolicyModel, packed_hidden
 
@@ -15,7 +15,14 @@ CUT_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @torch.no_grad()
-def check_cut(model: PolicyModel | CriticModel, name: str, *, wire: Wire, head_stride: int | None) -> None:
+def check_cut(
+    model: PolicyModel | CriticModel,
+    name: str,
+    *,
+    wire: Wire,
+    head_stride: int | None,
+    impl: Literal["own", "ring-flash-attn"] = "own",
+) -> None:
     """One row cut over the ring, two whole, against the same rows packed on this rank. Collective; raises ModelError on all ranks.
 
     Catches architectures whose layers look at neighbours by other ways than attention (convolutions, recurrences).
@@ -26,10 +33,9 @@ def check_cut(model: PolicyModel | CriticModel, name: str, *, wire: Wire, head_s
     tokens = (torch.arange(sum(lengths), device=embedding.device) * 7919 + 1) % embedding.shape[0]
     position_ids = torch.cat([torch.arange(length, device=embedding.device) for length in lengths])
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=embedding.device)
-    cut = cut_rows(lengths, size=wire.size, max_tokens=len(tokens))
-    piece = piece_of(cut, cu_seqlens, wire=wire, head_stride=head_stride)
-    ours = packed_hidden(backbone, tokens, position_ids, cu_seqlens, piece).float()
-    packed = packed_hidden(backbone, tokens, position_ids, cu_seqlens).float()[piece.index]
+    piece = piece_for(cu_seqlens, wire=wire, impl=impl, head_stride=head_stride, max_tokens=len(tokens))
+    ours = packed_hidden(backbone, tokens, position_ids, cu_seqlens, piece).float()[: piece.held]
+    packed = packed_hidden(backbone, tokens, position_ids, cu_seqlens).float()[piece.index[: piece.held]]
     sums = torch.stack([(ours - packed).square().sum(), packed.square().sum()])
     wire.add_up(sums)
     difference = float((sums[0] / sums[1]).sqrt())

@@ -37,11 +37,15 @@ def ring_attention(
     states = [one.contiguous() for one in (query, key, value)]
     if window is None and ring.head_stride is None:
         return _Zigzag.apply(*states, ring, scale)
-    heads = key.shape[1]
-    stride = heads if ring.head_stride is None else ring.head_stride
+    return _Gathered.apply(*states, ring, scale, window, key_heads_at_once(key.shape[1], ring.head_stride))
+
+
+def key_heads_at_once(heads: int, head_stride: int | None) -> int:
+    """Key heads that are gathered together: `head_stride`, or all. Raises ValueError for a stride that does not divide them."""
+    stride = heads if head_stride is None else head_stride
     if heads % stride:
         raise ValueError(f"--ds.ring-attn-head-stride {stride} does not divide the {heads} key heads; choose a divisor of {heads}")
-    return _Gathered.apply(*states, ring, scale, window, stride)
+    return stride
 
 
 class _Zigzag(torch.autograd.Function):

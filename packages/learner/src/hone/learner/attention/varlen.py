@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hone.learner.attention.ring import Ring
+from hone.learner.attention.ring_flash import FlashRing, flash_ring_attention
 from hone.learner.attention.ring_forms import ring_attention
 
 PACKED = "hone_packed"
@@ -40,7 +41,7 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
-    ring: Ring | None = None,
+    ring: Ring | FlashRing | None = None,
     **unused: object,
 ) -> tuple[Tensor, None]:
     """Causal attention within each row; query [1, heads, T, dim], key and value [1, key heads, T, dim] -> [1, T, heads, dim].
@@ -55,8 +56,11 @@ def packed_attention(
     beyond = [name for name in ("softcap", "s_aux", "position_bias") if unused.get(name) is not None]
     if beyond or dropout or attention_mask is not None:
         raise ValueError(f"{type(module).__name__} asks for {beyond or 'dropout or a mask'}, which packed attention does not compute")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(ring, FlashRing):
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        return flash_ring_attention(query, key, value, ring, scale=scale, window=sliding_window)[None], None
     if ring is not None:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         cut = [states[0, :, ring.whole :].transpose(0, 1) for states in (query, key, value)]
         result = ring_attention(cut[0], cut[1], cut[2], ring, scale=scale, window=sliding_window)[None]
         if ring.whole:

@@ -29,6 +29,7 @@ ONE_PROCESS = {
     "tensor_parallel_size": 1,
     "ring_attn_size": 1,
     "ring_attn_head_stride": None,
+    "ring_attn_impl": "own",
     "enable_sleep": False,
     "adam_offload": False,
     "cpu_adam": "torch",
