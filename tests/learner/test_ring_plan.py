@@ -136,9 +136,10 @@ def test_rings_that_do_not_come_out_even_are_refused_before_anything_is_loaded(t
         make_learner({"policy": model}, backend="deepspeed", world_size=2, ring=2, head_stride=3)
 
 
-def test_a_model_that_looks_past_a_cut_by_other_ways_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_that_looks_past_a_cut_by_other_ways_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     name = save_model(tmp_path, "llama-untied")
-    models = [load_policy(name, dtype=torch.float32, device=torch.device("cpu")) for _ in range(2)]
+    models = [load_policy(name, dtype=dtype, device=torch.device("cpu")) for _ in range(2)]
     on_ring(2, lambda wire: check_cut(models[wire.rank], name, wire=wire, head_stride=None))
     for model in models:
         layer = model.causal_lm.base_model.layers[0]

@@ -10,7 +10,7 @@ from hone.learner.context import piece_for
 from hone.learner.errors import ModelError
 from hone.learner.model import CriticModel, PolicyModel, packed_hidden
 
-CUT_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+CUT_LIMIT = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 1.25e-2}
 """Largest difference of hidden states, as a share of their size, that cutting a row may bring by rounding."""
 
 
