@@ -112,9 +112,9 @@ def test_a_killed_core_is_an_error_with_its_name_and_leaves_nothing(tmp_path: Pa
     loop.run(engine.generate([request((7, 8), seed=3, length=4)]))
     (pid,) = engine.pids()
     os.kill(pid, signal.SIGKILL)
-    with pytest.raises(EngineError, match=rf"engine-7: its vLLM core died .*prompt-3/sample-1, prompt-3/sample-2 \(pid {pid} exit code -9"):
+    with pytest.raises(EngineError, match=rf"engine-7 lost its vLLM core .*prompt-3/sample-1, prompt-3/sample-2 \(pid {pid} exit code -9"):
         drawing.result()
-    with pytest.raises(EngineError, match="engine-7: its vLLM core died at a health check"):
+    with pytest.raises(EngineError, match="engine-7 lost its vLLM core at a health check"):
         loop.run(engine.check_health())
     loop.run(engine.shutdown())
     assert not Path(f"/proc/{pid}").exists()

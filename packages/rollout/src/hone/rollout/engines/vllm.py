@@ -51,10 +51,10 @@ class VLLMEngine:
         self._version = 0
         self._half_loaded = ""
         self._canaries = itertools.count()
-        self._sees = sees(model)
         before = set(multiprocessing.active_children())
         with _environment(config, backend=backend, threads=threads):
             try:
+                self._sees = sees(model)
                 self._llm = _start(model, config, max_model_len=max_model_len, dtype=dtype, backend=backend, sees=self._sees)
             except Exception as error:
                 raise EngineError(
