@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from hone.datasets.stream import StreamState
+from hone.launch.config import CkptConfig
 from hone.learner.checkpoint import directory as checkpoints
 from hone.learner.checkpoint import role_files
 from hone.learner.checkpoint.files import Files
@@ -139,6 +140,17 @@ def place_of(asked: str, *, verb: str, runs: Path = Path("runs")) -> tuple[Path,
     if (step := checkpoints.step_of(path)) is not None:
         return path.parent, step
     return (_root_of(path), None) if (path / EVENTS).is_file() else (path, None)
+
+
+def place_asked(ckpt: CkptConfig, *, verb: str) -> tuple[Path, int | None]:
+    """Where a run that is to go on finds its checkpoint: as `--resume` or `--ckpt.path` says; see `place_of`. Raises CheckpointError."""
+    if ckpt.resume is not None:
+        return place_of(ckpt.resume, verb=verb)
+    if ckpt.path is None:
+        raise CheckpointError(
+            "--ckpt.load-enable needs to know where the checkpoints are; name their directory with --ckpt.path, or --resume"
+        )
+    return Path(ckpt.path), None
 
 
 def _root_of(run: Path) -> Path:

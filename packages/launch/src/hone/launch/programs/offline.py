@@ -29,9 +29,8 @@ from hone.launch.processes import adopt_orphans, keep_bytecode
 from hone.launch.programs.best import Best
 from hone.launch.programs.conduct import Stage, began, built_in, conduct
 from hone.launch.programs.keeping import Keeper
-from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, check_start, place_of, take_up
+from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, check_start, place_asked, take_up
 from hone.launch.toml import to_toml
-from hone.learner.errors import CheckpointError
 
 BUILT_IN_TEACHER = BuiltinModel(wrong=0)
 """What a student of the built-in task learns from: the same model, made from right answers alone."""
@@ -196,14 +195,7 @@ def _models(config: OfflineConfig, console: Console) -> dict[str, str]:
 
 def _take_up(config: OfflineConfig, models: Mapping[str, str]) -> Resumed:
     """The checkpoint to go on from, before anything is loaded. Raises CheckpointError."""
-    if config.ckpt.resume is not None:
-        root, step = place_of(config.ckpt.resume, verb=config.verb)
-    elif config.ckpt.path is None:
-        raise CheckpointError(
-            "--ckpt.load-enable needs to know where the checkpoints are; name their directory with --ckpt.path, or --resume"
-        )
-    else:
-        root, step = Path(config.ckpt.path), None
+    root, step = place_asked(config.ckpt, verb=config.verb)
     return take_up(
         root,
         algorithm=config.algo.name,

@@ -32,10 +32,9 @@ from hone.launch.programs.conduct import Stage, began, built_in, conduct
 from hone.launch.programs.keeping import Keeper
 from hone.launch.prompts import PromptData, prepare
 from hone.launch.rollout_rows import rows
-from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, check_start, place_of, take_up
+from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, check_start, place_asked, take_up
 from hone.launch.toml import to_toml
 from hone.launch.train import Start, Step, train
-from hone.learner.errors import CheckpointError
 from hone.rollout.agents.loading import Agent
 from hone.rollout.endpoint.rollout import Caller
 from hone.rollout.executor import Group
@@ -267,14 +266,7 @@ class Session:
 
 def _take_up(config: PolicyGradientConfig, model: str) -> Resumed:
     """The checkpoint to go on from, before anything is loaded. Raises CheckpointError."""
-    if config.ckpt.resume is not None:
-        root, step = place_of(config.ckpt.resume, verb=config.algo.name)
-    elif config.ckpt.path is None:
-        raise CheckpointError(
-            "--ckpt.load-enable needs to know where the checkpoints are; name their directory with --ckpt.path, or --resume"
-        )
-    else:
-        root, step = Path(config.ckpt.path), None
+    root, step = place_asked(config.ckpt, verb=config.algo.name)
     return take_up(
         root,
         algorithm=config.algo.name,
