@@ -21,7 +21,7 @@ from hone.launch.offline_groups import OfflinePlan
 from hone.launch.parts import Assembly, Plan
 from hone.launch.placement import PlacedGroup, groups, sync_backend
 from hone.launch.publish import Publisher
-from hone.launch.remote import LearnerRank, RemoteEngine, RemoteGroup
+from hone.launch.remote import LearnerRank, RankLost, RemoteEngine, RemoteGroup
 from hone.learner.roles import RoleSpec
 from hone.rollout.engines.vllm import VLLMEngine
 from hone.rollout.fleet import Fleet, Limits
@@ -157,7 +157,7 @@ def start(scratch: Path) -> int:
     # The addresses of gloo's and vLLM's own sockets; the workers inherit them.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["VLLM_HOST_IP"] = "127.0.0.1"
-    ray.init(
+    _init(
         # "local": without it Ray would join whatever cluster it finds on this machine.
         address="local",
         include_dashboard=False,
@@ -167,6 +167,23 @@ def start(scratch: Path) -> int:
         _temp_dir=str(scratch),
     )
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _init(**settings: Any) -> None:
+    """`ray.init`, a second time where the first took longer than Ray's own 30 s, as on a machine that is busy. Raises RankLost."""
+    for last in (False, True):
+        try:
+            ray.init(**settings)
+            return
+        except Exception as error:  # Ray has no type of its own for it
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if last:
+                raise RankLost(
+                    "Ray did not start within 30 s, twice: this machine is too busy, or has no room for its processes; end what else "
+                    "runs here and start again, or use --run.backend local"
+                ) from error
 
 
 def stop(logs: Path, scratch: Path) -> None:
