@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import transformers
 from rich.console import Console
 
 from hone.launch.builtin import BuiltinModel, builtin_model, cache_directory
@@ -30,7 +31,7 @@ from hone.launch.observe.redact import redact
 from hone.launch.observe.report import conclude
 from hone.launch.observe.run_directory import RunDirectory
 from hone.launch.observe.summary import Summary
-from hone.launch.processes import Descendants
+from hone.launch.processes import Descendants, adopt_orphans, keep_bytecode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,11 @@ class Stage:
 
 
 def began() -> float:
-    """When this process was started, by the clock that durations are measured with [s]: half of a start is spent on imports."""
+    """Makes this process a run's; when it was started, by the clock that durations are measured with [s]: half a start is imports."""
+    keep_bytecode(cache_directory() / "bytecode")
+    adopt_orphans()
+    # Loading and saving are shown by the display; a second bar in between would tear it.
+    transformers.utils.logging.disable_progress_bar()
     return time.monotonic() - (time.time() - psutil.Process().create_time())
 
 

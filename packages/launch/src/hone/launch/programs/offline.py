@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import transformers
 from rich.console import Console
 
 from hone.launch.builtin import BuiltinModel, cache_directory
@@ -25,7 +24,6 @@ from hone.launch.offline_data import OfflineData, prepare, settled
 from hone.launch.offline_groups import ranks_of
 from hone.launch.offline_parts import MODEL, TEACHER, OfflineAssembly
 from hone.launch.plan import in_full
-from hone.launch.processes import adopt_orphans, keep_bytecode
 from hone.launch.programs.best import Best
 from hone.launch.programs.conduct import Stage, began, built_in, conduct
 from hone.launch.programs.keeping import Keeper
@@ -39,10 +37,6 @@ BUILT_IN_TEACHER = BuiltinModel(wrong=0)
 def run(config: OfflineConfig, sources: Mapping[str, str]) -> int:
     """Carry out a run; returns its exit code, or raises what stopped it (the run directory then tells, too)."""
     start = began()
-    keep_bytecode(cache_directory() / "bytecode")
-    adopt_orphans()
-    # Loading and saving are shown by the display; a second bar in between would tear it.
-    transformers.utils.logging.disable_progress_bar()
     console = Console(highlight=False)
     models = _models(config, console)
     resumed = _take_up(config, models) if config.ckpt.load_enable or config.ckpt.resume is not None else None

@@ -12,11 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import transformers
 from rich.console import Console
 
 from hone.launch.agent import agent_of
-from hone.launch.builtin import cache_directory
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.interrupt import Interrupt
 from hone.launch.observe import manifest
@@ -27,7 +25,7 @@ from hone.launch.observe.progress import READY, RunInfo
 from hone.launch.observe.run_directory import RunDirectory, read_events
 from hone.launch.parts import Assembly
 from hone.launch.plan import in_full, make_plan, models_of
-from hone.launch.processes import adopt_orphans, keep_bytecode, prepare_environment
+from hone.launch.processes import prepare_environment
 from hone.launch.programs.conduct import Stage, began, built_in, conduct
 from hone.launch.programs.keeping import Keeper
 from hone.launch.prompts import PromptData, prepare
@@ -55,10 +53,6 @@ BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
 def run(config: PolicyGradientConfig, sources: Mapping[str, str]) -> int:
     """Carry out a run; returns its exit code, or raises what stopped it (the run directory then tells, too)."""
     start = began()
-    keep_bytecode(cache_directory() / "bytecode")
-    adopt_orphans()
-    # Loading and saving are shown by the display; a second bar in between would tear it.
-    transformers.utils.logging.disable_progress_bar()
     console = Console(highlight=False)
     asked = config.actor.model_name_or_path
     model = str(built_in(console)) if asked is None else in_full(asked)
