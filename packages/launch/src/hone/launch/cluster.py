@@ -25,6 +25,7 @@ from hone.launch.remote import LearnerRank, RankLost, RemoteEngine, RemoteGroup
 from hone.learner.roles import RoleSpec
 from hone.rollout.engines.vllm import VLLMEngine
 from hone.rollout.fleet import Fleet, Limits
+from hone.rollout.sampling import reads_text
 from hone.rollout.weight_sync.verify import tolerance
 
 OBJECT_STORE_BYTES = 1 << 30
@@ -233,6 +234,7 @@ def _engine(plan: Plan, index: int, *, backend: str, gpus: int, shared: Placemen
         backend=backend,
         threads=config.run.threads or _threads(config.vllm.num_engines),
         eos_token_ids=plan.eos_token_ids,
+        reads_text=reads_text(config.rollout),
     )
     return RemoteEngine(name, handle)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hone.datasets.chat import template_problems
-from hone.launch.acting_rules import filtering, fleet, typed
+from hone.launch.acting_rules import filtering, fleet, reproducible, sampler, typed
 from hone.launch.commands import AnyConfig
 from hone.launch.errors import Problem
 from hone.launch.groups import compares_samples
@@ -373,6 +373,8 @@ RULES: tuple[Rule, ...] = (
     _batches,
     fleet,
     filtering,
+    sampler,
+    reproducible,
     _groups,
     _lengths,
     _rings,

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from hone.algos.ranges import Range
 from hone.datasets.config import DataConfig
-from hone.rollout.config import RewardConfig, VLLMConfig
+from hone.rollout.config import RewardConfig, SamplerConfig, VLLMConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(SamplerConfig):
     """How responses are drawn."""
 
     n_samples_per_prompt: Annotated[int, Range(low=1)] = 1

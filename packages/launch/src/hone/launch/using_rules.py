@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hone.datasets.chat import template_problems
-from hone.launch import preflight, rules
+from hone.launch import acting_rules, preflight, rules
 from hone.launch.builtin import BuiltinModel
 from hone.launch.errors import ENVIRONMENT, Problem
 from hone.launch.measured import ks
@@ -146,6 +146,16 @@ def _counts(resolved: Resolved, _: int) -> Iterator[Problem]:
             yield Problem(what=what, mend=mend, settings=("eval.k", "rollout.n_samples_per_prompt"))
 
 
+def _sampler(resolved: Resolved, gpus: int) -> Iterator[Problem]:
+    config: UsingConfig = resolved.config
+    if not isinstance(config, AnsweringConfig):
+        return
+    yield from acting_rules.sampler(resolved, gpus)
+    if config.run.backend == "local" and (named := acting_rules.grammars(config.rollout)):
+        what = "run.backend local holds no response to a grammar"
+        yield Problem(what=what, mend="--run.backend vllm, or drop it", settings=(f"rollout.{named[0]}", "run.backend"))
+
+
 def _served(resolved: Resolved, _: int) -> Iterator[Problem]:
     config: UsingConfig = resolved.config
     if not isinstance(config, ServeRMConfig):
@@ -162,4 +172,4 @@ def _served(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend="name a function: FILE.py, builtin:math", settings=("reward.remote_url",))
 
 
-RULES: tuple[rules.Rule, ...] = (_lengths, _own, _counts, _served)
+RULES: tuple[rules.Rule, ...] = (_lengths, _own, _counts, _sampler, _served)

@@ -1,13 +1,57 @@
 """Settings of rollout: sampling, engines, rewards."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from hone.algos.ranges import Range
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class StructuredOutputs:
+    """The grammar every response is held to, by vLLM's names; at most one of them, none by default."""
+
+    json: str | None = None
+    """A JSON schema, or a file with one: responses are JSON of that form."""
+    json_object: bool = False
+    """Responses are JSON objects of any form."""
+    regex: str | None = None
+    """A regular expression that the whole response matches."""
+    choice: str | None = None
+    """A JSON list of texts: the response is one of them."""
+    grammar: str | None = None
+    """A grammar in EBNF, or a file with one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How a response is drawn, beside the temperature. What reshapes the distribution is for generate and eval: no learner recomputes
+    it, so training takes `stop` and `stop_token_ids` only.
+    """
+
+    top_p: Annotated[float, Range(low=0, high=1, open_low=True)] = 1.0
+    """Draw from the likeliest tokens that hold so much of the probability; 1 for all."""
+    top_k: Annotated[int, Range(low=0)] = 0
+    """Draw from so many of the likeliest tokens; 0 for all."""
+    min_p: Annotated[float, Range(low=0, high=1)] = 0.0
+    """Leave out tokens less probable than this share of the likeliest; 0 for none."""
+    repetition_penalty: Annotated[float, Range(low=0, open_low=True)] = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that stand in the prompt or the response; 1 changes nothing."""
+    presence_penalty: Annotated[float, Range(low=-2, high=2)] = 0.0
+    """Taken off the logit of every token that stands in the response."""
+    frequency_penalty: Annotated[float, Range(low=-2, high=2)] = 0.0
+    """Taken off the logit of a token for every time it stands in the response."""
+    min_new_tokens: Annotated[int, Range(low=0)] = 0
+    """Tokens before which nothing that ends a response may be drawn."""
+    stop: str | None = None
+    """Text that ends a response, or a JSON list of several; the tokens it was written with stay in the response."""
+    stop_token_ids: str | None = None
+    """Token ids that end a response beside the model's own, separated by commas; the one that did stays in it."""
+    structured_outputs: StructuredOutputs = field(default_factory=StructuredOutputs)
+    """The grammar responses are held to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(SamplerConfig):
     """How the policy acts."""
 
     batch_size: Annotated[int, Range(low=1)] = 1024
