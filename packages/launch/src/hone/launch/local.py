@@ -27,6 +27,7 @@ from hone.learner.roles import DTYPES, StepResult
 from hone.learner.vision import sees
 from hone.rollout.engines.transformers import TransformersEngine
 from hone.rollout.sampling import reads_text
+from hone.rollout.types import PauseMode
 from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
 from hone.rollout.weight_sync.verify import tolerance
 
@@ -125,7 +126,7 @@ class ServedHere:
         self._received = {name: fingerprint(held[name]) for name in source.fingerprints}
         return source.fingerprints
 
-    async def pause(self) -> None:
+    async def pause(self, mode: PauseMode) -> None:
         """Nothing is in flight."""
 
     async def resume(self) -> None:

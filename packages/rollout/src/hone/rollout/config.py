@@ -71,6 +71,15 @@ class RolloutConfig(SamplerConfig):
     """Bounds of the mean score, where `dynamic_filtering` is range."""
     dynamic_filtering_batches: Annotated[int, Range(low=1)] = 10
     """Most prompts drawn for one step, in batches; after that the step is trained on with the groups it has."""
+    over_sampling: Annotated[float, Range(low=1, high=16)] = 1.0
+    """Prompts under way for a step, as a multiple of `batch_size`: the step goes on with the first full batch. That favours prompts
+    with short responses, whose groups finish first; 1 waits for every prompt and favours none."""
+    straggler_policy: Literal["abort", "reissue", "keep"] = "abort"
+    """Prompts still under way when their step has a full batch: abort drops them; reissue begins them anew for a later step, under its
+    weights; keep lets them go on (needs `train.partial_rollout_enable`), and drops those that become too old."""
+    max_staleness: Annotated[int, Range(low=0)] | None = None
+    """Policy versions that a trained token may be behind the one that learns; default `train.async_queue_size` (0 without
+    `train.async_enable`), and 1 more with over-sampling. More lets steps go on without their slowest prompts for longer."""
     agent_func_path: str | None = None
     """A Python file with the environment of multi-turn episodes (`AgentInstance` or `make_env`), or with an agent that owns its loop
     (`agent`); it gives the rewards, too."""
@@ -108,6 +117,10 @@ class VLLMConfig:
     """Engines below which the run ends with exit code 7, what was learnt kept."""
     health_timeout_s: Annotated[float, Range(low=0, open_low=True)] = 60.0
     """Deadline of a health probe [s]; an engine that misses it counts as hung and is replaced."""
+    enable_sleep: bool = False
+    """Free a GPU that engine and learner share (--placement.engine) of the engine's memory while the learner learns."""
+    sleep_level: Literal[1, 2] = 1
+    """What of an engine sleeps: 1 keeps its weights in host memory, 2 drops them, for they are sent anew after every step."""
     sync_backend: Literal["auto", "shared_memory", "ipc", "nccl"] = "auto"
     """How weights travel to the engines; auto: shared_memory without GPUs, ipc on a shared GPU, nccl across GPUs."""
     sync_tolerance: Annotated[float, Range(low=0, open_low=True)] | None = None

@@ -17,7 +17,7 @@ from hone.rollout.config import VLLMConfig
 from hone.rollout.engines.vllm_sampling import sampling_params
 from hone.rollout.errors import EngineError, EngineLost, StaleWeights
 from hone.rollout.pictures import collapsed, decoded, sees
-from hone.rollout.types import Completion, Request
+from hone.rollout.types import Completion, PauseMode, Request
 
 # vLLM's label of the weights an engine starts with; ours is version 0.
 _INITIAL_LABEL = "default"
@@ -54,6 +54,8 @@ class VLLMEngine:
         self._eos_token_ids = list(eos_token_ids)
         self._version = 0
         self._half_loaded = ""
+        self._sleeps = config.enable_sleep
+        self._asleep: set[str] = set()
         self._canaries = itertools.count()
         before = set(multiprocessing.active_children())
         with _environment(config, backend=backend, threads=threads):
@@ -140,13 +142,26 @@ class VLLMEngine:
             )
         return output
 
-    async def pause(self) -> None:
-        """Freeze the requests in flight and admit no new ones."""
-        await self._asked("while pausing", self._llm.pause_generation(mode="keep", clear_cache=False))
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """Begin no new requests, and freeze those in flight (keep), return when they have ended (wait), or end them (abort)."""
+        await self._asked("while pausing", self._llm.pause_generation(mode=mode, clear_cache=False))
 
     async def resume(self) -> None:
         """Go on; requests in flight recompute what they had cached."""
         await self._asked("while resuming", self._llm.resume_generation())
+
+    async def sleep(self, level: Literal[1, 2]) -> None:
+        """Give the GPU's memory back when what is in flight has ended: level 1 keeps the weights on the host, 2 drops them."""
+        if not self._sleeps:
+            raise EngineError(f"engine {self.name} cannot sleep: it was started without --vllm.enable-sleep")
+        await self._asked("while falling asleep", self._llm.sleep(level, mode="wait"))
+        self._asleep = {"weights", "kv_cache"}
+
+    async def wake(self, tags: Sequence[Literal["weights", "kv_cache"]] = ("weights", "kv_cache")) -> None:
+        """Take memory for these again; what is awake stays so. It samples again when all are; dropped weights must be sent first."""
+        if asleep := [tag for tag in tags if tag in self._asleep]:
+            await self._asked("while waking", self._llm.wake_up(asleep))
+            self._asleep -= set(asleep)
 
     async def set_version(self, version: int) -> None:
         """Label the weights served from now on, and forget every cached prefix; call it between pause and resume."""
@@ -296,6 +311,7 @@ def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: 
         weight_transfer_config=WeightTransferConfig(backend=RECEIVERS[backend]),
         worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         disable_log_stats=True,
+        enable_sleep_mode=config.enable_sleep,
         **device,
     )
     return AsyncLLM.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
