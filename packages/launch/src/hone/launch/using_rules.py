@@ -12,6 +12,7 @@ from hone.datasets.chat import template_problems
 from hone.launch import preflight, rules
 from hone.launch.builtin import BuiltinModel
 from hone.launch.errors import ENVIRONMENT, Problem
+from hone.launch.loop_config import LoopConfig
 from hone.launch.measured import ks
 from hone.launch.model_directory import faults
 from hone.launch.resolve import Resolved
@@ -104,10 +105,9 @@ def _lengths(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend=mend, settings=("data.max_len", "rollout.max_new_tokens"))
 
 
-def _own(resolved: Resolved, _: int) -> Iterator[Problem]:
-    config: UsingConfig = resolved.config
-    if not isinstance(config, AnsweringConfig):
-        return
+def described(resolved: Resolved) -> Iterator[Problem]:
+    """What is said of prompts and does not go together, or has none to speak of; and a model that cannot read them."""
+    config: AnsweringConfig | LoopConfig = resolved.config
     for problem in template_problems(config.data):
         what, mend = problem.rsplit("; ", 1)
         yield Problem(what=what, mend=mend, settings=("data.input_template", "data.apply_chat_template"))
@@ -121,6 +121,15 @@ def _own(resolved: Resolved, _: int) -> Iterator[Problem]:
         what = "the built-in model reads only the digits and signs of the built-in task, not your prompts"
         mend = "name a model for your prompts: --model.model-name-or-path DIR"
         yield Problem(what=what, mend=mend, settings=("model.model_name_or_path", "data.prompt_dataset"))
+
+
+def _own(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config: UsingConfig = resolved.config
+    if not isinstance(config, AnsweringConfig):
+        return
+    yield from described(resolved)
+    if config.data.prompt_dataset is None:
+        return
     judged = isinstance(config, EvalConfig) or (isinstance(config, GenerateConfig) and config.best_of is not None)
     if judged and config.reward.remote_url is None:
         what = "your own prompts need a reward: the built-in one judges only the built-in task"
@@ -162,4 +171,6 @@ def _served(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend="name a function: FILE.py, builtin:math", settings=("reward.remote_url",))
 
 
+LENGTHS: rules.Rule = _lengths
+"""Whether there is room for prompts beside responses."""
 RULES: tuple[rules.Rule, ...] = (_lengths, _own, _counts, _served)
