@@ -20,6 +20,7 @@ COMMANDS = ", ".join(EVERY)
 PROGRAMS = {
     "generate": "hone.launch.programs.generate",
     "eval": "hone.launch.programs.evaluate",
+    "chat": "hone.launch.programs.chat",
     "serve-rm": "hone.launch.programs.serve_rm",
 }
 """Module of each command that uses a model; its `run(config, sources)` returns the exit code."""
@@ -105,6 +106,8 @@ def _run(verb: str, rest: list[str]) -> int:
         from hone.launch.rules import broken, notes
 
     gpus = visible_gpus()
+    if verb == "chat" and rest and not rest[0].startswith("-"):
+        rest = ["--model.model-name-or-path", *rest]  # `launch chat MODEL`
     resolved = resolve(verb, rest, gpus=gpus)
     problems = [*resolved.problems, *broken(resolved, gpus), *lacking(resolved, gpus)]
     if problems:

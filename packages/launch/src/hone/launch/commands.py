@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from hone.launch.chat_config import ChatConfig
 from hone.launch.config import PolicyGradientConfig, default_config
 from hone.launch.loop_config import LoopConfig, default_loop
 from hone.launch.loop_verbs import LOOPS
@@ -29,6 +30,8 @@ _ALONE: dict[str, object] = {
 
 def defaults(verb: str, loss: str | None = None) -> EveryConfig:
     """The configuration of a command, and of its `--loss` where it has several, before any recipe, file or flag."""
+    if verb == "chat":
+        return ChatConfig()
     if verb in USING:
         return default_using(verb)
     if verb in LOOPS:
@@ -51,6 +54,9 @@ def implied_backend(config: EveryConfig, said: Mapping[str, object]) -> dict[str
 
     One rank without DeepSpeed needs no Ray: an offline program then begins in seconds, in this process. In one process nothing is sharded.
     """
+    if isinstance(config, ChatConfig):
+        small = "engine" not in said and said.get("model.model_name_or_path") is None
+        return {"as the built-in model": {"engine": "transformers"}} if small else {}
     if isinstance(config, UsingConfig):
         own = config.verb in ("generate", "eval") and "run.backend" not in said and said.get("model.model_name_or_path") is None
         return {"as the built-in model": {"run.backend": "local"}} if own else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from hone.datasets.chat import template_problems
 from hone.launch import preflight, rules
 from hone.launch.builtin import BuiltinModel
+from hone.launch.chat_config import ChatConfig
 from hone.launch.errors import ENVIRONMENT, Problem
 from hone.launch.loop_config import LoopConfig
 from hone.launch.measured import ks
@@ -67,18 +68,20 @@ def _loopback(host: str) -> bool:
 
 
 def _installation(config: UsingConfig) -> Iterator[Problem]:
+    if isinstance(config, ChatConfig) and config.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield Problem(what="vllm is not installed", mend="`uv sync`, or --engine transformers, which does without", code=ENVIRONMENT)
     if isinstance(config, AnsweringConfig) and config.run.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         yield Problem(what="vllm is not installed", mend="`uv sync`, or --run.backend local, which does without", code=ENVIRONMENT)
 
 
 def _model(config: UsingConfig) -> Iterator[Problem]:
     name, path = "model.model_name_or_path", config.model.model_name_or_path
-    length = config.data.max_len if isinstance(config, AnsweringConfig) else 1
+    length = (config.data.max_len if isinstance(config, AnsweringConfig | ChatConfig) else None) or 1
     longest = BuiltinModel().max_position_embeddings
     if path is not None:
         for problem in faults(path, max_len=length):
             yield replace(problem, settings=(name,))
-    elif length > longest and isinstance(config, AnsweringConfig):
+    elif length > longest and isinstance(config, AnsweringConfig | ChatConfig):
         what = f"data.max_len {length} is more than the built-in model's {longest} positions"
         yield Problem(what=what, mend=f"--data.max-len {longest} or less, or --recipe laptop", settings=("data.max_len",))
 
