@@ -294,9 +294,9 @@ def test_the_file_gives_back_what_it_was_given() -> None:
         kept_file.to_bytes(Kept(groups=[one, two], prompts=[prompt_of(2)])), lambda wanted: {name: prompts[name] for name in wanted}
     )
     assert [prompt.prompt_id for prompt in found.prompts] == ["p2"]
-    for given, back in zip([one, two], found.groups, strict=True):
-        assert back.prompt == given.prompt and (back.greedy is None) == (given.greedy is None)
-        for before, after in zip(given.samples, back.samples, strict=True):
+    for known, back in zip([one, two], found.groups, strict=True):
+        assert back.prompt == known.prompt and (back.greedy is None) == (known.greedy is None)
+        for before, after in zip(known.samples, back.samples, strict=True):
             assert (before.reward, before.extra_logs, before.label, before.response_text) == (
                 after.reward,
                 after.extra_logs,

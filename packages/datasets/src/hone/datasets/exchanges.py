@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hone.datasets.chat import SLOT
 from hone.datasets.errors import BadRow, TokenizerError, shown
-from hone.datasets.labelled import Exchange, TokenRow
+from hone.datasets.labelled import Exchange, Sampled, TokenRow
 from hone.datasets.offline_config import LabelledData
 from hone.datasets.records import Message
 from hone.datasets.templates import template_kwargs, use_template
@@ -49,8 +49,10 @@ class Encoder:
         template = tokenizer.chat_template
         self._tagged = config.apply_chat_template and isinstance(template, str) and TAGS.search(template) is not None
 
-    def encode(self, exchange: Exchange, *, line: int) -> Encoded | BadRow:
+    def encode(self, exchange: Exchange | Sampled, *, line: int) -> Encoded | BadRow:
         """The exchange's rows, uncut; what is wrong with it where the chat template does not take it."""
+        if isinstance(exchange, Sampled):
+            return self._sampled(exchange, line)
         if not self._config.apply_chat_template:
             return self._plain(exchange, line)
         prompt = _messages(exchange.prompt, "user")
@@ -66,6 +68,17 @@ class Encoder:
                 line=line,
                 detail=f"{type(error).__name__}: {error}; messages {shown(messages)}",
             )
+
+    def _sampled(self, exchange: Sampled, line: int) -> Encoded | BadRow:
+        ids = exchange.prompt + exchange.answer
+        if max(ids) >= len(self._tokenizer):
+            return BadRow(
+                what=f"ids that the tokenizer of {self._tokenizer.name_or_path!r} does not have",
+                remedy="use the model that the rows were sampled from, or take the columns of ids out to have texts tokenised",
+                line=line,
+                detail=f"id {max(ids)} of {len(self._tokenizer)}",
+            )
+        return Encoded(rows=(_row(ids, [(len(exchange.prompt), len(ids))]),))
 
     def document(self, text: str) -> list[int]:
         """A document's tokens, its end included."""

@@ -21,6 +21,14 @@ class Exchange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """A prompt and its answer as the ids that were sampled; every id of the answer is trained on."""
+
+    prompt: "array[int]"
+    answer: "array[int]"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextRow:
     """A document, every token of which is trained on."""
 
@@ -35,7 +43,7 @@ class ExchangeRow:
 
     uid: str
     line: int
-    exchange: Exchange
+    exchange: Exchange | Sampled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +52,8 @@ class PairRow:
 
     uid: str
     line: int
-    chosen: Exchange
-    rejected: Exchange
+    chosen: Exchange | Sampled
+    rejected: Exchange | Sampled
     margin: float = 0.0
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+from hone.datasets import sampled
 from hone.datasets.errors import BadRow, DataError, bad_rows_error, did_you_mean, shown
 from hone.datasets.labelled import AnyRow, Exchange, ExchangeRow, JudgedRow, LabelledSet, PairRow, TextRow
 from hone.datasets.offline_config import DemonstrationData, JudgedData, LabelledData, MarginPairData, PairData
@@ -33,7 +34,9 @@ def text_rows(source: Source, config: DemonstrationData) -> LabelledSet[TextRow]
 
 
 def exchange_rows(source: Source, config: DemonstrationData) -> LabelledSet[ExchangeRow]:
-    """Demonstrations: a column of the prompt and one of its answer, or one of a whole conversation."""
+    """Demonstrations: a column of the prompt and one of its answer, or one of a whole conversation; or ids as they were sampled."""
+    if sampled.holds(source, sampled.ANSWERED):
+        return validated(source, sampled.exchange_row)
     prompt_key, answer_key = demonstration_columns(source, config)
 
     def read(row: Row, uid: str) -> Iterator[BadRow | ExchangeRow]:
@@ -61,7 +64,9 @@ def judged_rows(source: Source, config: JudgedData) -> LabelledSet[JudgedRow]:
 
 
 def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
-    """A chosen and a rejected answer to each prompt; where no column has the prompt, it is what both begin with."""
+    """A chosen and a rejected answer to each prompt; where no column has the prompt, it is what both begin with. Or ids."""
+    if sampled.holds(source, sampled.COMPARED):
+        return validated(source, sampled.pair_row)
     columns = columns_of(source)
     prompt_key = config.prompt_key or next((name for name in PROMPTS if name in columns), None)
     margin_key = config.margin_key if isinstance(config, MarginPairData) else None

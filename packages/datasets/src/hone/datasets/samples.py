@@ -17,6 +17,7 @@ from hone.datasets.labelled import (
     LabelledSet,
     PairRow,
     Sample,
+    Sampled,
     Samples,
     StepsRow,
     TextRow,
@@ -98,7 +99,13 @@ def _sample(
 
 
 def _rows(
-    exchanges: Sequence[Exchange], encoder: Encoder, row: AnyRow, config: LabelledData, counts: _Counts, *, each: int | None = None
+    exchanges: Sequence[Exchange | Sampled],
+    encoder: Encoder,
+    row: AnyRow,
+    config: LabelledData,
+    counts: _Counts,
+    *,
+    each: int | None = None,
 ) -> tuple[TokenRow, ...] | BadRow | Dropped:
     """The rows of one or two exchanges, cut to length; with `each`, so many of every one."""
     result: list[TokenRow] = []

@@ -20,7 +20,7 @@ from hone.launch.plan import in_full, stop_ids, vocabulary
 from hone.launch.processes import Descendants, adopt_orphans, keep_bytecode
 from hone.launch.programs.conduct import built_in
 from hone.launch.prompts import PromptData, prepare
-from hone.launch.using_config import AnsweringConfig
+from hone.launch.using_config import AnsweringConfig, UsingConfig
 from hone.rollout.config import RolloutConfig, SamplerConfig
 from hone.rollout.engines.vllm import VLLMEngine
 from hone.rollout.executor import Group, Sample, SingleTurn
@@ -59,7 +59,7 @@ class Unjudged:
         """Nothing is held."""
 
 
-def model_of(config: AnsweringConfig, console: Console) -> str:
+def model_of(config: UsingConfig, console: Console) -> str:
     """The model that answers: the one named, or the built-in one, made now if this is the first time."""
     keep_bytecode(cache_directory() / "bytecode")
     adopt_orphans()

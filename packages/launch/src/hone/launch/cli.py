@@ -11,13 +11,16 @@ import sys
 from collections.abc import Sequence
 
 from hone.launch.errors import Problem, UsageError, exit_code, present
+from hone.launch.loop_verbs import LOOPS
 from hone.launch.verbs import OFFLINE, TOOLS, USING, VERBS
 
-COMMANDS = ", ".join([*VERBS, *OFFLINE, *USING, *TOOLS])
+EVERY = [*VERBS, *OFFLINE, *LOOPS, *USING, *TOOLS]
+COMMANDS = ", ".join(EVERY)
 
 PROGRAMS = {
     "generate": "hone.launch.programs.generate",
     "eval": "hone.launch.programs.evaluate",
+    "chat": "hone.launch.programs.chat",
     "serve-rm": "hone.launch.programs.serve_rm",
 }
 """Module of each command that uses a model; its `run(config, sources)` returns the exit code."""
@@ -50,7 +53,7 @@ def _dispatch(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb in TOOLS:
         return _tool(verb, rest)
-    if verb not in VERBS | OFFLINE | USING:
+    if verb not in EVERY:
         raise UsageError([_unknown_verb(verb)])
     asked = [place for place, word in enumerate(rest) if word == "-h" or word.partition("=")[0] == "--help"]
     if asked:
@@ -93,6 +96,8 @@ def _run(verb: str, rest: list[str]) -> int:
 
     if verb in USING:
         from hone.launch.using_rules import broken, lacking, notes
+    elif verb in LOOPS:
+        from hone.launch.loop_rules import broken, lacking, notes
     elif verb in OFFLINE:
         from hone.launch.offline_preflight import lacking
         from hone.launch.offline_rules import broken, notes
@@ -101,6 +106,8 @@ def _run(verb: str, rest: list[str]) -> int:
         from hone.launch.rules import broken, notes
 
     gpus = visible_gpus()
+    if verb == "chat" and rest and not rest[0].startswith("-"):
+        rest = ["--model.model-name-or-path", *rest]  # `launch chat MODEL`
     resolved = resolve(verb, rest, gpus=gpus)
     problems = [*resolved.problems, *broken(resolved, gpus), *lacking(resolved, gpus)]
     if problems:
@@ -116,6 +123,8 @@ def _run(verb: str, rest: list[str]) -> int:
 
     if verb in USING:
         run = importlib.import_module(PROGRAMS[verb]).run
+    elif verb in LOOPS:
+        from hone.launch.programs.iterate import run
     elif verb in OFFLINE:
         from hone.launch.programs.offline import run
     else:
@@ -137,7 +146,7 @@ def _unknown_verb(verb: str) -> Problem:
     from hone.launch.names import closest, plain
 
     name = plain(verb)
-    near = [VERB_OF[name]] if name in VERB_OF else closest(name, [*VERBS, *OFFLINE, *USING, *TOOLS])
+    near = [VERB_OF[name]] if name in VERB_OF else closest(name, EVERY)
     if verb.startswith("-"):
         return Problem(
             what=f"a command comes first, not {verb}",

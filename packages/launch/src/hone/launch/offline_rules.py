@@ -124,4 +124,6 @@ def _devices(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         yield Problem(what=what, mend=f"--model.num-gpus-per-node {gpus} or less", settings=("model.num_gpus_per_node",))
 
 
-RULES: tuple[rules.Rule, ...] = (_rows, _own, _evaluation, _programs, _devices, *rules.SHARED)
+TRAINING: tuple[rules.Rule, ...] = (_rows, _devices, *rules.SHARED)
+"""What a training must keep whatever its rows are."""
+RULES: tuple[rules.Rule, ...] = (_own, _evaluation, _programs, *TRAINING)

@@ -71,11 +71,51 @@ USING_BUILT_IN: dict[str, dict[str, object]] = {
     }
 }
 
+LOOP_RECIPES: dict[str, dict[str, object]] = {
+    "none": {},
+    "laptop": {
+        "rollout.batch_size": 64,
+        "rollout.max_new_tokens": 64,
+        "train.batch_size": 32,
+        "train.iterations": 3,
+        "train.max_tokens_per_gpu": 4096,
+        "data.max_len": 512,
+        "ds.param_dtype": "fp32",
+    },
+}
+"""The same for the loops over generations."""
+
+LOOP_BUILT_IN: dict[str, dict[str, object]] = {
+    "laptop": {
+        "rollout.batch_size": 128,
+        "rollout.max_new_tokens": 8,
+        "data.max_len": 64,
+        "model.adam.lr": 3e-4,
+        "run.threads": 1,
+        "vllm.kv_cache_gib": 0.25,
+    }
+}
+
+CONDITIONED: dict[str, dict[str, object]] = {
+    "laptop": {
+        # The small model's tokenizer knows digits, signs and the space.
+        "condition.template": "{reward:.0f} {input}",
+        # What a prefix means is new to it, and takes longer to learn than a choice between answers it has.
+        "model.adam.lr": 1e-3,
+        "train.max_epochs": 4,
+    }
+}
+"""On top of that, where prompts tell rewards."""
+
 Tables = tuple[dict[str, dict[str, object]], dict[str, dict[str, object]]]
 
 
 def tables(known: Collection[str]) -> Tables:
     """The recipes of a command that has such settings, and what goes on top of each for the built-in model."""
+    if "condition.template" in known:
+        return LOOP_RECIPES, {name: own | CONDITIONED[name] for name, own in LOOP_BUILT_IN.items()}
+    if "train.iterations" in known:
+        return LOOP_RECIPES, LOOP_BUILT_IN
     if "model.param_dtype" in known:
         return USING_RECIPES, USING_BUILT_IN
     return (RECIPES, BUILT_IN) if "rollout.batch_size" in known else (OFFLINE_RECIPES, OFFLINE_BUILT_IN)

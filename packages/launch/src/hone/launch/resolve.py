@@ -68,8 +68,7 @@ def resolve(verb: str, argv: Sequence[str], *, gpus: int) -> Resolved:
 
     values, sources = {}, dict.fromkeys(known, "default")
     layers = {f"recipe {recipe}": recipes.values(recipe, known=known, built_in=built_in)}
-    because, implied = implied_backend(config, said)
-    layers[because] = implied
+    layers |= implied_backend(config, said)
     for source, layer_values in layers.items():
         values |= layer_values
         sources |= dict.fromkeys(layer_values, source)

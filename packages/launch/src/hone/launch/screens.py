@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from hone.launch.loop_verbs import LOOPS
 from hone.launch.verbs import OFFLINE, TOOLS, USING, VERBS
 
 if TYPE_CHECKING:  # the front screen reads no settings
@@ -31,7 +32,7 @@ def front(version: str) -> None:
     console.print(f"[bold]hone[/] {version}: RL post-training, from one core to a cluster\n", soft_wrap=True)
     console.print("[cyan]try first[/]")
     console.print("  [bold]launch ppo[/]  trains a small model on this machine; downloads nothing\n")
-    commands = VERBS | OFFLINE | USING | TOOLS
+    commands = VERBS | OFFLINE | LOOPS | USING | TOOLS
     widest = max(map(len, commands))
     for section in dict.fromkeys(verb.section for verb in commands.values()):
         console.print(f"[cyan]{section}[/]")
@@ -60,7 +61,7 @@ def options(verb: str, settings: "Mapping[str, Setting]", word: str) -> bool:
     """A command's story, examples and options; with a `word` only the options it occurs in. Whether there was anything to show."""
     from hone.launch.recipes import RECIPES
 
-    console, entry = Console(highlight=False), (VERBS | OFFLINE | USING)[verb]
+    console, entry = Console(highlight=False), (VERBS | OFFLINE | LOOPS | USING)[verb]
     shown = {
         name: one for name, one in settings.items() if word.lower().replace("_", "-") in f"{one.flag} {_meaning(one, settings)}".lower()
     }

@@ -11,7 +11,9 @@ from pathlib import Path
 from hone.datasets.chat import template_problems
 from hone.launch import acting_rules, preflight, rules
 from hone.launch.builtin import BuiltinModel
+from hone.launch.chat_config import ChatConfig
 from hone.launch.errors import ENVIRONMENT, Problem
+from hone.launch.loop_config import LoopConfig
 from hone.launch.measured import ks
 from hone.launch.model_directory import faults
 from hone.launch.resolve import Resolved
@@ -66,18 +68,20 @@ def _loopback(host: str) -> bool:
 
 
 def _installation(config: UsingConfig) -> Iterator[Problem]:
+    if isinstance(config, ChatConfig) and config.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield Problem(what="vllm is not installed", mend="`uv sync`, or --engine transformers, which does without", code=ENVIRONMENT)
     if isinstance(config, AnsweringConfig) and config.run.backend == "vllm" and importlib.util.find_spec("vllm") is None:
         yield Problem(what="vllm is not installed", mend="`uv sync`, or --run.backend local, which does without", code=ENVIRONMENT)
 
 
 def _model(config: UsingConfig) -> Iterator[Problem]:
     name, path = "model.model_name_or_path", config.model.model_name_or_path
-    length = config.data.max_len if isinstance(config, AnsweringConfig) else 1
+    length = (config.data.max_len if isinstance(config, AnsweringConfig | ChatConfig) else None) or 1
     longest = BuiltinModel().max_position_embeddings
     if path is not None:
         for problem in faults(path, max_len=length):
             yield replace(problem, settings=(name,))
-    elif length > longest and isinstance(config, AnsweringConfig):
+    elif length > longest and isinstance(config, AnsweringConfig | ChatConfig):
         what = f"data.max_len {length} is more than the built-in model's {longest} positions"
         yield Problem(what=what, mend=f"--data.max-len {longest} or less, or --recipe laptop", settings=("data.max_len",))
 
@@ -104,10 +108,9 @@ def _lengths(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend=mend, settings=("data.max_len", "rollout.max_new_tokens"))
 
 
-def _own(resolved: Resolved, _: int) -> Iterator[Problem]:
-    config: UsingConfig = resolved.config
-    if not isinstance(config, AnsweringConfig):
-        return
+def described(resolved: Resolved) -> Iterator[Problem]:
+    """What is said of prompts and does not go together, or has none to speak of; and a model that cannot read them."""
+    config: AnsweringConfig | LoopConfig = resolved.config
     for problem in template_problems(config.data):
         what, mend = problem.rsplit("; ", 1)
         yield Problem(what=what, mend=mend, settings=("data.input_template", "data.apply_chat_template"))
@@ -121,6 +124,15 @@ def _own(resolved: Resolved, _: int) -> Iterator[Problem]:
         what = "the built-in model reads only the digits and signs of the built-in task, not your prompts"
         mend = "name a model for your prompts: --model.model-name-or-path DIR"
         yield Problem(what=what, mend=mend, settings=("model.model_name_or_path", "data.prompt_dataset"))
+
+
+def _own(resolved: Resolved, _: int) -> Iterator[Problem]:
+    config: UsingConfig = resolved.config
+    if not isinstance(config, AnsweringConfig):
+        return
+    yield from described(resolved)
+    if config.data.prompt_dataset is None:
+        return
     judged = isinstance(config, EvalConfig) or (isinstance(config, GenerateConfig) and config.best_of is not None)
     if judged and config.reward.remote_url is None:
         what = "your own prompts need a reward: the built-in one judges only the built-in task"
@@ -172,4 +184,6 @@ def _served(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend="name a function: FILE.py, builtin:math", settings=("reward.remote_url",))
 
 
+LENGTHS: rules.Rule = _lengths
+"""Whether there is room for prompts beside responses."""
 RULES: tuple[rules.Rule, ...] = (_lengths, _own, _counts, _sampler, _served)

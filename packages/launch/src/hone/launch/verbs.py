@@ -223,6 +223,21 @@ USING = {
             "launch eval --eval.k 1,8 --rollout.n-samples-per-prompt 16",
         ),
     ),
+    "chat": Verb(
+        section="using a model",
+        summary="a conversation with a model in the terminal",
+        story=(
+            "Answers what is typed, token by token, with vLLM or, with --engine transformers, in this process. What was said is kept and "
+            "rendered with the model's chat template; a model without one, or --raw, completes each line as it stands. /help lists the "
+            "commands; Ctrl-C stops the answer, Ctrl-D ends. Lines piped in are answered one by one. Without arguments the built-in model "
+            "completes sums."
+        ),
+        examples=(
+            "launch chat",
+            "launch chat DIR --engine transformers --system 'Answer briefly.'",
+            "echo '3+4=' | launch chat --rollout.temperature 0",
+        ),
+    ),
     "serve-rm": Verb(
         section="using a model",
         summary="a reward model or function behind HTTP",

@@ -62,6 +62,10 @@ def _figures(prefix: str, of: str) -> dict[str, Metric]:
     return {f"{prefix}/{name}": one for name, one in found.items()}
 
 
+def _counted(meaning: str) -> Metric:
+    return Metric(unit="count", reduction="sum over the iteration's prompts", healthy=_NOT_NEGATIVE, meaning=meaning)
+
+
 METRICS: dict[str, Metric] = {
     "step": Metric(unit="steps", reduction="count", healthy=Range(low=1), meaning="Training steps done, from 1."),
     "rollout/reward_mean": Metric(unit="reward", reduction=_SAMPLES, meaning="The reward function's `rewards`; what the run is to raise."),
@@ -70,6 +74,9 @@ METRICS: dict[str, Metric] = {
     ),
     "rollout/reward_std": Metric(
         unit="reward", reduction="standard deviation over the step's samples", healthy=_NOT_NEGATIVE, meaning="Spread of the rewards."
+    ),
+    "rollout/reward_best": Metric(
+        unit="reward", reduction="mean over the iteration's prompts", meaning="Loops alone: the highest reward of each prompt's responses."
     ),
     "rollout/score_mean": Metric(
         unit="score", reduction=_SAMPLES, healthy=_FRACTION, meaning="The reward function's `scores`, the ungraded quality."
@@ -269,6 +276,12 @@ METRICS: dict[str, Metric] = {
         healthy=None,
         meaning="What the policy earns on the data as it is; rollout/reward_mean is of the kept groups alone.",
     ),
+    "loop/kept": _counted("Rows an iteration learns from: responses, or pairs of them."),
+    "loop/equal": _counted("Prompts whose responses all earned the same; a pair cannot be made of them."),
+    "loop/tied_best": _counted("Other prompts with several responses of the highest reward, of which the first drawn is taken."),
+    "loop/tied_worst": _counted("The same of the lowest reward."),
+    "loop/below": _counted("Prompts whose best response is not above `select.above`, and is not learnt from."),
+    "loop/same": _counted("Prompts whose best and worst response are the same ids, judged differently; no pair is made of them."),
     "timing/generation": _seconds("Sampling, the reward function included."),
     "timing/make_experience": _seconds("Log-probabilities, reference, values, advantages."),
     "timing/ppo_train": _seconds("Forward, backward and optimiser of policy and critic."),

@@ -34,9 +34,14 @@ BUILT_IN_TEACHER = BuiltinModel(wrong=0)
 """What a student of the built-in task learns from: the same model, made from right answers alone."""
 
 
-def run(config: OfflineConfig, sources: Mapping[str, str]) -> int:
-    """Carry out a run; returns its exit code, or raises what stopped it (the run directory then tells, too)."""
-    start = began()
+def run(
+    config: OfflineConfig, sources: Mapping[str, str], *, started: float | None = None, next_commands: tuple[str, ...] | None = None
+) -> int:
+    """Carry out a run; returns its exit code, or raises what stopped it (the run directory then tells, too).
+
+    Where it is a part of another command, `started` is when it began (by the monotonic clock) and `next_commands` are its last words.
+    """
+    start = began() if started is None else started
     console = Console(highlight=False)
     models = _models(config, console)
     resumed = _take_up(config, models) if config.ckpt.load_enable or config.ckpt.resume is not None else None
@@ -59,8 +64,9 @@ def run(config: OfflineConfig, sources: Mapping[str, str]) -> int:
         return Session(own, models=models, data=data, steps=steps, stage=stage, resumed=resumed).carry_out(interrupt)
 
     again = f"uv run launch {config.verb} --model.model-name-or-path {directory.model}"
-    next_commands = (f"less {directory.path}/report.md", again) if config.data.dataset is None else (f"less {directory.path}/report.md",)
-    return conduct(directory, info, carry_out, console=console, began=start, next_commands=next_commands)
+    after = (f"less {directory.path}/report.md", again) if config.data.dataset is None else (f"less {directory.path}/report.md",)
+    last = after if next_commands is None else next_commands
+    return conduct(directory, info, carry_out, console=console, began=start, next_commands=last)
 
 
 class Session:

@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import multiprocessing
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -98,6 +98,30 @@ class VLLMEngine:
             finish_reason=sample.finish_reason,
             cached_tokens=output.num_cached_tokens,
         )
+
+    async def stream(self, request: Request) -> AsyncGenerator[tuple[int, ...], None]:
+        """The ids of one sample as they are drawn; closing the generator drops the request. Raises EngineError."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        contract = request.contract
+        params = SamplingParams(
+            temperature=0.0 if request.greedy else contract.temperature,
+            top_p=contract.top_p,
+            top_k=contract.top_k,
+            seed=contract.seed,
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=self._eos_token_ids,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        try:
+            async for output in self._llm.generate(tokens_input(list(request.tokens)), params, request.request_id):
+                if ids := output.outputs[0].token_ids:
+                    yield tuple(ids)
+        except Exception as error:
+            raise self._failure(f"while answering {request.request_id}", error) from error
 
     async def prompt_logp(self, tokens: Sequence[int], images: Sequence[Attachment] = ()) -> list[float]:
         """Log-probabilities [nats] of `tokens[1:]` at temperature 1, recomputed under the weights served now (the canary)."""
