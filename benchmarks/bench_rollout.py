@@ -36,6 +36,7 @@ class Asked:
         self.calls: list[Sequence[Request]] = []
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """The engine's own answer."""
         self.calls.append(requests)
         return await self.engine.generate(requests)
 
