@@ -95,6 +95,11 @@ class RolloutConfig(SamplerConfig):
     of them now (thoughts dropped, say), where that differs as a further segment."""
     max_turns: Annotated[int, Range(low=1)] = 16
     """Most turns of an episode, or calls of an agent that owns its loop; one that does not end within them is truncated."""
+    env_failure: Literal["stop", "drop", "retry"] = "stop"
+    """Where an environment or an agent raises, hangs or answers nonsense: stop, the run ends; drop, its prompt's group is dropped,
+    with the reason in the ledger; retry, the episode is begun anew, `env_retries` times at most, and then its group is dropped."""
+    env_retries: Annotated[int, Range(low=1)] = 2
+    """How often one episode is begun anew, where `env_failure` is retry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,3 +153,6 @@ class RewardConfig:
     """Requests to each reward server at a time."""
     allowed_hosts: str | None = None
     """Hosts, separated by commas, to which responses may be sent; without any, those of the URLs, and none that is link-local."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """Where judging fails (the function raises, hangs or gives no reward; a server is away for longer than `retry_s`): stop, the run
+    ends; drop, the prompt's group is dropped, with the reason in the ledger."""
