@@ -35,12 +35,15 @@ from hone.launch.plan import in_full
 from hone.launch.programs.conduct import began, built_in
 from hone.launch.toml import to_toml
 
-Stage = Literal["generate", "score", "select", "train"]
+Stage = Literal["generate", "score", "select", "train", "export"]
+LEARNING: tuple[Stage, ...] = ("generate", "score", "select", "train")
+"""The stages of an iteration, in order."""
 DOING = {
     "generate": "generating responses",
     "score": "judging them",
     "select": "choosing what to learn from",
     "train": "training",
+    "export": "handing its model over",
 }
 
 
@@ -85,23 +88,27 @@ class Loop:
 
     def _stages(self) -> int:
         last = self._config.train.iterations
-        for iteration in range(1, last + 2):
-            stages: tuple[Stage, ...] = ("generate", "score", "select", "train")
-            for stage in stages if iteration <= last else stages[: 2 * self._config.train.measure_last]:
-                if self._state.get(iteration, stage) is None and (code := self._stage(iteration, stage)) != 0:
-                    return code
-        if not self._directory.model.exists():
-            partial = self._directory.path / f".{MODEL}"
-            shutil.rmtree(partial, ignore_errors=True)
-            # The same files under another name: a model of many gigabytes is not there twice.
-            shutil.copytree(self._place(last) / MODEL, partial, copy_function=os.link)
-            partial.rename(self._directory.model)
+        wanted = [(iteration, stage) for iteration in range(1, last + 1) for stage in LEARNING] + [(last, "export")]
+        # What the next iteration would begin with: with more of them the run goes on from here.
+        wanted += [(last + 1, stage) for stage in LEARNING[:2]] if self._config.train.measure_last else []
+        for iteration, stage in wanted:
+            if self._state.get(iteration, stage) is None and (code := self._stage(iteration, stage)) != 0:
+                return code
         return 0
+
+    def _export(self, work: Work) -> None:
+        """The last iteration's model as the run's: the same files under another name, for many gigabytes need not be there twice."""
+        partial = self._directory.path / f".{MODEL}"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(work.directory / MODEL, partial, copy_function=os.link)
+        shutil.rmtree(self._directory.model, ignore_errors=True)  # that of fewer iterations
+        partial.rename(self._directory.model)
 
     def _stage(self, iteration: int, stage: Stage) -> int:
         """One stage, written down when it is finished."""
         started, work = time.monotonic(), self._work(iteration)
-        head = f"iteration {iteration} of {self._config.train.iterations}" if iteration <= self._config.train.iterations else "afterwards"
+        last = self._config.train.iterations
+        head = f"iteration {iteration} of {last}" if iteration <= last else "afterwards"
         self._console.print(f"[bold]{head}[/]: {DOING[stage]}", soft_wrap=True)
         code, figures, paths = 0, dict[str, Any](), list[Path]()
         if stage == "generate":
@@ -112,6 +119,9 @@ class Loop:
             figures, paths = score(work), [work.directory / SCORED]
         elif stage == "select":
             figures, paths = choose(work), [work.directory / ROWS]
+        elif stage == "export":
+            self._export(work)
+            paths = [self._directory.model]
         else:
             code, figures = train(work, first=self._first, began=started)
             paths = [work.directory / MODEL]
@@ -142,7 +152,7 @@ class Loop:
         return table.condition_after(self._config, before)
 
     def _place(self, iteration: int) -> Path:
-        return self._directory.path / (f"iteration_{iteration}" if iteration <= self._config.train.iterations else "afterwards")
+        return self._directory.path / f"iteration_{iteration}"
 
     def _tell(self, stage: Stage, figures: Mapping[str, Any]) -> None:
         if stage == "score":
