@@ -18,9 +18,7 @@ async def rollout(model: art.Model, row: dict) -> art.Trajectory:
     client = model.openai_client()
     trajectory = art.Trajectory(messages_and_choices=[{"role": "user", "content": row["prompt"]}])
     for tries in (1, 2):
-        completion = await client.chat.completions.create(
-            model=model.get_inference_name(), messages=trajectory.messages(), logprobs=True
-        )
+        completion = await client.chat.completions.create(model=model.get_inference_name(), messages=trajectory.messages(), logprobs=True)
         trajectory.messages_and_choices.append(completion.choices[0])
         if (completion.choices[0].message.content or "").strip() == str(row["label"]):
             trajectory.reward = 1.0 / tries
