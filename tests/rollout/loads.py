@@ -36,16 +36,22 @@ def latency(request: Request, *, median_s: float, longest_s: float) -> float:
 
 @dataclass(kw_only=True)
 class Busy(ScriptedEngine):
-    """Counts the calls that are under way; keeps none of them."""
+    """Counts the calls that are under way, and keeps none of them; answers none before `together` were under way at once."""
 
+    together: int
     in_flight: int = 0
     most: int = 0
     answered: int = 0
+    full: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def generate(self, requests: Sequence[Request]) -> list[Completion]:
         self.in_flight += 1
         self.most = max(self.most, self.in_flight)
+        if self.most >= self.together:
+            self.full.set()
         try:
+            async with asyncio.timeout(120):
+                await self.full.wait()
             return await super().generate(requests)
         finally:
             self.calls.clear()
@@ -96,8 +102,8 @@ def prompts(count: int) -> list[Prompt]:
     ]
 
 
-def engine(script: Callable[[Request], Sequence[int]], *, median_s: float, longest_s: float) -> Busy:
-    return Busy(script=script, delay_s=lambda request: latency(request, median_s=median_s, longest_s=longest_s))
+def engine(script: Callable[[Request], Sequence[int]], *, together: int = 1, median_s: float, longest_s: float) -> Busy:
+    return Busy(script=script, together=together, delay_s=lambda request: latency(request, median_s=median_s, longest_s=longest_s))
 
 
 def reversed_end(request: Request) -> list[int]:
@@ -105,9 +111,9 @@ def reversed_end(request: Request) -> list[int]:
     return [*request.tokens[-2:-8:-1], END]
 
 
-def single_turn(*, median_s: float, longest_s: float) -> SingleTurn:
+def single_turn(*, together: int = 1, median_s: float, longest_s: float) -> SingleTurn:
     return SingleTurn(
-        engine=engine(reversed_end, median_s=median_s, longest_s=longest_s),
+        engine=engine(reversed_end, together=together, median_s=median_s, longest_s=longest_s),
         judge=Length(),
         tokenizer=Points(),
         config=RolloutConfig(n_samples_per_prompt=1, max_new_tokens=16),
@@ -118,9 +124,9 @@ def single_turn(*, median_s: float, longest_s: float) -> SingleTurn:
     )
 
 
-def multi_turn(*, median_s: float, longest_s: float) -> MultiTurn:
+def multi_turn(*, together: int = 1, median_s: float, longest_s: float) -> MultiTurn:
     return MultiTurn(
-        engine=engine(reversed_end, median_s=median_s, longest_s=longest_s),
+        engine=engine(reversed_end, together=together, median_s=median_s, longest_s=longest_s),
         environment=Echo,
         where="echo",
         tokenizer=Points(),
@@ -151,7 +157,7 @@ class Visitors:
         return 1.0
 
 
-def calling(visitors: Visitors, *, agents: int, median_s: float, longest_s: float) -> Calling:
+def calling(visitors: Visitors, *, agents: int, together: int = 1, median_s: float, longest_s: float) -> Calling:
     letters = tokenizer()
     ends, question = (letters.eos_token_id,), letters.encode(";", add_special_tokens=False)[0]
 
@@ -161,7 +167,7 @@ def calling(visitors: Visitors, *, agents: int, median_s: float, longest_s: floa
         return [*request.tokens[stop - 2 : stop], *letters.encode(CHAT_END, add_special_tokens=False)]
 
     return Calling(
-        engine=engine(last_question, median_s=median_s, longest_s=longest_s),
+        engine=engine(last_question, together=together, median_s=median_s, longest_s=longest_s),
         agent=FunctionAgent(function=visitors.play, where="visitors"),
         judge=None,
         tokenizer=letters,
