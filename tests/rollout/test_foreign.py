@@ -69,7 +69,6 @@ def test_gem_keeps_the_reward_of_every_turn() -> None:
     assert float(rewards.sum()) == pytest.approx(sample.reward)
 
 
-
 def test_verifiers_weighs_its_rewards() -> None:
     sample = episode("verifiers", ["5", "4"])
     assert (sample.reward, sample.extra_logs["right"], sample.extra_logs["short"]) == (pytest.approx(1.1), 1.0, pytest.approx(0.1))
@@ -134,7 +133,7 @@ def openenv_server(tmp_path: Path) -> Iterator[str]:
         # Connections wait in the socket's queue until the server reads it.
         process = subprocess.Popen([python_of("openenv"), program, str(listening.fileno())], pass_fds=[listening.fileno()])
         try:
-            yield "http://127.0.0.1:{}".format(listening.getsockname()[1])
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             process.terminate()
             process.wait()
