@@ -111,6 +111,8 @@ RENAMED = {
     "train.agent_func_path": "rollout.agent_func_path",
     "vllm_num_engines": "vllm.num_engines",
     "vllm_tensor_parallel_size": "vllm.tensor_parallel_size",
+    "vllm_pipeline_parallel_size": "vllm.pipeline_parallel_size",
+    "enable_prefix_caching": "vllm.enable_prefix_caching",
     "vllm_gpu_memory_utilization": "vllm.gpu_memory_utilization",
     "vllm_sync_backend": "vllm.sync_backend",
     "vllm_enable_sleep": "vllm.enable_sleep",
