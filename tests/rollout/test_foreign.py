@@ -64,10 +64,9 @@ def test_gem_keeps_the_reward_of_every_turn() -> None:
     rewards = sample.trajectory.rewards
     ends = [place for place, own in enumerate(sample.trajectory.action_mask.tolist()) if own and sample.trajectory.tokens[place] == END_ID]
     assert len(ends) == turns == sample.extra_logs["endpoint/calls"] > 0
-    assert rewards[ends[-1]] == 1.0  # the number was found at last
+    assert rewards[ends[-1]] > 0  # found, or how near the last guess was
     assert rewards.nonzero().flatten().tolist() == [end for end in ends if rewards[end]]
     assert float(rewards.sum()) == pytest.approx(sample.reward)
-
 
 
 def test_verifiers_weighs_its_rewards() -> None:
@@ -134,7 +133,7 @@ def openenv_server(tmp_path: Path) -> Iterator[str]:
         # Connections wait in the socket's queue until the server reads it.
         process = subprocess.Popen([python_of("openenv"), program, str(listening.fileno())], pass_fds=[listening.fileno()])
         try:
-            yield "http://127.0.0.1:{}".format(listening.getsockname()[1])
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             process.terminate()
             process.wait()
