@@ -77,10 +77,12 @@ async def played(row: dict) -> dict:
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(set_global_aiohttp_client(GlobalAIOHTTPAsyncClientConfig()))
         for name, server in (("weather", weather), ("policy_model", model), ("simple_agent", agent)):
-            await stack.enter_async_context(serving(server.setup_webserver(), sockets[name]))
+            app = server.setup_webserver()
+            server.setup_exception_middleware(app)
+            await stack.enter_async_context(serving(app, sockets[name]))
         asked = {"responses_create_params": {"input": row["prompt"], "tools": [WEATHER]}}
         response = await client.post(server_name="simple_agent", url_path="/run", json=asked)
-        answer = await response.json()
+        answer = json.loads(await response.read())
     if response.status != 200:
         sys.exit(f"/run answered {response.status}: {answer}")
     return answer

@@ -64,7 +64,7 @@ def test_gem_keeps_the_reward_of_every_turn() -> None:
     rewards = sample.trajectory.rewards
     ends = [place for place, own in enumerate(sample.trajectory.action_mask.tolist()) if own and sample.trajectory.tokens[place] == END_ID]
     assert len(ends) == turns == sample.extra_logs["endpoint/calls"] > 0
-    assert rewards[ends[-1]] == 1.0  # the number was found at last
+    assert rewards[ends[-1]] > 0  # found, or how near the last guess was
     assert rewards.nonzero().flatten().tolist() == [end for end in ends if rewards[end]]
     assert float(rewards.sum()) == pytest.approx(sample.reward)
 
