@@ -20,12 +20,14 @@ from torch.testing import assert_close
 from benchmarks.bench_roof import beside
 from benchmarks.peers import openrlhf
 from hone.learner.logprobs import token_logprobs
-from hone.learner.model import CHUNK_LOGITS
+from hone.learner.model import CHUNK_BYTES
 
 SIZES = {"qwen_vocabulary": (512, 1024, 151_936, 4), "small": (768, 256, 16_384, 8)}
 TEMPERATURE = 0.8
 PROMPTS = {"answers": 0.0, "prompts": 0.45}
 """Share of each row that is prompt."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Of results and gradients: 2^-8 is one step of bf16, and a product in tiles may round each logit the other way."""
 
 
 def with_peak_bytes(function: Callable[[], list[Tensor | None]]) -> tuple[list[Tensor | None], int]:
@@ -44,14 +46,15 @@ def with_peak_bytes(function: Callable[[], list[Tensor | None]]) -> tuple[list[T
 @pytest.mark.parametrize("mode", ["forward", "told_slopes", "any_loss"])
 @pytest.mark.parametrize("entropies", [False, True], ids=["logp", "logp_and_entropy"])
 @pytest.mark.parametrize(("size", "prompts"), [("qwen_vocabulary", "answers"), ("qwen_vocabulary", "prompts"), ("small", "answers")])
-def test_head(benchmark: BenchmarkFixture, size: str, prompts: str, entropies: bool, mode: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_head(benchmark: BenchmarkFixture, dtype: torch.dtype, size: str, prompts: str, entropies: bool, mode: str) -> None:
     """forward: results alone. told_slopes: with gradients of a loss that is a sum over tokens. any_loss: of any other."""
     tokens_count, hidden_size, vocabulary, rows = SIZES[size]
     gradients = mode != "forward"
     utils = openrlhf("models/utils.py", without=("deepspeed",))
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens_count, hidden_size, generator=generator).requires_grad_(gradients)
-    head_weight = (torch.randn(vocabulary, hidden_size, generator=generator) / hidden_size**0.5).requires_grad_(gradients)
+    hidden = torch.randn(tokens_count, hidden_size, generator=generator).to(dtype).requires_grad_(gradients)
+    head_weight = (torch.randn(vocabulary, hidden_size, generator=generator) / hidden_size**0.5).to(dtype).requires_grad_(gradients)
     tokens = torch.randint(0, vocabulary, (tokens_count,), generator=generator)
     bounds = torch.arange(0, tokens_count + 1, tokens_count // rows)
     scored = torch.ones(tokens_count, dtype=torch.bool)
@@ -77,7 +80,7 @@ def test_head(benchmark: BenchmarkFixture, size: str, prompts: str, entropies: b
             bounds,
             scored,
             temperature=TEMPERATURE,
-            chunk_tokens=CHUNK_LOGITS["cpu"] // vocabulary,
+            chunk_tokens=CHUNK_BYTES["cpu"] // (vocabulary * dtype.itemsize),
             with_entropy=entropies,
             slopes=slopes if mode == "told_slopes" else None,
         )
@@ -98,7 +101,7 @@ def test_head(benchmark: BenchmarkFixture, size: str, prompts: str, entropies: b
                 logits.T @ states
 
     (chunked, ours_bytes), (full, peer_bytes) = with_peak_bytes(ours), with_peak_bytes(peer)
-    assert_close(chunked, full, rtol=1e-4, atol=1e-4)
+    assert_close(chunked, full, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     result_bytes = sum(tensor.nbytes for tensor in full[-2:] if tensor is not None) if gradients else 0  # both must hold the gradients
     del chunked, full
     benchmark.extra_info.update(

@@ -1,6 +1,7 @@
 """Packing and selecting rows, and what a batch refuses."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -63,6 +64,22 @@ def test_pack_refuses_nothing_and_mixed_temperatures():
     hot = dataclasses.replace(CONTRACT, temperature=1.0)
     with pytest.raises(ValueError, match=r"different temperatures \[0\.7, 1\.0\]"):
         pack([_trajectory("a", [1]), _trajectory("a", [1], contract=hot)])
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"top_p": 0.9}, "top_p 0.9"),
+        ({"top_k": 5, "min_p": 0.1}, "top_k 5, min_p 0.1"),
+        ({"min_tokens": 2}, "min_tokens 2"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty 1.1"),
+        ({"structured_outputs": '{"regex": "a"}'}, 'structured_outputs {"regex": "a"}'),
+    ],
+)
+def test_pack_refuses_samples_that_no_learner_can_recompute(changed, told):
+    pack([_trajectory("a", [1], contract=dataclasses.replace(CONTRACT, stop=("x",), stop_token_ids=(3,)))])
+    with pytest.raises(ValueError, match=f"sampled with {re.escape(told)} cannot be trained on"):
+        pack([_trajectory("a", [1]), _trajectory("a", [1], contract=dataclasses.replace(CONTRACT, **changed))])
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])

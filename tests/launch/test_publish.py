@@ -84,7 +84,7 @@ class Served:
     def __init__(self, name: str) -> None:
         self.name, self.received, self.label, self.said = name, 0.0, -1, []
 
-    async def pause(self) -> None:
+    async def pause(self, mode: str) -> None:
         self.said.append("pause")
 
     async def resume(self) -> None:

@@ -27,7 +27,7 @@ from hone.learner.engines import deepspeed
 from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards
 from hone.learner.roles import RoleSpec
-from tests.learner.tiny import VOCABULARY, make_batch
+from tests.learner.tiny import VOCABULARY, in_chunks, make_batch
 
 LENGTHS = [7, 24, 4, 18, 9, 5, 16, 11]
 ALGORITHMS = {
@@ -79,7 +79,7 @@ def build(
         seed=0,
         max_tokens=max_tokens,
     )
-    learner.engines["policy"].module.head.chunk_tokens = 3  # so that ranks run different numbers of chunks
+    in_chunks(learner.engines["policy"].module.head, 3)  # so that ranks run different numbers of chunks
     return learner
 
 

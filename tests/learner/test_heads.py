@@ -27,7 +27,7 @@ from hone.learner.packing import shards
 from hone.learner.roles import RoleSpec
 from tests.learner.checkpoint_ranks import save
 from tests.learner.offline_ranks import ALGORITHMS, rows_of
-from tests.learner.tiny import CONFIGS, VOCABULARY, save_model
+from tests.learner.tiny import CONFIGS, VOCABULARY, in_chunks, save_model
 
 
 def learner(kind: str, model: str, *, lr: float | None = 0.1, max_tokens: int = 200, **ds: object) -> Learner:
@@ -194,7 +194,7 @@ def test_losses_over_logits_in_chunks_are_those_over_all_of_them(tmp_path: Path,
     """The same loss on the full table of logits of transformers' own model, differentiated by autograd."""
     directory = save_model(tmp_path / "model", "llama-untied")
     model, rows, (_, algo) = learner("policy", directory), rows_of(name), ALGORITHMS[name]
-    model.engines["it"].module.head.chunk_tokens = 5
+    in_chunks(model.engines["it"].module.head, 5)
     (shard,) = shards(rows, ranks=1, max_tokens=200)
     # One micro-batch, in the order of the batch: the reference below knows no packing.
     shard = dataclasses.replace(shard, micro_batches=(tuple(range(8)),))

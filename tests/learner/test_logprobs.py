@@ -325,7 +325,8 @@ def test_values_stand_before_their_token() -> None:
     assert_close(values, torch.tensor([0.0, 0.0, 11.0, 12.0, 0.0, 14.0]))
 
 
-def test_compiled_loops_leave_a_broken_row_to_itself_and_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_loops_leave_a_broken_row_to_itself_and_are_taken(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     epilogue_cpu = pytest.importorskip("hone.learner.kernels.epilogue_cpu", reason="compiled loops need numba (hone-algos[fast])")
     monkeypatch.delenv(PLAIN_VARIABLE, raising=False)
     monkeypatch.setattr(tiles, "COMPILED_VOCABULARY", 1)
@@ -334,6 +335,8 @@ def test_compiled_loops_leave_a_broken_row_to_itself_and_are_taken(monkeypatch: 
         plain = getattr(epilogue_cpu, name)
         monkeypatch.setattr(epilogue_cpu, name, lambda *given, name=name, plain=plain, **more: asked.append(name) or plain(*given, **more))
     whole, broken = inputs(), inputs()
+    for given in (whole, broken):
+        given.update({name: given[name].detach().to(dtype).requires_grad_() for name in ("hidden", "head_weight")})
     with torch.no_grad():
         broken["hidden"][9] = torch.nan
         broken["hidden"][15] = torch.inf
@@ -351,3 +354,19 @@ def test_compiled_loops_leave_a_broken_row_to_itself_and_are_taken(monkeypatch: 
     sound = torch.ones(T, dtype=torch.bool)
     sound[[9, 15]] = False
     assert torch.equal(by_poisoned[sound], by_hidden[sound]) and set(asked) == {"reduce", "pull_"}
+
+
+def test_compiled_loops_read_and_round_bf16_as_torch_does() -> None:
+    epilogue_cpu = pytest.importorskip("hone.learner.kernels.epilogue_cpu", reason="compiled loops need numba (hone-algos[fast])")
+    generator = torch.Generator().manual_seed(5)
+    halves = (4 * torch.randn(7, 301, generator=generator)).bfloat16()
+    halves[2, 9], halves[3, 4] = torch.nan, -torch.inf
+    column, (at_target, log_norm, slope, entropy, push) = torch.arange(-1, 6), torch.randn(5, 7, generator=generator)
+    for more in ((None, None), (entropy, push)):
+        reduced = [epilogue_cpu.reduce(one, column.clamp(min=0), temperature=0.7, with_entropy=True) for one in (halves, halves.float())]
+        assert_close(*reduced, rtol=0, atol=0, equal_nan=True)
+        pulled, expected = (
+            epilogue_cpu.pull_(one, column, at_target, log_norm, slope, *more, temperature=0.7) for one in (halves.clone(), halves.float())
+        )
+        assert_close(pulled, expected.bfloat16(), rtol=0, atol=0, equal_nan=True)
+        assert pulled[2].isnan().any()

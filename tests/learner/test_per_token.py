@@ -17,7 +17,7 @@ from hone.learner import per_token
 from hone.learner.kernels.tiles import Gradients
 from hone.learner.packing import shards
 from hone.learner.per_token import PerToken, tokens_of
-from tests.learner.tiny import make_batch, make_learner, save_model, score
+from tests.learner.tiny import in_chunks, make_batch, make_learner, save_model, score
 
 LENGTHS = [7, 12, 3, 20, 9]
 
@@ -111,7 +111,7 @@ def test_calling_the_loss_more_often_changes_nothing(tmp_path: Path, make, monke
         if not told:
             monkeypatch.setattr(per_token.PerToken, "slopes", lambda self, part: None)
         learner = make_learner({"policy": name}, lr=1e-3)
-        learner.engines["policy"].module.head.chunk_tokens = 3  # chunks with rows left empty
+        in_chunks(learner.engines["policy"].module.head, 3)  # chunks with rows left empty
         torch.manual_seed(5)
         result = learner.update_policy("policy", shard, algo := make())
         after = [torch.rand(3), torch.rand(3, generator=getattr(algo, "generator", None))]
@@ -141,7 +141,7 @@ def test_native_kernels_tell_the_same_slopes(tmp_path: Path, fewest: int, monkey
         calls.clear()
         assert (kernels_for(torch.zeros(51)) is not None) is told_and_native
         learner = make_learner({"policy": name}, lr=1e-3)
-        learner.engines["policy"].module.head.chunk_tokens = 3
+        in_chunks(learner.engines["policy"].module.head, 3)
         result = learner.update_policy("policy", shard, PPO(entropy_coef=0.01))
         outcomes.append((result.grad_norm, result.metrics, {name: weight.clone() for name, weight in learner.weights("policy")}))
         assert set(calls) == {told_and_native}

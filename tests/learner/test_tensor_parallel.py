@@ -53,7 +53,7 @@ def numbers(*, bias: bool) -> dict[str, Tensor]:
 def head_over(wire: QueueWire | None, made: dict[str, Tensor], *, softcap: float | None) -> TokenHead:
     """The head with these weights: whole, or a rank's part of it."""
     output = nn.Linear(H, V, bias="bias" in made)
-    head = TokenHead(output, softcap=softcap, chunk_logits=3 * V)
+    head = TokenHead(output, softcap=softcap, chunk_bytes=4 * 3 * V)
     own = dict(made)
     if wire is not None:
         cut = Cut(wire=wire, shape=(V, H), dim=0)

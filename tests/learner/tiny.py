@@ -12,6 +12,7 @@ from transformers.utils import logging
 from hone.algos.batch import Batch, Scored
 from hone.algos.reduce import Reduction, token_weights
 from hone.learner.config import ActorConfig, AdamConfig, CriticConfig, DeepSpeedConfig, MuonConfig, RefConfig
+from hone.learner.heads import TokenHead
 from hone.learner.learner import Learner
 from hone.learner.roles import RoleSpec
 
@@ -136,3 +137,8 @@ def copies(learner: Learner) -> int:
 def own(learner: Learner) -> int:
     """Which of them the calling rank is of."""
     return learner.rank * copies(learner) // learner.world_size
+
+
+def in_chunks(head: TokenHead, tokens: int) -> None:
+    """From here on the head takes `tokens` at a time."""
+    head.chunk_bytes = tokens * head.words * head.weight.element_size()

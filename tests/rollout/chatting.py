@@ -158,6 +158,8 @@ class Talk:
     max_len: int = 4000
     new_tokens: int = 200
     version: int = 0
+    stops_at_text: bool = False
+    sampler: Mapping[str, Any] = field(default_factory=dict)
     session: Session = field(init=False)
     engine: ScriptedEngine = field(init=False)
 
@@ -179,8 +181,11 @@ class Talk:
             step=1,
             sample=0,
             run_seed=7,
-            contract=SamplerContract(temperature=0.7, top_p=1.0, top_k=0, seed=7, engine="scripted", tokenizer="", template=""),
+            contract=SamplerContract(
+                temperature=0.7, top_p=1.0, top_k=0, seed=7, engine="scripted", tokenizer="", template="", **self.sampler
+            ),
             greedy=False,
+            stops_at_text=self.stops_at_text,
         )
 
     def ids(self, text: str) -> list[int]:

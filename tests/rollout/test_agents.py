@@ -179,5 +179,5 @@ def test_an_instance_that_cannot_be_made_and_an_environment_that_is_none(tmp_pat
     with pytest.raises(EnvironmentFailure, match="one is made for each episode, without arguments"):
         agent.make()
     agent = load(written(tmp_path, "def make_env():\n    return 3\n"))
-    with pytest.raises(EnvironmentFailure, match="returned int, which lacks reset, step or close"):
+    with pytest.raises(EnvironmentFailure, match="returned int, which lacks reset, step, close; return hone"):
         agent.make()

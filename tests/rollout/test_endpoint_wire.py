@@ -241,6 +241,25 @@ def test_the_stop_string_is_an_action_and_the_client_does_not_see_it() -> None:
     assert talk.session.tree.segments()[1].dropped == {"stop_string": len(" and more") + 1}
 
 
+def test_an_engine_that_knows_the_text_is_told_where_a_reply_ends_and_the_contract_says_so() -> None:
+    talk = Talk([f"one STOP two{END}", f"three END four{END}"], stops_at_text=True, sampler={"stop": ("END",)})
+    first = talk.ask(user("q"), stop=["STOP", "END"], stop_token_ids=[41])
+    ((request,),) = talk.engine.calls
+    assert (request.contract.stop, request.contract.stop_token_ids) == (("END", "STOP"), (41,)) and request.contract == first.contract
+    # What the run itself ends responses at needs no client that asks for it.
+    assert talk.ask(user("r")).reply.content == "three " and talk.engine.calls[1][0].contract.stop == ("END",)
+    # Of another engine the rest is cut off, so it is not told: it would have to refuse.
+    deaf = Talk([f"one STOP two{END}"])
+    assert deaf.ask(user("q"), stop="STOP").output == first.output and deaf.engine.calls[0][0].contract.stop == ()
+
+
+def test_a_stop_id_that_a_client_names_is_an_action_and_no_text() -> None:
+    talk = Talk(["one;"])
+    letter = talk.ids(";")
+    node = talk.ask(user("q"), stop_token_ids=letter)
+    assert (node.reply.content, node.finish_reason, list(node.output)) == ("one", "stop", talk.ids("one;"))
+
+
 def test_a_call_that_cannot_be_read_stays_text_and_is_counted() -> None:
     talk = Talk(['<tool_call>{"name": "add", "arguments": {"a": 1|</tool_call>' + END, f"ok{END}"])
     first = talk.ask(user("q"), tools=[TOOL])
@@ -261,6 +280,7 @@ def test_a_call_that_cannot_be_read_stays_text_and_is_counted() -> None:
         ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number of at least 1"),
         ({"n": 1000}, "at most 64 replies are drawn at a time"),
         ({"stop": [""]}, "stop must be a text or a list of texts, none of them empty"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids must be a list of token ids"),
         ({"tools": [{"type": "web_search"}]}, r"tools\[0\] is no function with a name"),
         ({"logit_bias": {"3": 100}}, "logit_bias is not served"),
     ],

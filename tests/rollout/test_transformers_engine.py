@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from hone.algos.batch import SamplerContract
 from hone.rollout.engines.transformers import TransformersEngine, _draw
 from hone.rollout.errors import EngineError, StaleWeights
 from hone.rollout.types import Completion, Request
+from tests.rollout.sampler_reference import expected_logp
 
 VOCABULARY = 40
 SIZES = {
@@ -48,8 +50,9 @@ def model(kind: str = "qwen3", *, seed: int = 0) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True))
 
 
-def request(tokens: tuple[int, ...], *, seed: int, length: int = 12, temperature: float = 1.0, top_p: float = 1.0) -> Request:
-    contract = SamplerContract(temperature=temperature, top_p=top_p, top_k=0, seed=seed, engine="t", tokenizer="", template="")
+def request(tokens: tuple[int, ...], *, seed: int, length: int = 12, temperature: float = 1.0, **sampler: Any) -> Request:
+    sampler = {"top_p": 1.0, "top_k": 0, **sampler}
+    contract = SamplerContract(temperature=temperature, seed=seed, engine="t", tokenizer="", template="", **sampler)
     return Request(request_id=f"{tokens}:{seed}", tokens=tokens, max_new_tokens=length, contract=contract)
 
 
@@ -70,14 +73,14 @@ def test_inversion_draws_every_id_as_often_as_its_probability_says() -> None:
     logits = torch.tensor([[0.1, 0.0, 0.2, 0.7]]).log().expand(1080, 4)
     uniform = (torch.arange(1080, dtype=torch.float64) + 0.5) / 1080
     for temperature, counts in ((1.0, [108, 0, 216, 756]), (0.5, [20, 0, 80, 980])):
-        ids, logp = _draw(logits, torch.full((1080,), temperature), uniform, torch.zeros(1080, dtype=torch.bool))
+        ids, logp = _draw(logits / temperature, uniform, torch.zeros(1080, dtype=torch.bool))
         assert ids.bincount(minlength=4).tolist() == counts
         assert_close(logp, (torch.tensor(counts) / 1080).log()[ids], rtol=0, atol=1e-6)
 
 
 def test_inversion_never_draws_an_impossible_id() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(2, 3)
-    ids, logp = _draw(logits, torch.ones(2), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), torch.zeros(2, dtype=torch.bool))
+    ids, logp = _draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), torch.zeros(2, dtype=torch.bool))
     assert ids.tolist() == [1, 1]
     assert logp.tolist() == [0.0, 0.0]
 
@@ -184,10 +187,72 @@ def test_weights_that_do_not_fit_are_named_and_the_version_stays() -> None:
     assert engine.version == 2
 
 
+SAMPLERS: list[dict[str, Any]] = [
+    {"top_p": 0.6},
+    {"top_k": 5},
+    {"min_p": 0.2},
+    {"repetition_penalty": 1.6},
+    {"presence_penalty": 1.5},
+    {"frequency_penalty": -0.7},
+    {"min_tokens": 6},
+    {"stop_token_ids": (5, 9)},
+    {
+        "top_p": 0.8,
+        "top_k": 12,
+        "min_p": 0.02,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "min_tokens": 4,
+        "stop_token_ids": tuple(range(5, 16)),
+    },
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: "+".join(sampler))
+def test_every_sampler_draws_from_the_distribution_it_is_said_to(sampler: dict[str, Any]) -> None:
+    policy, eos_ids = model(), [3, 17]
+    asked = [request(prompt, seed=seed, temperature=0.8, **sampler) for prompt in PROMPTS for seed in range(6)]
+    # A plain request beside them: nobody else's contract may touch it.
+    asked.append(request(PROMPTS[0], seed=99))
+    drawn = generate(TransformersEngine(policy, eos_ids=eos_ids), asked)
+    for wanted, completion in zip(asked, drawn, strict=True):
+        expected = expected_logp(policy, wanted, completion, ends=eos_ids)
+        assert_close(torch.tensor(completion.logp), torch.tensor(expected), rtol=0, atol=2e-5)
+        ends = {*eos_ids, *wanted.contract.stop_token_ids}
+        assert len(completion.tokens) >= wanted.contract.min_tokens
+        assert (completion.tokens[-1] in ends) == (completion.finish_reason == "stop")
+        assert not ends.intersection(completion.tokens[:-1])
+    named = set(sampler.get("stop_token_ids", ()))
+    assert not named or {completion.tokens[-1] for completion in drawn} & named
+    alone = generate(TransformersEngine(policy, eos_ids=eos_ids), [asked[-1]])
+    assert alone[0].tokens == drawn[-1].tokens
+
+
+def test_a_text_ends_a_response_and_its_ids_stay() -> None:
+    class Letters:
+        def decode(self, token_ids: list[int], **_: Any) -> str:
+            return "".join(chr(97 + one) if one < 26 else "" for one in token_ids)
+
+    policy, decoder = model(), Letters()
+    free = [request((5, 6), seed=seed, length=40) for seed in range(12)]
+    texts = [decoder.decode(list(one.tokens)) for one in generate(TransformersEngine(policy, eos_ids=[3]), free)]
+    stop = next(text for text in texts if len(text) > 24)[10:12]
+    asked = [dataclasses.replace(one, contract=dataclasses.replace(one.contract, stop=("~", stop))) for one in free]
+    drawn = generate(TransformersEngine(policy, eos_ids=[3], tokenizer=decoder), asked)
+    for text, completion in zip(texts, drawn, strict=True):
+        found = text.find(stop)
+        told = decoder.decode(list(completion.tokens))
+        assert told == (text if found < 0 else text[: found + len(stop)])
+        assert completion.finish_reason == ("stop" if found >= 0 or completion.tokens[-1] == 3 else "length")
+        assert len(completion.logp) == len(completion.tokens)
+    assert sum(stop in text for text in texts) >= 1
+
+
 def test_requests_it_cannot_honour_are_refused() -> None:
     engine = TransformersEngine(model(), eos_ids=[3])
     for wanted, message in (
-        (request((5,), seed=1, top_p=0.9), "top_p 0.9"),
+        (request((5,), seed=1, stop=("end",)), r"has no tokenizer, and request .* ends at the text 'end'"),
+        (request((5,), seed=1, structured_outputs='{"regex": "a"}'), r'holds no response to a grammar.*"regex": "a".*use vLLM'),
         (request((), seed=1), "empty prompt"),
         (request((5,), seed=1, length=0), "max_new_tokens 0"),
         (request((5, VOCABULARY), seed=1), "id 40 .* 40 entries"),

@@ -162,7 +162,7 @@ class Recorded:
     calls: list[str] = field(default_factory=list)
     refuses: bool = False
 
-    async def pause(self) -> None:
+    async def pause(self, mode: str) -> None:
         self.calls.append("pause")
 
     async def resume(self) -> None:

@@ -34,8 +34,10 @@ def rows_of_tokens(cu_seqlens: Int[Tensor, " N_plus_1"]) -> Int[Tensor, " T"]:
 class SamplerContract:
     """How a sample was drawn; the learner recomputes log-probabilities under exactly this, or refuses.
 
-    `top_k` 0 and `top_p` 1 mean no truncation. `engine` names the engine and its version; `tokenizer` and `template`
-    are hashes (empty where none was used).
+    `top_k` 0, `top_p` 1 and `min_p` 0 mean no truncation, penalties of 0 (and a `repetition_penalty` of 1) none. Before `min_tokens`
+    nothing that ends a response can be drawn. `stop` and `stop_token_ids` end it beside the model's own end of sequence.
+    `structured_outputs` is the grammar it is held to, a JSON object of one entry in vLLM's words ("" none). `engine` names the
+    engine and its version; `tokenizer` and `template` are hashes (empty where none was used).
     """
 
     temperature: float
@@ -45,10 +47,29 @@ class SamplerContract:
     engine: str
     tokenizer: str
     template: str
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    structured_outputs: str = ""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; log-probabilities need one above 0")
+
+    @property
+    def reshaped(self) -> dict[str, object]:
+        """What makes the distribution sampled from another than softmax(logits / temperature), by name: no learner recomputes it."""
+        return {name: value for name, plain in _PLAIN.items() if (value := getattr(self, name)) != plain}
+
+
+_PLAIN: dict[str, object] = {
+    **{"top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_tokens": 0, "structured_outputs": ""},
+    **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,10 +246,17 @@ AnyPacked = TypeVar("AnyPacked", bound=Packed)
 def pack(trajectories: Sequence[Trajectory]) -> Batch:
     """Trajectories end to end, in the order given; rows with the same `prompt_id` form a group, segments from 0 up an episode.
 
-    Raises ValueError for an empty list, for trajectories drawn at different temperatures, or a segment behind another episode's.
+    Raises ValueError for an empty list, for trajectories drawn at different temperatures or otherwise than the learner can recompute,
+    or a segment behind another episode's.
     """
     if not trajectories:
         raise ValueError("no trajectories to pack: every prompt of the step was dropped")
+    for reshaped in (trajectory.contract.reshaped for trajectory in trajectories):
+        if reshaped:
+            told = ", ".join(f"{name} {value}" for name, value in reshaped.items())
+            raise ValueError(
+                f"trajectories sampled with {told} cannot be trained on: the learner's log-probabilities know the temperature alone"
+            )
     temperatures = {trajectory.contract.temperature for trajectory in trajectories}
     if len(temperatures) > 1:
         raise ValueError(f"trajectories sampled at different temperatures {sorted(temperatures)} cannot share a batch")

@@ -7,7 +7,7 @@ that cannot be used is passed over, and the next takes its place.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,16 +117,32 @@ class PromptStream:
         """The next `count` prompts, or as many as are left."""
         draws: list[Draw] = []
         while len(draws) < count and self._drawn < len(self._order):
-            end = min(self._drawn + count - len(draws), len(self._order))
-            places = [self._order[position] for position in range(self._drawn, end)]
-            self._drawn = end
-            for place, record in zip(places, self._records.take([place.row for place in places]), strict=True):
-                if isinstance(record, Dropped):
-                    self._passed_over.setdefault(record.uid, record)
-                    continue
-                fingerprint, index = record.uid.split(":")
-                again = f":{place.again}" if place.again else ""
-                draws.append(Draw(prompt_id=f"{fingerprint}:{place.epoch}:{index}{again}", record=record))
+            start, self._drawn = self._drawn, min(self._drawn + count - len(draws), len(self._order))
+            draws.extend(self._at(range(start, self._drawn)))
+        return draws
+
+    def drawn_before(self, prompt_ids: Collection[str]) -> list[Draw]:
+        """Prompts that were drawn already, the latest first. Raises DataError for ids that were not."""
+        wanted, found = set(prompt_ids), list[Draw]()
+        for end in range(self._drawn, 0, -self._batch_size):
+            if len(found) == len(wanted):
+                break
+            draws = self._at(range(max(0, end - self._batch_size), end))
+            found.extend(draw for draw in reversed(draws) if draw.prompt_id in wanted)
+        if missing := wanted - {draw.prompt_id for draw in found}:
+            raise DataError(f"{len(missing)} prompts that the saved run had under way are not in the data, {min(missing)} among them")
+        return found
+
+    def _at(self, positions: range) -> list[Draw]:
+        """What the draws at these positions of the order draw; rows that cannot be used are passed over."""
+        places, draws = [self._order[position] for position in positions], list[Draw]()
+        for place, record in zip(places, self._records.take([place.row for place in places]), strict=True):
+            if isinstance(record, Dropped):
+                self._passed_over.setdefault(record.uid, record)
+                continue
+            fingerprint, index = record.uid.split(":")
+            again = f":{place.again}" if place.again else ""
+            draws.append(Draw(prompt_id=f"{fingerprint}:{place.epoch}:{index}{again}", record=record))
         return draws
 
 

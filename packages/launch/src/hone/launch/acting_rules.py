@@ -1,9 +1,14 @@
-"""Rules about acting: engines, and which groups are kept."""
+"""Rules about acting: engines, which groups are kept, and rollout that does not wait for the learner."""
 
+import os
 from collections.abc import Iterator
 
 from hone.launch.errors import Problem
+from hone.launch.names import flag
 from hone.launch.resolve import Resolved
+from hone.launch.schema import value_of
+from hone.rollout.config import SamplerConfig
+from hone.rollout.sampling import sampler_of
 
 
 def typed(source: str) -> bool:
@@ -35,3 +40,103 @@ def filtering(resolved: Resolved, _: int) -> Iterator[Problem]:
     if rollout.n_samples_per_prompt < 2 and rollout.dynamic_filtering == "variance":
         what = "rewards of one sample do not vary: every group would be dropped"
         yield Problem(what=what, mend="--rollout.n-samples-per-prompt 8", settings=(name, "rollout.n_samples_per_prompt"))
+
+
+def sampler(resolved: Resolved, _: int) -> Iterator[Problem]:
+    """How responses are drawn can be read."""
+    rollout, name = resolved.config.rollout, "rollout.min_new_tokens"
+    if rollout.min_new_tokens > rollout.max_new_tokens:
+        what = f"no response has {rollout.min_new_tokens} tokens at least and {rollout.max_new_tokens} at most"
+        yield Problem(what=what, mend=f"{flag(name)} {rollout.max_new_tokens} or less", settings=(name, "rollout.max_new_tokens"))
+    try:
+        sampler_of(rollout)
+    except (ValueError, OSError) as error:
+        at, _, told = str(error).partition(": ") if isinstance(error, ValueError) else ("structured_outputs", "", str(error))
+        what, _, mend = told.partition("; ")
+        names = [f"rollout.{one}" for one in ([at] if at in ("stop", "stop_token_ids") else grammars(rollout))]
+        yield Problem(what=what, mend=mend or "name a file that can be read", settings=tuple(names))
+
+
+def reproducible(resolved: Resolved, _: int) -> Iterator[Problem]:
+    """Samples are drawn from the distribution whose log-probabilities the learner recomputes: that of the temperature, and no other."""
+    rollout = resolved.config.rollout
+    plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "min_new_tokens": 0, "repetition_penalty": 1.0}
+    plain |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    told = [f"rollout.{name} {getattr(rollout, name):g}" for name, value in plain.items() if getattr(rollout, name) != value]
+    told += [f"rollout.{name}" for name in grammars(rollout)]
+    if told:
+        what = (
+            f"{', '.join(told)}: responses come from another distribution than the one the learner knows (the policy's, at "
+            "rollout.temperature): ratios, corrections and the KL penalty would compare the two"
+        )
+        mend = "drop it for training; `launch generate` and `launch eval` take it"
+        yield Problem(what=what, mend=mend, settings=tuple(one.partition(" ")[0] for one in told))
+
+
+def grammars(rollout: SamplerConfig) -> list[str]:
+    """The settings of grammars that were chosen."""
+    return [f"structured_outputs.{name}" for name, value in vars(rollout.structured_outputs).items() if value]
+
+
+def ahead(resolved: Resolved, _: int) -> Iterator[Problem]:
+    """Rollout ahead of the learner has engines of its own, and reads what was typed for it."""
+    config, sources = resolved.config, resolved.sources
+    train, rollout = config.train, config.rollout
+    enable, over = "train.async_enable", "rollout.over_sampling"
+    asked = [name for name, on in ((enable, train.async_enable), (over, rollout.over_sampling > 1)) if on]
+    for name in asked:
+        if config.run.backend == "local":
+            what = f"{name} needs engines that sample while others compute, and run.backend local has one process"
+            yield Problem(what=what, mend="--run.backend ray, or drop it", settings=(name, "run.backend"))
+        if config.ds.enable_sleep or config.vllm.enable_sleep:
+            sleeper = "vllm.enable_sleep" if config.vllm.enable_sleep else "ds.enable_sleep"
+            what = f"{sleeper} lets one side sleep while the other works, and with {name} both work at once"
+            yield Problem(what=what, mend="drop one of them", settings=(sleeper, name))
+    if train.async_enable and config.placement.engine == config.placement.policy:
+        what = f"engines and policy share group {config.placement.policy}, and with {enable} both work at once"
+        yield Problem(what=what, mend="--placement.engine rollout, or drop --train.async-enable", settings=("placement.engine", enable))
+    if train.partial_rollout_enable and not train.async_enable:
+        what = "train.partial_rollout_enable holds responses during an update, and without train.async_enable none is under way then"
+        yield Problem(what=what, mend="add --train.async-enable, or drop it", settings=("train.partial_rollout_enable", enable))
+    unread = {
+        "train.async_queue_size": train.async_enable,
+        "rollout.straggler_policy": rollout.over_sampling > 1,
+        "rollout.max_staleness": bool(asked),
+    }
+    for name in (name for name, read in unread.items() if not read and typed(sources[name])):
+        needed, mend = (enable, "--train.async-enable") if name.startswith("train.") else (over, "--rollout.over-sampling 1.5")
+        yield Problem(what=f"{name} without {needed} does nothing", mend=f"add {mend}, or drop it", settings=(name, needed))
+    if rollout.over_sampling > 1 and rollout.straggler_policy == "keep" and not train.partial_rollout_enable:
+        what = "rollout.straggler_policy keep lets responses go on over an update, for which nothing holds them"
+        mend = "add --train.async-enable --train.partial-rollout-enable, or --rollout.straggler-policy reissue"
+        yield Problem(what=what, mend=mend, settings=("rollout.straggler_policy", "train.partial_rollout_enable"))
+    queue = train.async_queue_size if train.async_enable else 0
+    if asked and rollout.max_staleness is not None and rollout.max_staleness < queue:
+        what = f"{queue} batches sampled ahead make samples {queue} versions old, and rollout.max_staleness is {rollout.max_staleness}"
+        mend = f"--rollout.max-staleness {queue} or more, or a smaller --train.async-queue-size"
+        yield Problem(what=what, mend=mend, settings=("rollout.max_staleness", "train.async_queue_size"))
+
+
+def sleeping(resolved: Resolved, gpus: int) -> Iterator[Problem]:
+    """Engines sleep where somebody else wants their GPU."""
+    config, name = resolved.config, "vllm.enable_sleep"
+    if not config.vllm.enable_sleep:
+        if typed(resolved.sources["vllm.sleep_level"]):
+            what = "vllm.sleep_level without vllm.enable_sleep does nothing"
+            yield Problem(what=what, mend="add --vllm.enable-sleep, or drop it", settings=("vllm.sleep_level", name))
+        return
+    if config.placement.engine != config.placement.policy:
+        what = "vllm.enable_sleep frees a GPU for the learner, and the engines have GPUs of their own"
+        yield Problem(what=what, mend=f"--placement.engine {config.placement.policy}, or drop it", settings=(name, "placement.engine"))
+    if not gpus and "RAY_ADDRESS" not in os.environ:
+        what = "vllm.enable_sleep needs a GPU: vLLM does not sleep on a CPU"
+        yield Problem(what=what, mend="drop it", settings=(name,))
+
+
+def stale_samples(resolved: Resolved) -> Iterator[str]:
+    """Samples of older policies without a correction."""
+    if resolved.config.train.async_enable and value_of(resolved.config, "algo.correction.level") == "off":
+        yield (
+            "train.async_enable trains on samples of older policies, and algo.correction.level is off; "
+            "--algo.correction.level token weights them"
+        )

@@ -5,13 +5,14 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import transformers
 from rich.console import Console
 
+from hone.datasets.tokenizer import load_tokenizer
 from hone.launch.builtin import cache_directory
 from hone.launch.machine import visible_gpus
 from hone.launch.observe.bar import Bar
@@ -20,11 +21,12 @@ from hone.launch.processes import Descendants, adopt_orphans, keep_bytecode
 from hone.launch.programs.conduct import built_in
 from hone.launch.prompts import PromptData, prepare
 from hone.launch.using_config import AnsweringConfig, UsingConfig
-from hone.rollout.config import RolloutConfig
+from hone.rollout.config import RolloutConfig, SamplerConfig
 from hone.rollout.engines.vllm import VLLMEngine
 from hone.rollout.executor import Group, Sample, SingleTurn
 from hone.rollout.rewards import judges
 from hone.rollout.rewards.result import Judgement, RewardItem
+from hone.rollout.sampling import reads_text
 from hone.rollout.types import Engine, Prompt
 
 BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
@@ -107,6 +109,7 @@ def answer(
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature or 1.0,
         timeout_s=config.rollout.timeout_s,
+        **{field.name: getattr(config.rollout, field.name) for field in fields(SamplerConfig)},
     )
     local = config.run.backend == "local"
     tokenizer: Any = asked.data.tokenizer  # transformers says of decode that it may return a list
@@ -193,7 +196,8 @@ def _local(config: AnsweringConfig, model: str, eos_ids: Sequence[int]) -> Engin
         torch.set_num_threads(config.run.threads)
     parts = loaded(resolve(model), DTYPES[config.model.param_dtype])
     parts["model"].to("cuda" if visible_gpus() else "cpu")
-    return TransformersEngine(**parts, eos_ids=eos_ids, name=f"transformers {transformers.__version__}")
+    tokenizer: Any = load_tokenizer(model) if reads_text(config.rollout) else None
+    return TransformersEngine(**parts, tokenizer=tokenizer, eos_ids=eos_ids, name=f"transformers {transformers.__version__}")
 
 
 async def _vllm(config: AnsweringConfig, model: str, eos_ids: Sequence[int]) -> VLLMEngine:
@@ -206,4 +210,5 @@ async def _vllm(config: AnsweringConfig, model: str, eos_ids: Sequence[int]) -> 
         backend="nccl" if visible_gpus() else "shared_memory",
         threads=config.run.threads or os.cpu_count() or 1,
         eos_token_ids=eos_ids,
+        reads_text=reads_text(config.rollout),
     )

@@ -5,26 +5,28 @@ import dataclasses
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from hone.launch.ahead import LoopThread
 from hone.launch.machine import visible_gpus
 from hone.launch.observe.progress import READY
 from hone.launch.offline_groups import OfflinePlan
 from hone.launch.parts import Assembly, Plan
 from hone.launch.placement import PlacedGroup, groups, sync_backend
-from hone.launch.publish import Publisher
+from hone.launch.publish import Publisher, Tag
 from hone.launch.remote import LearnerRank, RankLost, RemoteEngine, RemoteGroup
 from hone.learner.roles import RoleSpec
 from hone.rollout.engines.vllm import VLLMEngine
 from hone.rollout.fleet import Fleet, Limits
+from hone.rollout.sampling import reads_text
 from hone.rollout.weight_sync.verify import tolerance
 
 OBJECT_STORE_BYTES = 1 << 30
@@ -71,7 +73,19 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         plan.on_start(engine.name, READY)
 
     policy = hosts["policy"]
-    runner = asyncio.Runner()
+    ahead = config.ahead
+    runner = LoopThread() if ahead else asyncio.Runner()
+    level = config.vllm.sleep_level
+
+    async def wake(engines: Sequence[RemoteEngine], tag: Tag) -> None:
+        if not config.vllm.enable_sleep:
+            return
+        if tag == "kv_cache" and config.ds.enable_sleep:  # the weights are sent: the learner makes room
+            await asyncio.gather(*(asyncio.to_thread(group.sleep) for group in built))
+        await asyncio.gather(*(engine.wake([tag]) for engine in engines))
+
+    async def rest() -> None:
+        await asyncio.gather(*(engine.sleep(level) for engine in cast(list[RemoteEngine], await fleet.settled())))
 
     async def replace(lost: RemoteEngine) -> RemoteEngine:
         await asyncio.to_thread(lost.kill)
@@ -99,6 +113,8 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         tolerance=tolerance(DTYPES[config.ds.param_dtype], config.vllm.sync_tolerance),
         seed=config.train.seed,
         shown=plan.canary_images,
+        pause="keep" if config.train.partial_rollout_enable else "wait",
+        wake=wake,
     )
 
     def close_engines() -> None:
@@ -112,6 +128,8 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         runner=runner,
         on_phase=plan.on_phase,
         sleeps=config.ds.enable_sleep,
+        rest=rest if config.vllm.enable_sleep else None,
+        overlaps=config.train.async_enable,
         closers=[close_engines, *(group.close for group in built), lambda: stop(plan.logs, plan.scratch)],
     )
 
@@ -233,6 +251,7 @@ def _engine(plan: Plan, index: int, *, backend: str, gpus: int, shared: Placemen
         backend=backend,
         threads=config.run.threads or _threads(config.vllm.num_engines),
         eos_token_ids=plan.eos_token_ids,
+        reads_text=reads_text(config.rollout),
     )
     return RemoteEngine(name, handle)
 

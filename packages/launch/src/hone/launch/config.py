@@ -35,6 +35,13 @@ class TrainConfig:
     """Stop after so many rollouts, however many prompts are left; without it, the prompts decide."""
     seed: Annotated[int, Range(low=0, high=2**32 - 1)] = 42
     """Seed of everything drawn: order of prompts, samples, initial value head."""
+    async_enable: bool = False
+    """Sample the next batches while the learner learns from this one; the samples are then some policy versions old."""
+    async_queue_size: Annotated[int, Range(low=1)] = 1
+    """Batches sampled ahead of the learner, where `async_enable`; so many versions old may samples be."""
+    partial_rollout_enable: bool = False
+    """Where `async_enable`: responses under way are held during a weight update and go on under the new weights, each token
+    with its own version; without it, an update waits until they have ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +134,11 @@ class PolicyGradientConfig:
         """Groups of settings of the models that the algorithm runs, the policy's first."""
         needed = {"actor": True, "critic": "values" in self.algo.needs, "ref": "ref_logp" in self.algo.needs}
         return [group for group, wanted in needed.items() if wanted]
+
+    @property
+    def ahead(self) -> bool:
+        """Whether more is sampled than the step at hand is made of."""
+        return self.train.async_enable or self.rollout.over_sampling > 1
 
     @property
     def unused(self) -> frozenset[str]:

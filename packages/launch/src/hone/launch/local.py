@@ -15,6 +15,7 @@ from torch import Tensor
 from hone.algos.batch import Attachment, Batch, Packed, Scored
 from hone.algos.offline import Offline
 from hone.algos.protocol import ActorCritic, Algorithm
+from hone.datasets.tokenizer import load_tokenizer
 from hone.launch.observe.progress import READY
 from hone.launch.parts import Assembly, Plan
 from hone.launch.publish import Publisher, Standing
@@ -25,6 +26,8 @@ from hone.learner.packing import Shard, shards, unshard, unshard_rows
 from hone.learner.roles import DTYPES, StepResult
 from hone.learner.vision import sees
 from hone.rollout.engines.transformers import TransformersEngine
+from hone.rollout.sampling import reads_text
+from hone.rollout.types import PauseMode
 from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
 from hone.rollout.weight_sync.verify import tolerance
 
@@ -123,7 +126,7 @@ class ServedHere:
         self._received = {name: fingerprint(held[name]) for name in source.fingerprints}
         return source.fingerprints
 
-    async def pause(self) -> None:
+    async def pause(self, mode: PauseMode) -> None:
         """Nothing is in flight."""
 
     async def resume(self) -> None:
@@ -180,7 +183,8 @@ def build(plan: Plan) -> Assembly:
     )
     plan.on_start("learner", READY)
     plan.on_start("engine", "loading model")
-    engine = TransformersEngine(**loaded(resolve(plan.models["policy"]), dtype), eos_ids=plan.eos_token_ids)
+    tokenizer: Any = load_tokenizer(plan.models["policy"]) if reads_text(config.rollout) else None
+    engine = TransformersEngine(**loaded(resolve(plan.models["policy"]), dtype), eos_ids=plan.eos_token_ids, tokenizer=tokenizer)
     plan.on_start("engine", READY)
     served, group = ServedHere(engine), LocalGroup(learner, cut=plan.cut())
     source = FingerprintedSource(_Weights(learner))

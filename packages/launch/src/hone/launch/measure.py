@@ -66,8 +66,9 @@ def figure_metrics(figures: Mapping[str, Float[Tensor, ""]]) -> dict[str, float]
 
 
 def staleness_metrics(batch: Batch, *, version: int) -> dict[str, float]:
-    """Most policy versions a sampled token is behind the one that is learning."""
-    return {"staleness/version_lag_max": float(version - int(batch.version[batch.action_mask].min()))}
+    """Policy versions that sampled tokens are behind the one that is learning: the most, and on average."""
+    lag = version - batch.version[batch.action_mask]
+    return {"staleness/version_lag_max": float(lag.max()), "staleness/version_lag_mean": float(lag.double().mean())}
 
 
 def training_metrics(learned: Sequence[dict[str, float]]) -> dict[str, float]:

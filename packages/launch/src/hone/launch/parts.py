@@ -3,19 +3,19 @@
 Where the roles run is not known here: `cluster.py` hands in groups of Ray actors, `local.py` a learner in this process.
 """
 
-import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
 from hone.algos.batch import Batch, Packed, Scored
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.config import PolicyGradientConfig
+from hone.launch.publish import Runner
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.roles import RoleSpec, StepResult
 from hone.rollout.executor import Executor, Group
@@ -148,17 +148,19 @@ class Assembly:
 
     `host` maps a role (policy, critic, reference) to the group it lives in; `publisher(version)` returns the sync's
     figures; `on_phase(name, seconds)` hears of every phase as it begins (None) and ends (seconds). With `sleeps`, roles give
-    up their memory while the engines act.
+    up their memory while the engines act, and `rest` has the engines give up theirs when they have. `overlaps`: they act all the time.
     """
 
     host: Mapping[str, RoleGroup]
     executor: Executor
     source: Callable[[], Iterator[list[Prompt]]]
     publisher: Callable[[int], dict[str, float]]
-    runner: asyncio.Runner
+    runner: Runner
     on_phase: Callable[[str, float | None], None]
     closers: Sequence[Callable[[], None]]
     sleeps: bool = False
+    overlaps: bool = False
+    rest: Callable[[], Coroutine[Any, Any, None]] | None = None
     _seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def prompts(self) -> Iterator[list[Prompt]]:
@@ -170,7 +172,10 @@ class Assembly:
         if self.sleeps:
             for group in self.role_groups:
                 group.sleep()
-        return self.runner.run(self.executor.collect(prompts, step=step))
+        groups = self.runner.run(self.executor.collect(prompts, step=step))
+        if self.rest is not None:
+            self.runner.run(self.rest())
+        return groups
 
     def recompute(self, batch: Batch, needs: frozenset[str]) -> Batch:
         """Fill old_logp, ref_logp and values as asked; old_logp always, for the gap to the engine is measured at every step."""
@@ -223,7 +228,8 @@ class Assembly:
         seconds, self._seconds = self._seconds, {}
         metrics = {f"timing/{name}": value for name, value in seconds.items()} | {"timing/step_total": sum(seconds.values())}
         if "generation" in seconds:
-            metrics["perf/rollout_tokens_per_second"] = int(batch.action_mask.sum()) / seconds["generation"]
+            sampling = sum(seconds.values()) if self.overlaps else seconds["generation"]
+            metrics["perf/rollout_tokens_per_second"] = int(batch.action_mask.sum()) / sampling
         if "ppo_train" in seconds:
             metrics["perf/train_tokens_per_second"] = batch.tokens.numel() / seconds["ppo_train"]
         if isinstance(self.executor, Filtering):

@@ -20,6 +20,7 @@ from hone.rollout.executor import Executor, Group, Judge, SingleTurn
 from hone.rollout.filtering import Filtering, Varied, WithinRange
 from hone.rollout.multi_turn import MultiTurn
 from hone.rollout.pictures import Placeholders
+from hone.rollout.sampling import reads_text
 from hone.rollout.types import Engine, Prompt
 
 
@@ -110,7 +111,8 @@ def make_plan(
             # Its conversations are rendered with the chat template, however the rows are.
             chat = dataclasses.replace(config.data, apply_chat_template=True, input_template=None)
             common["template_hash"] = template_hash(prompts.tokenizer, config=chat) if judge.served is not None else ""
-            return Calling(agent=judge.agent, judge=judge.judge, served=judge.served, stop_ids=stop_ids(model, prompts.tokenizer), **common)
+            stops = {"stop_ids": stop_ids(model, prompts.tokenizer), "stops_at_text": reads_text(config.rollout)}
+            return Calling(agent=judge.agent, judge=judge.judge, served=judge.served, **stops, **common)
         if isinstance(judge, Agent):
             deadline, turns = config.reward.timeout_s, config.rollout.max_turns
             settings = {"max_turns": turns, "step_timeout_s": deadline, "placeholders": _placeholders(model)}

@@ -1,6 +1,6 @@
 """The run's prompts: from the configuration to what the loop draws, with the tokenizer the model comes with."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,10 @@ class PromptData:
         """One prompt beyond those of the step under way; None where the data has ended."""
         draws = self.stream.draw(1)
         return _prompt(draws[0].prompt_id, draws[0].record) if draws else None
+
+    def drawn_before(self, prompt_ids: Collection[str]) -> dict[str, Prompt]:
+        """Prompts of an earlier run that were drawn and not trained. Raises DataError for ids that were not drawn."""
+        return {draw.prompt_id: _prompt(draw.prompt_id, draw.record) for draw in self.stream.drawn_before(prompt_ids)}
 
 
 def prepare(

@@ -6,18 +6,19 @@ learner; `hone.rollout.weight_sync` compares versions, fingerprints and canaries
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hone.algos.batch import Attachment, Batch
 from hone.rollout.errors import EngineLost
-from hone.rollout.types import Prompt
+from hone.rollout.types import PauseMode, Prompt
 from hone.rollout.weight_sync.protocol import Sent, ServedEngine, Synced, sync
 from hone.rollout.weight_sync.verify import Canary, canary_tokens
 
+Result = TypeVar("Result")
 CANARY_TOKENS = 24
 
 
@@ -58,13 +59,36 @@ class Standing:
         raise error
 
 
+Tag = Literal["weights", "kv_cache"]
+"""What of an engine is woken."""
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """An event loop that runs a coroutine for a caller outside it: `asyncio.Runner`, or `ahead.LoopThread`."""
+
+    def run(self, coro: Coroutine[Any, Any, Result], /) -> Result:
+        """What the coroutine returns."""
+        ...
+
+    def close(self) -> None:
+        """End the loop."""
+        ...
+
+
+async def _awake(engines: Sequence[Any], tag: Tag) -> None:
+    """For engines that never sleep."""
+
+
 class Publisher:
     """`publisher(version)` brings the policy to every engine and returns the sync's figures; raises StaleWeights.
 
     `send` runs the sending end on every rank of the policy's group and returns the fingerprints it sent; `connect` points that
     end at the engines it is given, whenever they are others than before. An engine that dies in between is the fleet's to
     replace, and the update is begun anew with all of them. Where prompts have images, the canary is one of them (`shown`): a
-    vision tower is seen through its images only.
+    vision tower is seen through its images only. `pause` says what becomes of responses in flight: they are held (keep) or waited
+    for. Engines that sleep while the learner learns are woken by `wake(engines, tag)`: their weights before they are sent, their
+    cache after.
     """
 
     def __init__(
@@ -74,12 +98,16 @@ class Publisher:
         policy: Answering,
         send: Callable[[], dict[str, str]],
         connect: Callable[[Sequence[Any]], None],
-        runner: asyncio.Runner,
+        runner: Runner,
         vocabulary: int,
         tolerance: float,
         seed: int,
         shown: Prompt | None = None,
+        pause: PauseMode = "keep",
+        wake: Callable[[Sequence[Any], Tag], Awaitable[None]] = _awake,
     ) -> None:
+        self._pause: PauseMode = pause
+        self._wake = wake
         self._served, self._policy, self._send, self._connect, self._runner = served, policy, send, connect, runner
         self._tokens = canary_tokens(vocabulary, seed, CANARY_TOKENS) if shown is None else list(shown.tokens)
         self._images = () if shown is None else shown.images
@@ -122,11 +150,14 @@ class Publisher:
             async def send() -> Sent:
                 # One after the other: both are collectives, and every rank must meet them in the same order.
                 logp = await answering
-                return Sent(fingerprints=await asyncio.to_thread(self._send), canary_logp=logp[1:].tolist())
+                await self._wake(engines, "weights")
+                fingerprints = await asyncio.to_thread(self._send)
+                await self._wake(engines, "kv_cache")
+                return Sent(fingerprints=fingerprints, canary_logp=logp[1:].tolist())
 
             settings = {"canary": self._tokens, "images": self._images, "tolerance": self._tolerance, "previous": self._previous}
             try:
-                return await sync(engines, version=self._version, send=send, **settings)
+                return await sync(engines, version=self._version, send=send, pause=self._pause, **settings)
             finally:
                 await asyncio.gather(answering, return_exceptions=True)  # a thread cannot be cancelled, and the ranks answer in order
 

@@ -8,7 +8,7 @@ policy's group drives the engines through vLLM's own four calls (`EngineClient`)
 import asyncio
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import ray
@@ -26,7 +26,7 @@ from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards, unshard, unshard_rows
 from hone.learner.roles import StepResult
 from hone.rollout.errors import EngineError, EngineLost
-from hone.rollout.types import Completion, Request
+from hone.rollout.types import Completion, PauseMode, Request
 from hone.rollout.weight_sync import trainer
 from hone.rollout.weight_sync.protocol import FanOut, Trainer
 
@@ -192,13 +192,21 @@ class RemoteEngine:
         """Log-probabilities [nats] of `tokens[1:]` under the weights served now."""
         return await self._call("prompt_logp", tokens, images)
 
-    async def pause(self) -> None:
-        """Freeze the requests in flight."""
-        await self._call("pause")
+    async def pause(self, mode: PauseMode) -> None:
+        """Begin no new requests, and freeze those in flight or wait for them."""
+        await self._call("pause", mode)
 
     async def resume(self) -> None:
         """Go on."""
         await self._call("resume")
+
+    async def sleep(self, level: Literal[1, 2]) -> None:
+        """Give the GPU's memory back."""
+        await self._call("sleep", level)
+
+    async def wake(self, tags: Sequence[Literal["weights", "kv_cache"]]) -> None:
+        """Take it again."""
+        await self._call("wake", tags)
 
     async def set_version(self, version: int) -> None:
         """Label the weights served from now on."""

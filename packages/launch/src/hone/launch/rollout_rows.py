@@ -31,6 +31,8 @@ def rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
                     "temperature": contract.temperature,
                     "top_p": contract.top_p,
                     "top_k": contract.top_k,
+                    "stop": list(contract.stop),
+                    "stop_token_ids": list(contract.stop_token_ids),
                     "engine": contract.engine,
                     "tokenizer": contract.tokenizer,
                     "template": contract.template,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hone.datasets.chat import template_problems
-from hone.launch.acting_rules import filtering, fleet, typed
+from hone.launch.acting_rules import ahead, filtering, fleet, reproducible, sampler, sleeping, stale_samples, typed
 from hone.launch.commands import AnyConfig
 from hone.launch.errors import Problem
 from hone.launch.groups import compares_samples
@@ -34,6 +34,7 @@ def notes(resolved: Resolved, gpus: int) -> Iterator[str]:
     config, sources = resolved.config, resolved.sources
     if not gpus and config.ds.param_dtype == "bf16":
         yield "ds.param_dtype bf16 is several times slower than fp32 without a GPU; --ds.param-dtype fp32"
+    yield from stale_samples(resolved)
     if not gpus and config.ds.enable_sleep:
         yield "ds.enable_sleep without a GPU moves memory to where it is already: it takes time and frees nothing"
     if "ref_logp" not in config.algo.needs and config.ref.model_name_or_path is not None:
@@ -373,6 +374,10 @@ RULES: tuple[Rule, ...] = (
     _batches,
     fleet,
     filtering,
+    sampler,
+    reproducible,
+    ahead,
+    sleeping,
     _groups,
     _lengths,
     _rings,

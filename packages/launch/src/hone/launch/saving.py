@@ -19,7 +19,7 @@ from hone.learner.checkpoint.files import Files
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.errors import CheckpointError
 
-STATE, METRICS, EVENTS = "run.json", "metrics.jsonl", "events.jsonl"
+STATE, METRICS, EVENTS, OPEN = "run.json", "metrics.jsonl", "events.jsonl", "open.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,10 @@ class Checkpoints:
     def __init__(self, groups: Sequence[Savable], root: Path, *, keep: int, event: Callable[..., None], files: Files | None = None) -> None:
         self._groups, self._root, self._keep, self._event = list(groups), root, keep, event
         self._files = files or Files()
-        self._open: tuple[int, Path, Mapping[str, str]] | None = None
+        self._open: tuple[int, Path, Mapping[str, str | bytes]] | None = None
         self._outcomes: dict[int, list[Outcome]] = {}
 
-    def begin(self, step: int, texts: Mapping[str, str]) -> None:
+    def begin(self, step: int, texts: Mapping[str, str | bytes]) -> None:
         """Begins a save; `texts` (file name -> content) go in beside the roles. Waits for the one before, if it is not done."""
         self.poll(wait=True)
         try:

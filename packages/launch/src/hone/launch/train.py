@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 
 from hone.algos.algorithms.remax import with_greedy
-from hone.algos.batch import pack
+from hone.algos.batch import Batch, pack
 from hone.algos.judging import judge, optimiser_steps
 from hone.algos.protocol import Algorithm
 from hone.launch.measure import figure_metrics, mismatch_metrics, rollout_metrics, staleness_metrics, training_metrics
@@ -70,20 +70,10 @@ def train(
         if not groups:
             return  # all of the data's last prompts were filtered out
 
-        with parts.phase("make_experience"):
-            batch = pack([segment for group in groups for sample in group.samples for segment in sample.segments])
-            batch = parts.recompute(batch, algo.needs)
-            if "greedy_scores" in algo.needs:
-                rewards = [math.nan if group.greedy is None else group.greedy.reward for group in groups]
-                batch = with_greedy(batch, torch.tensor(rewards), torch.arange(len(groups)))
-            scored = judge(algo, batch)
-
-        with parts.phase("ppo_train"):
-            learned = [
-                parts.learn(minibatch, algo, policy_too=number > critic_only_steps)
-                for _ in range(max_epochs)
-                for minibatch in optimiser_steps(scored, batch_size=batch_size, reduction=algo.reduction, generator=shuffle)
-            ]
+        policy_too = number > critic_only_steps
+        batch, metrics = learn_from(
+            groups, algo, parts, batch_size=batch_size, max_epochs=max_epochs, policy_too=policy_too, shuffle=shuffle
+        )
 
         with parts.phase("broadcast"):
             synced = parts.publish(version=number)
@@ -94,11 +84,37 @@ def train(
             shuffle=shuffle.get_state().numpy().tobytes(),
             metrics={
                 **rollout_metrics(groups),
-                **mismatch_metrics(batch),
-                **figure_metrics(scored.figures),
+                **metrics,
                 **staleness_metrics(batch, version=number - 1),
-                **training_metrics(learned),
                 **synced,
                 **parts.measured(batch),
             },
         )
+
+
+def learn_from(
+    groups: Sequence[Group],
+    algo: Algorithm,
+    parts: Parts,
+    *,
+    batch_size: int,
+    max_epochs: int,
+    policy_too: bool,
+    shuffle: torch.Generator,
+) -> tuple[Batch, dict[str, float]]:
+    """Judge a rollout and learn from it; the batch as it was recomputed, and what was measured."""
+    with parts.phase("make_experience"):
+        batch = pack([segment for group in groups for sample in group.samples for segment in sample.segments])
+        batch = parts.recompute(batch, algo.needs)
+        if "greedy_scores" in algo.needs:
+            rewards = [math.nan if group.greedy is None else group.greedy.reward for group in groups]
+            batch = with_greedy(batch, torch.tensor(rewards), torch.arange(len(groups)))
+        scored = judge(algo, batch)
+
+    with parts.phase("ppo_train"):
+        learned = [
+            parts.learn(minibatch, algo, policy_too=policy_too)
+            for _ in range(max_epochs)
+            for minibatch in optimiser_steps(scored, batch_size=batch_size, reduction=algo.reduction, generator=shuffle)
+        ]
+    return batch, {**mismatch_metrics(batch), **figure_metrics(scored.figures), **training_metrics(learned)}

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from hone.algos.ranges import Range
 from hone.datasets.config import DataConfig
-from hone.rollout.config import RewardConfig, VLLMConfig
+from hone.rollout.config import RewardConfig, SamplerConfig, VLLMConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(SamplerConfig):
     """How responses are drawn."""
 
     n_samples_per_prompt: Annotated[int, Range(low=1)] = 1
@@ -64,7 +64,11 @@ class UsingConfig:
     verb: ClassVar[str]
     built_in_unless: ClassVar[tuple[str, ...]] = ("model.model_name_or_path", "data.prompt_dataset")
     idle: ClassVar[frozenset[str]] = frozenset(
-        f"vllm.{name}" for name in ("num_engines", "max_replacements", "min_engines", "health_timeout_s", "sync_backend", "sync_tolerance")
+        f"vllm.{name}"
+        for name in (
+            *("num_engines", "max_replacements", "min_engines", "health_timeout_s"),
+            *("sync_backend", "sync_tolerance", "enable_sleep", "sleep_level"),
+        )
     )
 
     model: ModelConfig = field(default_factory=ModelConfig)

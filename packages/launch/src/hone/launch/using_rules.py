@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hone.datasets.chat import template_problems
-from hone.launch import preflight, rules
+from hone.launch import acting_rules, preflight, rules
 from hone.launch.builtin import BuiltinModel
 from hone.launch.chat_config import ChatConfig
 from hone.launch.errors import ENVIRONMENT, Problem
@@ -158,6 +158,16 @@ def _counts(resolved: Resolved, _: int) -> Iterator[Problem]:
             yield Problem(what=what, mend=mend, settings=("eval.k", "rollout.n_samples_per_prompt"))
 
 
+def _sampler(resolved: Resolved, gpus: int) -> Iterator[Problem]:
+    config: UsingConfig = resolved.config
+    if not isinstance(config, AnsweringConfig):
+        return
+    yield from acting_rules.sampler(resolved, gpus)
+    if config.run.backend == "local" and (named := acting_rules.grammars(config.rollout)):
+        what = "run.backend local holds no response to a grammar"
+        yield Problem(what=what, mend="--run.backend vllm, or drop it", settings=(f"rollout.{named[0]}", "run.backend"))
+
+
 def _served(resolved: Resolved, _: int) -> Iterator[Problem]:
     config: UsingConfig = resolved.config
     if not isinstance(config, ServeRMConfig):
@@ -176,4 +186,4 @@ def _served(resolved: Resolved, _: int) -> Iterator[Problem]:
 
 LENGTHS: rules.Rule = _lengths
 """Whether there is room for prompts beside responses."""
-RULES: tuple[rules.Rule, ...] = (_lengths, _own, _counts, _served)
+RULES: tuple[rules.Rule, ...] = (_lengths, _own, _counts, _sampler, _served)

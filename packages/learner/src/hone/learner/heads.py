@@ -24,18 +24,23 @@ class TokenHead(nn.Module):
     gather, per micro-batch, however many chunks each rank has.
     """
 
-    def __init__(self, output_embedding: nn.Linear, *, softcap: float | None, chunk_logits: int) -> None:
+    def __init__(self, output_embedding: nn.Linear, *, softcap: float | None, chunk_bytes: int) -> None:
         super().__init__()
         self.weight = output_embedding.weight
         self.bias = output_embedding.bias
-        self.softcap, self.chunk_logits = softcap, chunk_logits
+        self.softcap, self.chunk_bytes = softcap, chunk_bytes
         self.vocabulary: Vocabulary | None = None
-        self.chunk_tokens = max(1, chunk_logits // output_embedding.out_features)
+        self.words = output_embedding.out_features
 
     def cut(self, weight: nn.Parameter, bias: nn.Parameter | None, vocabulary: Vocabulary) -> None:
         """From here on only this rank's rows of the output embedding; chunks are the same on all ranks."""
         self.weight, self.bias, self.vocabulary = weight, bias, vocabulary
-        self.chunk_tokens = max(1, self.chunk_logits * vocabulary.cut.wire.size // vocabulary.cut.shape[0])
+        self.words = max(1, vocabulary.cut.shape[0] // vocabulary.cut.wire.size)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens whose logits exist at once."""
+        return max(1, self.chunk_bytes // (self.words * self.weight.element_size()))
 
     def forward(
         self,

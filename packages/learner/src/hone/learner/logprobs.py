@@ -8,7 +8,7 @@ Matrix products, in units of M H V multiply-adds: 1 for results alone; 4 with gr
 again; 3 where the forward pass is told the loss's derivatives (`slopes`) and takes the gradients while it has the logits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ class _Work:
     with_entropy: bool
     slopes: Slopes | None
 
-    def chunks(self, *, again: bool = False) -> Iterator[slice]:
+    def chunks(self, *, again: bool = False) -> list[slice]:
         """Chunks as even as their number allows, since a short last one would use the products badly.
 
         The same whether gradients will be wanted or not, so that results are the same to the last bit. When backward takes the
@@ -121,8 +121,7 @@ class _Work:
             size = max(size, min(TILE_TOKENS, size * self.projection.weight.shape[0] // TILE_WIDTH))
         tokens = len(self.positions)
         count = -(-tokens // size)
-        for index in range(count):
-            yield slice(tokens * index // count, tokens * (index + 1) // count)
+        return [slice(tokens * index // count, tokens * (index + 1) // count) for index in range(count)]
 
 
 class _Head(torch.autograd.Function):
@@ -136,9 +135,11 @@ class _Head(torch.autograd.Function):
         logp = torch.empty(targets.shape[0], dtype=work.projection.precision, device=hidden.device)
         log_norm, entropy = torch.empty_like(logp), torch.empty_like(logp) if work.with_entropy else None
         needs = ctx.needs_input_grad[:3]
-        gradients = Gradients(work.projection, hidden, needs=needs) if work.slopes is not None and any(needs) else None
-        told: list[Tensor] = []
-        for part in work.chunks():
+        chunks, told = work.chunks(), list[Tensor]()
+        gradients = None
+        if work.slopes is not None and any(needs):
+            gradients = Gradients(work.projection, hidden, needs=needs, alone=len(chunks) == 1)
+        for part in chunks:
             own, wanted = hidden[part], targets[part]
             kept = None if gradients is None else keep(work.projection, len(wanted))
             found = statistics(work.projection, own, wanted, with_entropy=work.with_entropy, kept=kept)
@@ -166,8 +167,9 @@ class _Head(torch.autograd.Function):
         if factor is not None:
             return *(None if total is None else total.mul_(factor) for total in ready), None, None
         projection = Projection(weight=weight, bias=bias, temperature=ctx.work.projection.temperature, softcap=ctx.work.projection.softcap)
-        gradients = Gradients(projection, hidden, needs=ctx.needs_input_grad[:3])
-        for part in ctx.work.chunks(again=True):
+        chunks = ctx.work.chunks(again=True)
+        gradients = Gradients(projection, hidden, needs=ctx.needs_input_grad[:3], alone=len(chunks) == 1)
+        for part in chunks:
             found = Statistics(logp=logp[part], log_norm=log_norm[part], entropy=None if entropy is None else entropy[part])
             gradients.add(
                 part,

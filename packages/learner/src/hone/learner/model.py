@@ -34,8 +34,8 @@ from hone.learner.published import Layer, Named, adapted, layers, parameters_of
 from hone.learner.quantised import in_four_bits, settle
 from hone.learner.vision import Attached, Sight, attention, sees
 
-CHUNK_LOGITS = {"cpu": 5 * 2**23, "cuda": 2**27}
-"""Logits that exist at once [numbers]: in fp32 160 MiB on a CPU, in bf16 256 MiB on a GPU, where larger products pay."""
+CHUNK_BYTES = {"cpu": 160 * 2**20, "cuda": 2**28}
+"""Logits that exist at once, in the weights' format [bytes]: more on a GPU, where larger products pay."""
 
 
 class PolicyModel(nn.Module):
@@ -51,7 +51,7 @@ class PolicyModel(nn.Module):
         output = causal_lm.get_output_embeddings()
         if not isinstance(output, nn.Linear):
             raise ModelError(f"{type(causal_lm).__name__} has no linear output embedding; name a causal language model")
-        self.head = TokenHead(output, softcap=softcap, chunk_logits=CHUNK_LOGITS[device_type])
+        self.head = TokenHead(output, softcap=softcap, chunk_bytes=CHUNK_BYTES[device_type])
 
     def forward(
         self,

@@ -1,13 +1,57 @@
 """Settings of rollout: sampling, engines, rewards."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from hone.algos.ranges import Range
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class StructuredOutputs:
+    """The grammar every response is held to, by vLLM's names; at most one of them, none by default."""
+
+    json: str | None = None
+    """A JSON schema, or a file with one: responses are JSON of that form."""
+    json_object: bool = False
+    """Responses are JSON objects of any form."""
+    regex: str | None = None
+    """A regular expression that the whole response matches."""
+    choice: str | None = None
+    """A JSON list of texts: the response is one of them."""
+    grammar: str | None = None
+    """A grammar in EBNF, or a file with one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How a response is drawn, beside the temperature. What reshapes the distribution is for generate and eval: no learner recomputes
+    it, so training takes `stop` and `stop_token_ids` only.
+    """
+
+    top_p: Annotated[float, Range(low=0, high=1, open_low=True)] = 1.0
+    """Draw from the likeliest tokens that hold so much of the probability; 1 for all."""
+    top_k: Annotated[int, Range(low=0)] = 0
+    """Draw from so many of the likeliest tokens; 0 for all."""
+    min_p: Annotated[float, Range(low=0, high=1)] = 0.0
+    """Leave out tokens less probable than this share of the likeliest; 0 for none."""
+    repetition_penalty: Annotated[float, Range(low=0, open_low=True)] = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that stand in the prompt or the response; 1 changes nothing."""
+    presence_penalty: Annotated[float, Range(low=-2, high=2)] = 0.0
+    """Taken off the logit of every token that stands in the response."""
+    frequency_penalty: Annotated[float, Range(low=-2, high=2)] = 0.0
+    """Taken off the logit of a token for every time it stands in the response."""
+    min_new_tokens: Annotated[int, Range(low=0)] = 0
+    """Tokens before which nothing that ends a response may be drawn."""
+    stop: str | None = None
+    """Text that ends a response, or a JSON list of several; the tokens it was written with stay in the response."""
+    stop_token_ids: str | None = None
+    """Token ids that end a response beside the model's own, separated by commas; the one that did stays in it."""
+    structured_outputs: StructuredOutputs = field(default_factory=StructuredOutputs)
+    """The grammar responses are held to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(SamplerConfig):
     """How the policy acts."""
 
     batch_size: Annotated[int, Range(low=1)] = 1024
@@ -27,6 +71,15 @@ class RolloutConfig:
     """Bounds of the mean score, where `dynamic_filtering` is range."""
     dynamic_filtering_batches: Annotated[int, Range(low=1)] = 10
     """Most prompts drawn for one step, in batches; after that the step is trained on with the groups it has."""
+    over_sampling: Annotated[float, Range(low=1, high=16)] = 1.0
+    """Prompts under way for a step, as a multiple of `batch_size`: the step goes on with the first full batch. That favours prompts
+    with short responses, whose groups finish first; 1 waits for every prompt and favours none."""
+    straggler_policy: Literal["abort", "reissue", "keep"] = "abort"
+    """Prompts still under way when their step has a full batch: abort drops them; reissue begins them anew for a later step, under its
+    weights; keep lets them go on (needs `train.partial_rollout_enable`), and drops those that become too old."""
+    max_staleness: Annotated[int, Range(low=0)] | None = None
+    """Policy versions that a trained token may be behind the one that learns; default `train.async_queue_size` (0 without
+    `train.async_enable`), and 1 more with over-sampling. More lets steps go on without their slowest prompts for longer."""
     agent_func_path: str | None = None
     """A Python file with the environment of multi-turn episodes (`AgentInstance` or `make_env`), or with an agent that owns its loop
     (`agent`); it gives the rewards, too."""
@@ -64,6 +117,10 @@ class VLLMConfig:
     """Engines below which the run ends with exit code 7, what was learnt kept."""
     health_timeout_s: Annotated[float, Range(low=0, open_low=True)] = 60.0
     """Deadline of a health probe [s]; an engine that misses it counts as hung and is replaced."""
+    enable_sleep: bool = False
+    """Free a GPU that engine and learner share (--placement.engine) of the engine's memory while the learner learns."""
+    sleep_level: Literal[1, 2] = 1
+    """What of an engine sleeps: 1 keeps its weights in host memory, 2 drops them, for they are sent anew after every step."""
     sync_backend: Literal["auto", "shared_memory", "ipc", "nccl"] = "auto"
     """How weights travel to the engines; auto: shared_memory without GPUs, ipc on a shared GPU, nccl across GPUs."""
     sync_tolerance: Annotated[float, Range(low=0, open_low=True)] | None = None

@@ -15,7 +15,7 @@ from hone.algos.batch import SamplerContract, Trajectory
 from hone.rollout.calls import all_of, draw
 from hone.rollout.config import RolloutConfig
 from hone.rollout.rewards.result import Judgement, RewardItem
-from hone.rollout.sampling import requests
+from hone.rollout.sampling import contract_of, requests
 from hone.rollout.types import Completion, Engine, Prompt, Request
 
 
@@ -130,10 +130,8 @@ class SingleTurn:
                 f"prompt {prompt.prompt_id!r} has {len(prompt.tokens)} tokens, which leaves no room for a response in {self.max_len}; "
                 "raise data.max-len or drop the prompt"
             )
-        contract = SamplerContract(
-            temperature=self.config.temperature,
-            top_p=1.0,
-            top_k=0,
+        contract = contract_of(
+            self.config,
             seed=self.run_seed,
             engine=self.engine_version,
             tokenizer=self.tokenizer_hash,

@@ -109,10 +109,15 @@ class Filtering:
     def figures(self) -> dict[str, float]:
         """Share of the groups since the last call that were accepted, and the mean reward of all of them."""
         seen, self._seen = self._seen, []
-        if not seen:
-            return {}
-        rewards = [reward for reward, _ in seen]
-        return {
-            "rollout/filtering_pass_rate": sum(kept for _, kept in seen) / len(seen),
-            "rollout/filtering_reward_mean": fmean(rewards) if all(map(math.isfinite, rewards)) else math.nan,
-        }
+        return figures(seen)
+
+
+def figures(seen: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Share of judged groups that were kept, and the mean reward of all: of each its mean reward, and whether it was kept."""
+    if not seen:
+        return {}
+    rewards = [reward for reward, _ in seen]
+    return {
+        "rollout/filtering_pass_rate": sum(kept for _, kept in seen) / len(seen),
+        "rollout/filtering_reward_mean": fmean(rewards) if all(map(math.isfinite, rewards)) else math.nan,
+    }

@@ -18,7 +18,7 @@ from hone.rollout.env import Action, Env, Observation, checked_turn
 from hone.rollout.errors import EnvironmentFailure
 from hone.rollout.executor import Group, Sample
 from hone.rollout.pictures import Placeholders
-from hone.rollout.sampling import seed_of
+from hone.rollout.sampling import contract_of, seed_of
 from hone.rollout.types import Completion, Engine, Prompt, Request
 
 
@@ -159,10 +159,8 @@ class MultiTurn:
         )
 
     def _contract(self, prompt: Prompt, step: int, sample: int, *, turn: int) -> SamplerContract:
-        return SamplerContract(
-            temperature=self.config.temperature,
-            top_p=1.0,
-            top_k=0,
+        return contract_of(
+            self.config,
             # A stream of its own for every turn: from one seed the engine would draw the same numbers again.
             seed=seed_of(self.run_seed, step, f"{prompt.prompt_id}#{turn}" if turn else prompt.prompt_id, sample),
             engine=self.engine_version,

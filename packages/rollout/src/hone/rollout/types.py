@@ -5,9 +5,12 @@ Plain frozen data: they cross process borders, so no tensors and no handles.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 from hone.algos.batch import Attachment, SamplerContract
+
+PauseMode = Literal["keep", "wait", "abort"]
+"""What becomes of requests in flight while an engine is paused: they are held and go on, are waited for, or end at once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,9 @@ _ONE = np.float32(1)
 
 @intrinsic
 @no_type_check
-def _bits_of(_typing, number):
+def bits_of(_typing, number):
+    """The bits of an fp32 number, as int32."""
+
     def lower(_context, builder, _signature, arguments):
         return builder.bitcast(arguments[0], ir.IntType(32))
 
@@ -25,7 +27,9 @@ def _bits_of(_typing, number):
 
 @intrinsic
 @no_type_check
-def _from_bits(_typing, bits):
+def from_bits(_typing, bits):
+    """The fp32 number of these bits."""
+
     def lower(_context, builder, _signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType())
 
@@ -53,8 +57,8 @@ def exp(x):
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     tail = _C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * (_C6 + r * _C7))))
     # In two factors, since 2^n itself overflows, or is no normal number, before the product does.
-    exponent = np.int32(_bits_of(rounded) - _ROUNDER_BITS)
+    exponent = np.int32(bits_of(rounded) - _ROUNDER_BITS)
     half = np.int32(exponent >> np.int32(1))
-    first = _from_bits(np.int32((half + _BIAS) << np.int32(23)))
-    second = _from_bits(np.int32((exponent - half + _BIAS) << np.int32(23)))
+    first = from_bits(np.int32((half + _BIAS) << np.int32(23)))
+    second = from_bits(np.int32((exponent - half + _BIAS) << np.int32(23)))
     return (_ONE + (r + r * r * tail)) * first * second

@@ -6,6 +6,7 @@ Each call writes one event (`events.jsonl`) before it is counted, so replaying t
 multiset(issued) = multiset(trained) + multiset(dropped) + multiset(open), no prompt id in two of them.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,8 @@ class Totals:
 class Ledger:
     """Counts prompts through their life; a prompt id is unique per draw.
 
-    `record(kind, **fields)` writes every change down before it counts: `RunDirectory.append_event`.
+    `record(kind, **fields)` writes every change down before it counts: `RunDirectory.append_event`. The thread that acts and the one
+    that learns may both enter.
     """
 
     def __init__(self, record: Callable[..., None]) -> None:
@@ -40,6 +42,7 @@ class Ledger:
         self._counts: dict[str, int] = dict.fromkeys(KINDS, 0)
         self._reasons: dict[str, int] = {}
         self._violations: list[str] = []
+        self._entering = threading.Lock()
 
     def issue(self, prompt_ids: Iterable[str], *, step: int) -> None:
         """Prompts drawn for `step`."""
@@ -57,8 +60,9 @@ class Ledger:
 
     def _enter(self, kind: str, prompt_ids: list[str], *, step: int, **fields: str) -> None:
         if prompt_ids:
-            self._record(kind, step=step, prompts=prompt_ids, **fields)
-            self._count(kind, prompt_ids, step=step, reason=fields.get("reason", ""))
+            with self._entering:
+                self._record(kind, step=step, prompts=prompt_ids, **fields)
+                self._count(kind, prompt_ids, step=step, reason=fields.get("reason", ""))
 
     def _count(self, kind: str, prompt_ids: list[str], *, step: int, reason: str) -> None:
         for prompt_id in prompt_ids:

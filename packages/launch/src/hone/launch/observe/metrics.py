@@ -241,7 +241,28 @@ METRICS: dict[str, Metric] = {
         unit="versions",
         reduction="maximum over action tokens",
         healthy=_NOT_NEGATIVE,
-        meaning="Policy version being trained less the one that sampled; 0 in a synchronous run.",
+        meaning="Policy version being trained less the one that sampled; 0 in a synchronous run, never above --rollout.max-staleness.",
+    ),
+    "staleness/version_lag_mean": Metric(
+        unit="versions", reduction="mean over action tokens", healthy=_NOT_NEGATIVE, meaning="The same, on average."
+    ),
+    "staleness/dropped": Metric(
+        unit="groups",
+        reduction="sum",
+        healthy=Range(low=0, high=0),
+        meaning="Finished groups that became too old before a step had room for them: sampled for nothing; lower --rollout.over-sampling.",
+    ),
+    "rollout/stragglers": Metric(
+        unit="groups",
+        reduction="sum",
+        healthy=_NOT_NEGATIVE,
+        meaning="Prompts in flight given up because their step had a full batch (--rollout.over-sampling), or because they became too old.",
+    ),
+    "rollout/open": Metric(
+        unit="groups",
+        reduction="count at the step's end",
+        healthy=_NOT_NEGATIVE,
+        meaning="Prompts under way and finished groups that wait for their step, where rollout does not wait for the learner.",
     ),
     "rollout/filtering_pass_rate": Metric(
         unit="fraction",

@@ -1,7 +1,8 @@
 """The samples of one step as a Parquet file: rollouts/step_000001.parquet, one row a sample (or segment).
 
-Columns with a fixed type: prompt_id, sample, prompt, response, label (JSON text), reward, score, truncated, tokens
-(sampled ids), version. Other keys of the rows become columns of the type their values show.
+Columns with a fixed type: prompt_id, sample, prompt, response, label (JSON text), reward, score, truncated, tokens (sampled ids),
+stop and stop_token_ids (what ends a response beside the model's own end), version. Other keys of the rows become columns of the type
+their values show.
 """
 
 import json
@@ -32,6 +33,8 @@ def write_rollouts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         "score": pa.float64(),
         "truncated": pa.bool_(),
         "tokens": pa.list_(pa.int32()),
+        "stop": pa.list_(pa.string()),
+        "stop_token_ids": pa.list_(pa.int32()),
     }
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: pa.array([_cell(name, row.get(name)) for row in rows], type=types.get(name)) for name in names}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from hone.launch.agent import agent_of
+from hone.launch.ahead import Ahead
 from hone.launch.config import PolicyGradientConfig
 from hone.launch.interrupt import Interrupt
 from hone.launch.observe import manifest
@@ -28,11 +29,14 @@ from hone.launch.plan import in_full, make_plan, models_of
 from hone.launch.processes import prepare_environment
 from hone.launch.programs.conduct import Stage, began, built_in, conduct
 from hone.launch.programs.keeping import Keeper
+from hone.launch.programs.rolling import ENDED, put_back, rolling, texts
 from hone.launch.prompts import PromptData, prepare
 from hone.launch.rollout_rows import rows
-from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, check_start, place_asked, take_up
+from hone.launch.saving import EVENTS, METRICS, OPEN, STATE, Checkpoints, LoopState, Resumed, check_start, place_asked, take_up
 from hone.launch.toml import to_toml
 from hone.launch.train import Start, Step, train
+from hone.launch.train_async import train_async
+from hone.learner.errors import CheckpointError
 from hone.rollout.agents.loading import Agent
 from hone.rollout.endpoint.rollout import Caller
 from hone.rollout.executor import Group
@@ -134,9 +138,10 @@ class Session:
                 for reason in self._resumed.passed_over:
                     self._display.note(f"a newer checkpoint was passed over: {reason}")
                 self._display.note(f"going on after step {self._first}, from {self._resumed.path}")
+            ahead = self._ahead(parts, stack) if self._config.ahead else None
             interrupt.patient = True
             try:
-                outcome = self._loop(parts, interrupt)
+                outcome = self._loop(parts, ahead, interrupt)
             except Exception:
                 if self._done > self._first:
                     self._keeper.rescue(parts, step=self._done + 1)
@@ -191,10 +196,23 @@ class Session:
         )
         return build(plan)
 
-    def _loop(self, parts: Assembly, interrupt: Interrupt) -> Literal["finished", "stopped"]:
+    def _ahead(self, parts: Assembly, stack: ExitStack) -> Ahead:
+        """Rollout that does not wait for the learner, with what a checkpoint holds of it; `stack` ends it."""
+
+        def row_dropped(uid: str, reason: str) -> None:
+            self._directory.append_event("row_dropped", uid=uid, reason=reason)
+
+        ahead = rolling(self._config, parts, self._prompts, self._ledger, steps=self._steps, first=self._first, row_dropped=row_dropped)
+        stack.push(lambda kind, error, trace: ahead.end(ENDED if error is None else ""))
+        if self._resumed is not None:
+            put_back(ahead, self._resumed, self._prompts)
+        return ahead
+
+    def _loop(self, parts: Assembly, ahead: Ahead | None, interrupt: Interrupt) -> Literal["finished", "stopped"]:
         config = self._config
         parts.source = partial(self._issued, parts.source)
-        steps = train(
+        loop = train if ahead is None else partial(train_async, rollout=ahead)
+        steps = loop(
             config.algo,
             parts,
             batch_size=config.train.batch_size,
@@ -216,7 +234,8 @@ class Session:
             saves.poll(wait=False)
             stopping = interrupt.asked and step.number < self._steps
             if config.ckpt.save_steps > 0 and (step.number % config.ckpt.save_steps == 0 or stopping):
-                saves.begin(step.number, self._texts(step))
+                told = partial(self._texts, step)
+                saves.begin(step.number, told() if ahead is None else texts(ahead, told))
                 if config.ckpt.save_hf:
                     self._keeper.export(parts, self._directory.checkpoints / f"step_{step.number}_hf")
             if stopping:
@@ -261,7 +280,7 @@ class Session:
 def _take_up(config: PolicyGradientConfig, model: str) -> Resumed:
     """The checkpoint to go on from, before anything is loaded. Raises CheckpointError."""
     root, step = place_asked(config.ckpt, verb=config.algo.name)
-    return take_up(
+    resumed = take_up(
         root,
         algorithm=config.algo.name,
         batch_size=config.rollout.batch_size,
@@ -270,6 +289,12 @@ def _take_up(config: PolicyGradientConfig, model: str) -> Resumed:
         models=models_of(config, model),
         step=step,
     )
+    if not config.ahead and (resumed.path / OPEN).exists():
+        raise CheckpointError(
+            f"{resumed.path} is of a run that samples ahead of its learner, and has prompts under way; go on with --train.async-enable, or "
+            "with --rollout.over-sampling, as it did"
+        )
+    return resumed
 
 
 def _next_commands(config: PolicyGradientConfig, model: str, directory: str) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def begin(files: Files, root: Path, step: int) -> Path:
     return path
 
 
-def complete(files: Files, partial: Path, written: Sequence[Written], texts: Mapping[str, str]) -> Path:
+def complete(files: Files, partial: Path, written: Sequence[Written], texts: Mapping[str, str | bytes]) -> Path:
     """Adds `texts` (file name -> content) and the manifest, flushes everything, and gives the directory its name.
 
     Raises OSError, a file that is not there in full included: ranks that write to another machine's disk.
@@ -52,7 +52,8 @@ def complete(files: Files, partial: Path, written: Sequence[Written], texts: Map
         size = (partial / file.name).stat().st_size
         if size != file.size:
             raise OSError(f"{partial / file.name} has {size} bytes, {file.size} were written; checkpoints need a disk all ranks share")
-    added = [write_file(files, partial / name, [memoryview(text.encode())]) for name, text in texts.items()]
+    contents = {name: text.encode() if isinstance(text, str) else text for name, text in texts.items()}
+    added = [write_file(files, partial / name, [memoryview(content)]) for name, content in contents.items()]
     target = partial.with_name(partial.name.removesuffix(PARTIAL))
     body = {
         "format": FORMAT,

@@ -27,6 +27,8 @@ from hone.learner.kernels.vocabulary import Vocabulary
 
 TILE_LOGITS = 2**20
 """Logits of one tile on a CPU [numbers]: 4 MiB in fp32, which its caches hold."""
+TILE_LOGITS_OF_TWO_BYTES = 2**22
+"""The same for bf16 and fp16, whose products lay out their factors anew each time: that pays for larger tiles."""
 COMPILED_VOCABULARY = 8192
 """Vocabulary from which compiled loops (two seconds in every process) take a tile's statistics and gradients on a CPU."""
 
@@ -52,7 +54,8 @@ class Projection:
     def tiles(self, chunk: int) -> Iterator[slice]:
         """The vocabulary in slices: all of it at once on a GPU, where one large product pays."""
         size = self.weight.shape[0]
-        step = size if self.weight.is_cuda else min(size, max(1, TILE_LOGITS // chunk))
+        logits = TILE_LOGITS_OF_TWO_BYTES if self.weight.element_size() == 2 else TILE_LOGITS
+        step = size if self.weight.is_cuda else min(size, max(1, logits // chunk))
         for start in range(0, size, step):
             yield slice(start, min(start + step, size))
 
@@ -136,14 +139,17 @@ def _reduced(projection: Projection, logits: Tensor, column: Tensor, *, with_ent
 
 
 class Gradients:
-    """Sums of the head's gradients over chunks, in `precision`: in bf16 every chunk after the first few would be rounded away."""
+    """Sums of the head's gradients over chunks, in `precision`: in bf16 every chunk after the first few would be rounded away.
 
-    def __init__(self, projection: Projection, hidden: Float[Tensor, "M H"], *, needs: tuple[bool, bool, bool]) -> None:
+    The weights' are as large as the weights; where there is one chunk (`alone`), a product rounded once is its whole sum.
+    """
+
+    def __init__(self, projection: Projection, hidden: Float[Tensor, "M H"], *, needs: tuple[bool, bool, bool], alone: bool) -> None:
         needs_hidden, needs_weight, needs_bias = needs
         weight, precision = projection.weight, projection.precision
         self.projection = projection
         self.hidden = torch.empty_like(hidden) if needs_hidden else None
-        self.weight = torch.empty(weight.shape, dtype=precision, device=weight.device) if needs_weight else None
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype if alone else precision, device=weight.device) if needs_weight else None
         self.bias = torch.zeros(weight.shape[0], dtype=precision, device=weight.device) if needs_bias else None
         self.chunks = 0
 
@@ -232,8 +238,9 @@ def _epilogue(logits: Tensor) -> ModuleType | None:
 
 
 def _compiled_epilogue(projection: Projection, logits: Tensor) -> ModuleType | None:
-    """The loops for a CPU, for fp32 without a softcap, where numba is installed and the vocabulary pays for compiling them."""
-    suited = logits.device.type == "cpu" and logits.dtype == torch.float32 and projection.softcap is None and logits.is_contiguous()
+    """The loops for a CPU, for fp32 and bf16 without a softcap, where numba is installed and the vocabulary pays for compiling them."""
+    known = logits.dtype in (torch.float32, torch.bfloat16)
+    suited = logits.device.type == "cpu" and known and projection.softcap is None and logits.is_contiguous()
     if not suited or projection.weight.shape[0] < COMPILED_VOCABULARY or os.environ.get(PLAIN_VARIABLE):
         return None
     return _numba_epilogue()

@@ -1,28 +1,31 @@
-"""Finding an agent in a user's file: an environment (`AgentInstance` or `AgentExecutor` as OpenRLHF has them, or our own
-`make_env`), or a function `agent` that owns its loop and asks the endpoint.
+"""Finding an agent in a user's file: an environment (`AgentInstance` or `AgentExecutor` as OpenRLHF has them, or `make_env` with one
+of any protocol of `adapting`), or what owns its loop and asks the endpoint (a function `agent`, TRL's `environment_factory`).
 
 `check_agent_file` reads the source as it lies there, without running it (configuration time); `load` runs it.
 """
 
 import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hone.rollout.agents.adapting import adapted
 from hone.rollout.agents.calling import FunctionAgent
 from hone.rollout.agents.openrlhf import MultiTurnAgentExecutor, OpenRLHFEnv
+from hone.rollout.agents.trl import ToolLoop
 from hone.rollout.env import Env
 from hone.rollout.errors import EnvironmentFailure
 
-NAMES = ("make_env", "AgentInstance", "AgentExecutor", "agent")
+NAMES = ("make_env", "AgentInstance", "AgentExecutor", "agent", "environment_factory")
 EXPECTED = (
-    "`class AgentInstance` with reset and step, `class AgentExecutor(MultiTurnAgentExecutor)`, `def make_env() -> Env`, "
-    "or `def agent(base_url, api_key, model, row)`"
+    "`class AgentInstance` with reset and step, `class AgentExecutor(MultiTurnAgentExecutor)`, `def make_env()`, "
+    "`def agent(base_url, api_key, model, row)`, or `environment_factory` as TRL has it"
 )
+_ONE_OF_OPENRLHF = {"AgentInstance", "AgentExecutor"}
 
 _MODULE = "hone_agent_file"
 
@@ -46,7 +49,8 @@ def check_agent_file(source: str) -> None:
         raise EnvironmentFailure(f"agent file {path} cannot be read as Python source: {error}; give a text file with {EXPECTED}") from error
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
     imported = {alias.asname or alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    if not {*names, *imported} & set(NAMES):
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    if not {*names, *imported, *assigned} & set(NAMES):
         raise EnvironmentFailure(f"agent file {path} defines none of {', '.join(NAMES)}; write {EXPECTED}")
 
 
@@ -64,10 +68,16 @@ def load(source: str) -> Agent | FunctionAgent:
             f"agent file {path} does not load: {type(error).__name__}: {error}; mend it. A file for OpenRLHF imports its base classes from "
             "hone.rollout.agents.openrlhf here"
         ) from error
+    found = [name for name in NAMES if getattr(module, name, None) is not None]
+    if len(found) > 1 and not set(found) <= _ONE_OF_OPENRLHF:
+        raise EnvironmentFailure(f"agent file {path} defines {' and '.join(found)}, which are different ways to act; keep one")
     if callable(make := getattr(module, "make_env", None)):
-        return Agent(make=partial(_ours, make, path), where=f"make_env ({path})")
+        return Agent(make=partial(_made, make, path), where=f"make_env ({path})")
     if callable(function := getattr(module, "agent", None)):
         return FunctionAgent(function=function, where=f"agent ({path})")
+    factory = getattr(module, "environment_factory", None)
+    if callable(factory) or isinstance(factory, Mapping):
+        return FunctionAgent(function=ToolLoop(factory, path=path).play, where=f"environment_factory ({path})")
     executor = getattr(module, "AgentExecutor", None)
     instance: Any = getattr(module, "AgentInstance", None)
     if isinstance(executor, type) and issubclass(executor, MultiTurnAgentExecutor):
@@ -93,13 +103,8 @@ def _instance(instance: Callable[[], Any], path: Path) -> Env:
         ) from error
 
 
-def _ours(make: Callable[[], object], path: Path) -> Env:
-    env = make()
-    if not isinstance(env, Env):
-        raise EnvironmentFailure(
-            f"make_env in {path} returned {type(env).__name__}, which lacks reset, step or close; see hone.rollout.env.Env"
-        )
-    return env
+def _made(make: Callable[[], object], path: Path) -> Env:
+    return adapted(make(), where=f"make_env in {path}")
 
 
 def _located(source: str) -> Path:

@@ -12,7 +12,18 @@ from hone.rollout.endpoint.session import Asked
 from hone.rollout.endpoint.tree import Node
 
 _RECORDED = (
-    *("model", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *(
+        "model",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "min_tokens",
+    ),
     *("tool_choice", "parallel_tool_calls", "user", "metadata", "reasoning_effort", "store", "service_tier"),
 )
 _MOST_CHOICES = 64
@@ -56,6 +67,7 @@ def read_chat(body: Mapping[str, Any]) -> tuple[Asked, Form]:
         options=_mapping(body, "chat_template_kwargs"),
         limit=_positive(body, "max_completion_tokens") or _positive(body, "max_tokens"),
         stops=_stops(body.get("stop")),
+        stop_ids=_stop_ids(body.get("stop_token_ids")),
         n=_choices(body),
         requested={name: body[name] for name in _RECORDED if body.get(name) is not None},
     )
@@ -80,6 +92,7 @@ def read_completion(body: Mapping[str, Any]) -> tuple[Asked, Form]:
         prompt=prompt if isinstance(prompt, str) else tuple(prompt),
         limit=_positive(body, "max_tokens"),
         stops=_stops(body.get("stop")),
+        stop_ids=_stop_ids(body.get("stop_token_ids")),
         n=_choices(body),
         requested={name: body[name] for name in _RECORDED if body.get(name) is not None},
     )
@@ -244,6 +257,13 @@ def _stops(stop: object) -> tuple[str, ...]:
     if not isinstance(stops, list) or not all(isinstance(one, str) and one for one in stops):
         raise Refused("stop must be a text or a list of texts, none of them empty", param="stop")
     return tuple(stops)
+
+
+def _stop_ids(given: object) -> tuple[int, ...]:
+    ids = [] if given is None else given
+    if not isinstance(ids, list) or not all(isinstance(one, int) and one >= 0 for one in ids):
+        raise Refused("stop_token_ids must be a list of token ids", param="stop_token_ids")
+    return tuple(ids)
 
 
 def _tools(given: object) -> tuple[Mapping[str, Any], ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hone.algos.batch import SamplerContract, Trajectory
+from hone.algos.batch import Trajectory
 from hone.rollout.agents.calling import CallingAgent, Outcome
 from hone.rollout.calls import all_of
 from hone.rollout.config import RolloutConfig
@@ -23,7 +23,7 @@ from hone.rollout.endpoint.tree import Ledger, Segment
 from hone.rollout.errors import EnvironmentFailure
 from hone.rollout.executor import Group, Judge, Sample
 from hone.rollout.rewards.result import RewardItem
-from hone.rollout.sampling import seed_of
+from hone.rollout.sampling import contract_of, seed_of
 from hone.rollout.types import Engine, Prompt
 
 
@@ -68,7 +68,8 @@ async def _opened(renderer: Renderer, agents: int) -> tuple[AsyncExitStack, Serv
 @dataclass(frozen=True, kw_only=True)
 class Calling:
     """Episodes of an agent at the endpoint. `judge` gives the rewards where the agent does not; `served` is the chat template
-    (None: only plain text is completed). The other fields are those of `executor.SingleTurn`.
+    (None: only plain text is completed). An engine that `stops_at_text` knows the tokenizer, and draws no further than where a client
+    wants its reply to end; of any other's the rest is cut off. The other fields are those of `executor.SingleTurn`.
     """
 
     engine: Engine
@@ -84,6 +85,7 @@ class Calling:
     tokenizer_hash: str
     template_hash: str
     greedy: bool = False
+    stops_at_text: bool = False
     _post: "_Post" = field(default_factory=lambda: _Post())
 
     async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
@@ -116,10 +118,8 @@ class Calling:
 
     def _session(self, renderer: Renderer, prompt: Prompt, step: int, sample: int) -> Session:
         config = self.config
-        contract = SamplerContract(
-            temperature=config.temperature,
-            top_p=1.0,
-            top_k=0,
+        contract = contract_of(
+            config,
             seed=self.run_seed,
             engine=self.engine_version,
             tokenizer=self.tokenizer_hash,
@@ -138,6 +138,7 @@ class Calling:
             run_seed=self.run_seed,
             contract=contract,
             greedy=sample == config.n_samples_per_prompt,
+            stops_at_text=self.stops_at_text,
         )
 
     async def _played(self, server: Server, session: Session, prompt: Prompt, step: int, sample: int) -> Outcome:

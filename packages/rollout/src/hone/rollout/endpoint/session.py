@@ -35,7 +35,8 @@ class Budget:
 class Asked:
     """One request in the form every wire is brought to; `messages` or, for plain text, `prompt`.
 
-    `requested` is only recorded. Without `reads_calls` tools are shown, and calls of them stay text.
+    `stops` and `stop_ids` end a reply beside what the run's contract ends it at; `requested` is only recorded. Without `reads_calls`
+    tools are shown, and calls of them stay text.
     """
 
     messages: tuple[Message, ...] = ()
@@ -44,6 +45,7 @@ class Asked:
     options: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
     stops: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     n: int = 1
     requested: Mapping[str, Any] = field(default_factory=dict)
     reads_calls: bool = True
@@ -52,6 +54,7 @@ class Asked:
 class Session:
     """An open episode. `contract` has the run's sampling; each draw gets a seed of its own, by its prompt and how often it was drawn.
 
+    An engine that `stops_at_text` is told which texts end the client's replies; what any other drew behind them is cut off.
     `refused` is the code of the last request that was out of budget or context, if no reply was given since; `failure` is set
     when the engine (or this code) failed, with `error`.
     """
@@ -71,12 +74,14 @@ class Session:
         run_seed: int,
         contract: SamplerContract,
         greedy: bool,
+        stops_at_text: bool = False,
     ) -> None:
         self.tree = Tree(served, renderer, stop_ids=stop_ids, history=history)
         self.prompt_id, self.refused, self.failure = prompt_id, "", asyncio.Event()
         self.error: Exception | None = None
         self._engine, self._renderer, self._served, self._stop_ids = engine, renderer, served, frozenset(stop_ids)
         self._budget, self._contract, self._greedy = budget, contract, greedy
+        self._stops_at_text = stops_at_text
         self._origin = (run_seed, step, sample)
         self._drawn: Counter[str] = Counter()
         self._calls = 0
@@ -110,33 +115,39 @@ class Session:
             )
         self._calls += asked.n
         limit = min(self._budget.new_tokens, room, asked.limit or room)
-        requests = [self._request(place, limit) for _ in range(asked.n)]
+        requests = [self._request(asked, place, limit) for _ in range(asked.n)]
         drawn = await draw(self._engine, requests, of=[self.prompt_id], timeout_s=self._budget.timeout_s)
         nodes = [self._entered(asked, place, request, completion) for request, completion in zip(requests, drawn, strict=True)]
         self.refused = ""
         return nodes
 
-    def _request(self, place: Place, limit: int) -> Request:
+    def _request(self, asked: Asked, place: Place, limit: int) -> Request:
         run_seed, step, sample = self._origin
         digest = hashlib.blake2b(str(place.prompt).encode(), digest_size=8).hexdigest()
         name = f"{self.prompt_id}@{digest}#{self._drawn[digest]}"
         self._drawn[digest] += 1
+        own = self._contract
+        ends: dict[str, Any] = {
+            "stop": tuple(dict.fromkeys((*own.stop, *(asked.stops if self._stops_at_text else ())))),
+            "stop_token_ids": tuple(dict.fromkeys((*own.stop_token_ids, *asked.stop_ids))),
+        }
         return Request(
             request_id=f"{step}:{name}:{sample}",
             tokens=place.prompt,
             max_new_tokens=limit,
-            contract=dataclasses.replace(self._contract, seed=seed_of(run_seed, step, name, sample)),
+            contract=dataclasses.replace(own, seed=seed_of(run_seed, step, name, sample), **ends),
             greedy=self._greedy,
         )
 
     def _entered(self, asked: Asked, place: Place, request: Request, completion: Completion) -> Node:
         tokens = completion.tokens
-        ended = completion.finish_reason == "stop" and tokens[-1] in self._stop_ids
+        contract = request.contract
+        ended = completion.finish_reason == "stop" and tokens[-1] in {*self._stop_ids, *contract.stop_token_ids}
         text = self._renderer.decoded(tokens[:-1] if ended else tokens, behind=place.prompt)
         kept, finish_reason, requested = len(tokens), completion.finish_reason, dict(asked.requested)
-        found = min(((start, stop) for stop in asked.stops if (start := text.find(stop)) >= 0), default=None)
+        found = min(((start, stop) for stop in (*contract.stop, *asked.stops) if (start := text.find(stop)) >= 0), default=None)
         if found is not None:
-            # As an engine would have stopped: a shorter prefix of a sample is a sample.
+            # As an engine that knows the tokenizer stops by itself: a shorter prefix of a sample is a sample.
             kept = self._first_with(found[1], tokens, place.prompt)
             text, finish_reason, requested["stopped_by"] = text[: found[0]], "stop", found[1]
         reply = self._reply(text, asked, request, cut=finish_reason == "length")
@@ -145,7 +156,7 @@ class Session:
             completion,
             reply=reply,
             text=text,
-            contract=request.contract,
+            contract=contract,
             kept=kept,
             finish_reason=finish_reason,
             requested=requested,

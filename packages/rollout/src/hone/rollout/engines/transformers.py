@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from hone.algos.batch import Attachment
+from hone.rollout.engines.shaping import Decoder, ends_at_text, shaping_of
 from hone.rollout.errors import EngineError, StaleWeights
 from hone.rollout.pictures import processed
 from hone.rollout.types import Completion, Request
@@ -27,7 +28,7 @@ class TransformersEngine:
     `generate` takes requests of several prompts at once, and is much faster so; `max_rows` of them are decoded together.
     A sample depends on its prompt, contract and weights only: its company in the batch changes logits by rounding, no more.
     `version` is the policy version that is served; whoever loads weights sets it. A vision-language model (of a Qwen-VL family) comes
-    with its `image_processor`.
+    with its `image_processor`. Responses end at a text only where there is a `tokenizer`; none is held to a grammar.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TransformersEngine:
         version: int = 0,
         max_rows: int = 256,
         image_processor: Any = None,
+        tokenizer: Decoder | None = None,
     ) -> None:
         self.name = name
         self.version = version
@@ -46,6 +48,7 @@ class TransformersEngine:
         self._eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
         self._max_rows = max_rows
         self._image_processor = image_processor
+        self._tokenizer = tokenizer
         # Decoding runs in threads; weights must not change under it.
         self._lock = threading.Lock()
 
@@ -124,10 +127,14 @@ class TransformersEngine:
 
     def _check(self, request: Request) -> None:
         contract = request.contract
-        if contract.top_p != 1 or contract.top_k != 0:
+        if contract.structured_outputs:
             raise EngineError(
-                f"engine {self.name} samples without truncation, but request {request.request_id} has top_p {contract.top_p} and top_k "
-                f"{contract.top_k}; set them to 1 and 0"
+                f"engine {self.name} holds no response to a grammar, and request {request.request_id} is to be of "
+                f"{contract.structured_outputs:.80}; use vLLM"
+            )
+        if contract.stop and self._tokenizer is None:
+            raise EngineError(
+                f"engine {self.name} has no tokenizer, and request {request.request_id} ends at the text {contract.stop[0]!r:.80}"
             )
         if not request.tokens:
             raise EngineError(f"engine {self.name} got an empty prompt in request {request.request_id}; a prompt has at least one token")
@@ -190,13 +197,26 @@ class TransformersEngine:
         held = torch.arange(len(requests), device=device)  # request of each row that is still in the cache
         live = torch.ones(len(requests), dtype=torch.bool, device=device)  # rows that are not finished
 
+        shaping = shaping_of(requests, eos_ids=self._eos_ids.tolist(), vocabulary=logits.shape[-1], device=device)
+
         for step in range(longest):
             if stop.is_set():
                 raise EngineError(f"engine {self.name} was stopped after {step} of {longest} tokens")
-            sampled, sampled_logp = _draw(logits, temperature[held], uniforms[held, step], greedy[held])
+            if shaping is None:
+                tempered = logits.float() / temperature[held, None]
+            else:
+                tempered = shaping.before_temperature(logits.float(), held, step) / temperature[held, None]
+                tempered = shaping.after_temperature(tempered, held)
+            sampled, sampled_logp = _draw(tempered, uniforms[held, step], greedy[held])
             at_eos = torch.isin(sampled, eos_ids)
-            ended = live & (at_eos | (limits[held] == step + 1))
+            if shaping is not None:
+                shaping.drawn(held, sampled)
+                at_eos |= shaping.ended(held, sampled)
             tokens[held, step], logp[held, step] = sampled, sampled_logp
+            for row, index in enumerate(held.tolist()) if self._tokenizer is not None else ():
+                if requests[index].contract.stop and live[row]:
+                    at_eos[row] |= ends_at_text(tokens[index, : step + 1].tolist(), requests[index], self._tokenizer)
+            ended = live & (at_eos | (limits[held] == step + 1))
             lengths[held[ended]], stopped[held[ended]] = step + 1, at_eos[ended]
             live = live & ~ended
             alive = int(live.sum())
@@ -277,15 +297,15 @@ def _left_padded(prompts: Sequence[tuple[int, ...]]) -> tuple[Int[Tensor, "U W"]
 
 
 def _draw(
-    logits: Float[Tensor, "R V"], temperature: Float[Tensor, " R"], uniform: Float[Tensor, " R"], greedy: Bool[Tensor, " R"]
+    tempered: Float[Tensor, "R V"], uniform: Float[Tensor, " R"], greedy: Bool[Tensor, " R"]
 ) -> tuple[Int[Tensor, " R"], Float[Tensor, " R"]]:
     """One id for each row by inversion of its distribution, and the id's log-probability [nats] in fp32.
 
-    id = min{v: cdf(v) > u cdf(V)}, cdf the running sum of softmax(logits / temperature) in fp64, so that rounding of the
+    id = min{v: cdf(v) > u cdf(V)}, cdf the running sum of softmax(tempered) in fp64, so that rounding of the
     logits by other rows of the batch moves an id only where u falls into a gap as small as that rounding. A greedy row takes the
     likeliest id instead.
     """
-    logp = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
+    logp = torch.log_softmax(tempered, dim=-1)
     cdf = logp.double().exp().cumsum(dim=-1)
     ids = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).clamp(max=cdf.shape[1] - 1)
     ids = torch.where(greedy[:, None], logp.argmax(dim=-1, keepdim=True), ids)

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from hone.algos.batch import Attachment
 from hone.rollout.config import VLLMConfig
+from hone.rollout.engines.vllm_sampling import sampling_params
 from hone.rollout.errors import EngineError, EngineLost, StaleWeights
 from hone.rollout.pictures import collapsed, decoded, sees
-from hone.rollout.types import Completion, Request
+from hone.rollout.types import Completion, PauseMode, Request
 
 # vLLM's label of the weights an engine starts with; ours is version 0.
 _INITIAL_LABEL = "default"
@@ -31,7 +32,8 @@ class VLLMEngine:
 
     `backend` is how weights arrive ("shared_memory", "ipc" or "nccl"); `threads` the CPU threads of each worker;
     `max_model_len` [tokens] is the model's own where None; `eos_token_ids` are ids that end a response beside those of
-    the model's configuration (the tokenizer's, say: the engine loads none).
+    the model's configuration (the tokenizer's, say: the engine loads none, unless it `reads_text`, which takes one to end responses at
+    a text or hold them to a grammar).
     """
 
     def __init__(
@@ -45,17 +47,23 @@ class VLLMEngine:
         backend: Literal["shared_memory", "ipc", "nccl"],
         threads: int,
         eos_token_ids: Sequence[int] = (),
+        reads_text: bool = False,
     ) -> None:
         self.name = name
+        self._reads_text = reads_text
         self._eos_token_ids = list(eos_token_ids)
         self._version = 0
         self._half_loaded = ""
+        self._sleeps = config.enable_sleep
+        self._asleep: set[str] = set()
         self._canaries = itertools.count()
         before = set(multiprocessing.active_children())
         with _environment(config, backend=backend, threads=threads):
             try:
                 self._sees = sees(model)
-                self._llm = _start(model, config, max_model_len=max_model_len, dtype=dtype, backend=backend, sees=self._sees)
+                self._llm = _start(
+                    model, config, max_model_len=max_model_len, dtype=dtype, backend=backend, sees=self._sees, reads_text=reads_text
+                )
             except Exception as error:
                 raise EngineError(
                     f"engine {name} did not start on {model}: {_first_line(error)}; the cause stands in its log above"
@@ -77,28 +85,8 @@ class VLLMEngine:
                 task.cancel()
 
     async def _sample(self, request: Request) -> Completion:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        contract = request.contract
-        output = await self._last(
-            request.tokens,
-            # One request per sample: vLLM seeds the n samples of one request with neighbouring numbers, which share streams.
-            SamplingParams(
-                temperature=0.0 if request.greedy else contract.temperature,
-                top_p=contract.top_p,
-                top_k=contract.top_k,
-                seed=contract.seed,
-                max_tokens=request.max_new_tokens,
-                stop_token_ids=self._eos_token_ids,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            ),
-            request.request_id,
-            request.images,
-        )
+        params = sampling_params(request, engine=self.name, eos_token_ids=self._eos_token_ids, reads_text=self._reads_text)
+        output = await self._last(request.tokens, params, request.request_id, request.images)
         sample = output.outputs[0]
         if sample.finish_reason not in ("stop", "length"):
             raise EngineError(f"request {request.request_id} ended with {sample.finish_reason!r} after {len(sample.token_ids)} tokens")
@@ -178,13 +166,26 @@ class VLLMEngine:
             )
         return output
 
-    async def pause(self) -> None:
-        """Freeze the requests in flight and admit no new ones."""
-        await self._asked("while pausing", self._llm.pause_generation(mode="keep", clear_cache=False))
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """Begin no new requests, and freeze those in flight (keep), return when they have ended (wait), or end them (abort)."""
+        await self._asked("while pausing", self._llm.pause_generation(mode=mode, clear_cache=False))
 
     async def resume(self) -> None:
         """Go on; requests in flight recompute what they had cached."""
         await self._asked("while resuming", self._llm.resume_generation())
+
+    async def sleep(self, level: Literal[1, 2]) -> None:
+        """Give the GPU's memory back when what is in flight has ended: level 1 keeps the weights on the host, 2 drops them."""
+        if not self._sleeps:
+            raise EngineError(f"engine {self.name} cannot sleep: it was started without --vllm.enable-sleep")
+        await self._asked("while falling asleep", self._llm.sleep(level, mode="wait"))
+        self._asleep = {"weights", "kv_cache"}
+
+    async def wake(self, tags: Sequence[Literal["weights", "kv_cache"]] = ("weights", "kv_cache")) -> None:
+        """Take memory for these again; what is awake stays so. It samples again when all are; dropped weights must be sent first."""
+        if asleep := [tag for tag in tags if tag in self._asleep]:
+            await self._asked("while waking", self._llm.wake_up(asleep))
+            self._asleep -= set(asleep)
 
     async def set_version(self, version: int) -> None:
         """Label the weights served from now on, and forget every cached prefix; call it between pause and resume."""
@@ -296,7 +297,7 @@ def _difference(sent: Sequence[int], told: Sequence[int]) -> str:
     return f"id {place} of its prompt was {list(sent[window])} and came back as {list(told[window])}"
 
 
-def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: str, backend: str, sees: bool) -> Any:
+def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: str, backend: str, sees: bool, reads_text: bool) -> Any:
     """A running AsyncLLM."""
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
@@ -324,7 +325,8 @@ def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: 
         enable_prefix_caching=True,
         # Ids in, ids out: no tokenizer is needed, and none that disagrees with the learner's can creep in. Where there are images,
         # vLLM wants one to make up the largest picture that could come; what the model is fed is compared with what was asked.
-        skip_tokenizer_init=not sees,
+        # One that reads text only looks at the ids that were drawn: they stay as they are.
+        skip_tokenizer_init=not (sees or reads_text),
         limit_mm_per_prompt={"video": 0} if sees else {},
         # The model's stop ids count, its sampling defaults do not: the contract says how a sample is drawn.
         generation_config="vllm",
@@ -333,6 +335,7 @@ def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: 
         weight_transfer_config=WeightTransferConfig(backend=RECEIVERS[backend]),
         worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         disable_log_stats=True,
+        enable_sleep_mode=config.enable_sleep,
         **device,
     )
     return AsyncLLM.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)

@@ -51,6 +51,12 @@ def final_answer(text: str) -> str | None:
     return None
 
 
+def last_tagged(text: str) -> str | None:
+    """What the last <answer> tags hold; None if there are none."""
+    found = _TAGGED.findall(text)
+    return found[-1] if found else None
+
+
 def last_boxed(text: str) -> str | None:
     r"""What the last closed \boxed{...} or \fbox{...} holds, braces balanced; None if there is none."""
     for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{|\\fbox\s*\{", text)]):

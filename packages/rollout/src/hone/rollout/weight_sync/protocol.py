@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hone.algos.batch import Attachment
 from hone.rollout.errors import EngineLost, StaleWeights
+from hone.rollout.types import PauseMode
 from hone.rollout.weight_sync.verify import Canary, verify
 
 
@@ -56,8 +57,8 @@ class ServedEngine(Protocol):
 
     name: str
 
-    async def pause(self) -> None:
-        """Freeze the requests in flight and admit no new ones."""
+    async def pause(self, mode: PauseMode) -> None:
+        """Admit no new requests, and freeze those in flight (keep) or wait until they have ended (wait)."""
         ...
 
     async def resume(self) -> None:
@@ -160,6 +161,7 @@ async def sync(
     tolerance: float,
     previous: Mapping[str, Canary],
     images: Sequence[Attachment] = (),
+    pause: PauseMode = "keep",
 ) -> Synced:
     """Bring every engine to `version` and prove it; raises StaleWeights or EngineError.
 
@@ -172,7 +174,7 @@ async def sync(
     def lap(part: str) -> None:
         seconds[part] = time.perf_counter() - began - sum(seconds.values())
 
-    await asyncio.gather(*(engine.pause() for engine in engines))
+    await asyncio.gather(*(engine.pause(pause) for engine in engines))
     lap("pause")
     sent = await send()
     lap("send")
