@@ -7,9 +7,11 @@ vLLM, DeepSpeed or transformers.
 import importlib
 import importlib.metadata
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
+from hone.launch import student_samples
 from hone.launch.errors import Problem, UsageError, exit_code, present
 from hone.launch.loop_verbs import LOOPS
 from hone.launch.verbs import OFFLINE, TOOLS, USING, VERBS
@@ -51,6 +53,11 @@ def _dispatch(words: list[str]) -> int:
         print(f"launch {importlib.metadata.version('hone-launch')}")
         return 0
     verb, rest = words[0], words[1:]
+    if verb == "kd" and student_samples.asked(rest):
+        verb, rest = "on_policy_distill", student_samples.with_teacher(student_samples.said(rest))
+        print(
+            f"note: the student's own samples are what `launch {verb}` learns from: {shlex.join(['launch', verb, *rest])}", file=sys.stderr
+        )
     if verb in TOOLS:
         return _tool(verb, rest)
     if verb not in EVERY:
@@ -142,11 +149,11 @@ def _ended(error: BaseException, *, debug: bool) -> int:
 
 
 def _unknown_verb(verb: str) -> Problem:
-    from hone.launch.foreign import VERB_OF
+    from hone.launch.foreign import PROGRAM_OF, VERB_OF
     from hone.launch.names import closest, plain
 
     name = plain(verb)
-    near = [VERB_OF[name]] if name in VERB_OF else closest(name, EVERY)
+    near = [(VERB_OF | PROGRAM_OF)[name]] if name in VERB_OF | PROGRAM_OF else closest(name, EVERY)
     if verb.startswith("-"):
         return Problem(
             what=f"a command comes first, not {verb}",

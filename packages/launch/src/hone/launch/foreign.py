@@ -23,6 +23,18 @@ VERB_OF = {
 }
 """Estimators and losses as others call them -> the command here."""
 
+PROGRAM_OF = {
+    "rs": "rejection-sampling",
+    "best_of_n": "rejection-sampling",
+    "iter_dpo": "iterative-dpo",
+    "online_dpo": "iterative-dpo",
+    "csft": "conditional-sft",
+    "batch_inference": "generate",
+    "interactive_chat": "chat",
+    "gkd": "kd",
+}
+"""The same of other programs."""
+
 _COMMAND = "the algorithm is the command"
 _ALGORITHM = {
     **{name: f"{_COMMAND}: `launch {name}`" for name in VERBS},

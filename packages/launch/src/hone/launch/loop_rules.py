@@ -25,7 +25,7 @@ def broken(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     config: LoopConfig = resolved.config
     generating = replace(resolved, config=config.generating(config.model.model_name_or_path or ""))
     training = replace(resolved, config=config.training(config.model.model_name_or_path, rows="rows", directory=config.run.dir))
-    yield from rules.broken(generating, gpus, (using_rules.LENGTHS,))
+    yield from rules.broken(generating, gpus, using_rules.DRAWING)
     yield from rules.broken(training, gpus, offline_rules.TRAINING)
     yield from rules.broken(resolved, gpus, RULES)
 

@@ -280,6 +280,15 @@ OFFLINE_RENAMED = {
 }
 """The same for programs that learn from labelled rows."""
 
+LOOP_RENAMED = {
+    "best_of_n": "rollout.n_samples_per_prompt",
+    "reward_template": "condition.template",
+    "normalize_reward": "condition.normalize",
+    "csft_prompt": "condition.template",
+    "training_iters": "train.iterations",
+}
+"""The same for the loops over generations."""
+
 OFFLINE_WITHOUT_COUNTERPART = {
     "data.multiturn": "a column of messages is a conversation, all of whose answers are learnt",
     "multiturn": "a column of messages is a conversation, all of whose answers are learnt",
@@ -340,7 +349,7 @@ def unknown(name: str, values: Sequence[str], known: Collection[str], elsewhere:
     typed = plain(name)
     if typed in SECRETS:
         return f"{name} would put a secret on the command line, where every process of this machine can read it", f"drop it; {RECORDED}"
-    for renamed in (RENAMED, OFFLINE_RENAMED):
+    for renamed in (RENAMED, OFFLINE_RENAMED, LOOP_RENAMED):
         if typed in renamed and _reaches(renamed[typed], known):
             return f"{name} has another name here", f"use {flag(renamed[typed])}"
     if mend := answer(typed, values):

@@ -185,6 +185,6 @@ def _served(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend="name a function: FILE.py, builtin:math", settings=("reward.remote_url",))
 
 
-LENGTHS: rules.Rule = _lengths
-"""Whether there is room for prompts beside responses."""
+DRAWING: tuple[rules.Rule, ...] = (_lengths, _sampler)
+"""What must hold wherever responses are drawn."""
 RULES: tuple[rules.Rule, ...] = (_lengths, _own, _counts, _sampler, _served)

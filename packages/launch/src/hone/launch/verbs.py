@@ -185,6 +185,7 @@ OFFLINE = {
             "launch kd",
             f"launch kd --teacher.model-name-or-path TEACHER {_OWN_ROWS}",
             "launch kd --teacher.top-k 0 --algo.divergence reverse",
+            "launch kd --kd.student-samples   # the student's own samples: launch on_policy_distill",
         ),
     ),
 }

@@ -101,21 +101,11 @@ class VLLMEngine:
 
     async def stream(self, request: Request) -> AsyncGenerator[tuple[int, ...], None]:
         """The ids of one sample as they are drawn; closing the generator drops the request. Raises EngineError."""
-        from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        contract = request.contract
-        params = SamplingParams(
-            temperature=0.0 if request.greedy else contract.temperature,
-            top_p=contract.top_p,
-            top_k=contract.top_k,
-            seed=contract.seed,
-            max_tokens=request.max_new_tokens,
-            stop_token_ids=self._eos_token_ids,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
+        params = sampling_params(request, engine=self.name, eos_token_ids=self._eos_token_ids, reads_text=self._reads_text)
+        params.output_kind = RequestOutputKind.DELTA
         try:
             async for output in self._llm.generate(tokens_input(list(request.tokens)), params, request.request_id):
                 if ids := output.outputs[0].token_ids:
