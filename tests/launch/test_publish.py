@@ -11,6 +11,7 @@ import torch
 
 from hone.algos.batch import Batch
 from hone.launch import local
+from hone.launch.ahead import LoopThread
 from hone.launch.cli import main
 from hone.launch.local import ServedHere
 from hone.launch.publish import Publisher
@@ -185,3 +186,59 @@ def test_without_anyone_left_the_update_ends_with_who_was_lost() -> None:
     told = r"lost: engine engine-0 died during update_weights; engine engine-0 died again"
     with publishing(learner, [Served("engine-0")], [Served("engine-0")]) as (publisher, _), pytest.raises(EngineError, match=told):
         publisher(1)
+
+
+def test_engines_that_sleep_wake_with_their_weights_before_and_with_their_cache_after_they_are_sent() -> None:
+    order: list[str] = []
+
+    class Drowsy(Served):
+        async def pause(self, mode: str) -> None:
+            order.append(f"pause {mode}")
+
+        async def set_version(self, version: int) -> None:
+            order.append("version")
+            await super().set_version(version)
+
+        async def prompt_logp(self, tokens: Sequence[int], images: object = ()) -> list[float]:
+            order.append("canary")
+            return await super().prompt_logp(tokens, images)
+
+    class Sending(Learner):
+        def send(self) -> dict[str, str]:
+            order.append("send")
+            return super().send()
+
+    async def wake(engines: Sequence[Served], tag: str) -> None:
+        order.append(f"wake {tag}")
+
+    learner, engine = Sending(), Drowsy("engine-0")
+    settings = {"send": learner.send, "connect": learner.connect, "vocabulary": 50, "tolerance": 1e-3, "seed": 0, "wake": wake}
+    with asyncio.Runner() as runner:
+        Publisher(served=lambda: Fleet([engine]), policy=learner, runner=runner, pause="wait", **settings)(1)
+    assert order == ["pause wait", "wake weights", "send", "wake kv_cache", "version", "canary"]
+
+
+def test_while_the_learner_is_at_work_no_engine_is_brought_up() -> None:
+    # In the middle of a step its weights are no version's: an engine that got them would serve under a false name.
+    learner, first, fresh = Learner(), Served("engine-0"), Served("engine-1")
+    settings = {"send": learner.send, "connect": learner.connect, "vocabulary": 50, "tolerance": 1e-3, "seed": 0}
+    runner = LoopThread()
+    publisher = Publisher(served=lambda: Fleet([first]), policy=learner, runner=runner, **settings)
+    publisher(1)
+
+    async def begin() -> asyncio.Task[None]:
+        return asyncio.ensure_future(publisher.bring_up(fresh))
+
+    publisher.hold()
+    task = runner.run(begin())
+    learner.weight = 1.5
+    assert fresh.label == -1
+    learner.weight = 2.0
+    publisher(2)  # frees it
+
+    async def over() -> None:
+        await task
+
+    runner.run(over())
+    runner.close()
+    assert (fresh.label, fresh.received) == (2, 2.0) and learner.connections[-1] in (["engine-0"], ["engine-1"])

@@ -65,18 +65,28 @@ async def _cancel_the_others() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:
-    """A producer, called from another thread than its loop's."""
+    """A producer, called from another thread than its loop's.
+
+    `hold` and `free` say when the learner is at work and when at rest: at rest alone it can bring its weights to an engine that
+    replaces another (`publish.Publisher`). It is while a batch is waited for.
+    """
 
     producer: Producer
     runner: LoopThread
+    hold: Callable[[], None] = lambda: None
+    free: Callable[[], None] = lambda: None
 
     def serve(self, version: int) -> None:
         """The engines serve this version from now on."""
         self.runner.run(self.producer.serve(version))
+        self.hold()
 
     def take(self) -> list[Group]:
         """The groups of the next step, as soon as there are enough of them; none where the data has ended."""
-        return self.runner.run(self.producer.take())
+        self.free()
+        groups = self.runner.run(self.producer.take())
+        self.hold()
+        return groups
 
     def figures(self) -> dict[str, float]:
         """What was dropped or passed by since the last call."""

@@ -130,6 +130,8 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         sleeps=config.ds.enable_sleep,
         rest=rest if config.vllm.enable_sleep else None,
         overlaps=config.train.async_enable,
+        hold=publisher.hold,
+        free=publisher.free,
         closers=[close_engines, *(group.close for group in built), lambda: stop(plan.logs, plan.scratch)],
     )
 

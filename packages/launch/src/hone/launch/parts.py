@@ -148,7 +148,8 @@ class Assembly:
 
     `host` maps a role (policy, critic, reference) to the group it lives in; `publisher(version)` returns the sync's
     figures; `on_phase(name, seconds)` hears of every phase as it begins (None) and ends (seconds). With `sleeps`, roles give
-    up their memory while the engines act, and `rest` has the engines give up theirs when they have. `overlaps`: they act all the time.
+    up their memory while the engines act, and `rest` has the engines give up theirs when they have. `overlaps`: they act all the time;
+    `hold` and `free` then tell the publisher when the learner is at work and when at rest.
     """
 
     host: Mapping[str, RoleGroup]
@@ -161,6 +162,8 @@ class Assembly:
     sleeps: bool = False
     overlaps: bool = False
     rest: Callable[[], Coroutine[Any, Any, None]] | None = None
+    hold: Callable[[], None] = lambda: None
+    free: Callable[[], None] = lambda: None
     _seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def prompts(self) -> Iterator[list[Prompt]]:

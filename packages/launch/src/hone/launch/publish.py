@@ -116,11 +116,13 @@ class Publisher:
         self._connected: Sequence[ServedEngine] = ()
         self._version = 0
         self._alone = asyncio.Lock()
+        self._held = False
 
     def __call__(self, version: int) -> dict[str, float]:
         """Publish, verify, measure."""
         start = time.monotonic()
         self._version = version
+        self.free()
         synced = self._runner.run(self._publish())
         self._previous = synced.canaries
         return {"perf/sync_ms": 1000 * (time.monotonic() - start), "sync/canary_abs_diff_max": synced.gap}
@@ -128,6 +130,20 @@ class Publisher:
     async def bring_up(self, engine: ServedEngine) -> None:
         """Bring the weights that the others serve to an engine that was just started. Raises EngineError."""
         await self._brought([engine])
+
+    def hold(self) -> None:
+        """From here on the learner is at work: its weights are no version, and its ranks are spoken for. Whoever is brought up waits."""
+        self._runner.run(self._alone.acquire())
+        self._held = True
+
+    def free(self) -> None:
+        """The learner is at rest, and its weights are those of the last version."""
+        if self._held:
+            self._held = False
+            self._runner.run(self._released())
+
+    async def _released(self) -> None:
+        self._alone.release()
 
     async def _publish(self) -> Synced:
         served = self._served()

@@ -67,7 +67,7 @@ def rolling(
         most_rejected=rollout.dynamic_filtering_batches * rollout.batch_size,
         prompts_in_flight=max(1, SAMPLES_IN_FLIGHT // rollout.n_samples_per_prompt),
     )
-    return Ahead(producer=producer, runner=parts.runner)
+    return Ahead(producer=producer, runner=parts.runner, hold=parts.hold, free=parts.free)
 
 
 def texts(ahead: Ahead, others: Callable[[], Mapping[str, str | bytes]]) -> dict[str, str | bytes]:
