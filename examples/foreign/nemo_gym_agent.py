@@ -60,7 +60,7 @@ async def played(row: dict) -> dict:
             base_url=os.environ["OPENAI_BASE_URL"],
             api_key=os.environ["OPENAI_API_KEY"],
             model="policy",
-            return_token_id_information=True,
+            return_token_id_information=False,
             uses_reasoning_parser=True,
         ),
         server_client=client,
