@@ -14,7 +14,6 @@ from hone.launch.cli import main
 from hone.launch.loops import select
 from hone.launch.loops.state import State, fingerprint
 from hone.launch.observe.run_directory import read_events, read_metrics
-from hone.launch.responses import Responses
 from hone.launch.scoring import RewardModel
 from tests.golden.offline_curves import words
 from tests.launch.conftest import write_reward
@@ -128,27 +127,30 @@ def test_a_stage_that_stops_within_goes_on_and_comes_to_the_same(whole: Path, tm
 
     run = tmp_path / "run"
     line = ["rejection-sampling", *SMALL, "--run.dir", str(run), "--ckpt.save-steps", "1"]
-    append, finetune, asked = Responses.append, training.finetune, list[int]()
+    finetune, asked = training.finetune, list[int]()
 
-    def some(self: Responses, rows: Any) -> None:
-        append(self, rows)
-        if self.done == 5:
-            raise KeyboardInterrupt
+    def stopped(*words: Any, **names: Any) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Responses, "append", some)
+        patch.setattr(State, "add", stopped)
         assert main(line) == 130
-    assert stages(run) == [] and len(read(run / "iteration_1" / "generated.jsonl")) == 15
+    # As a kill leaves it: whole prompts, and one in the middle of a row.
+    generated = run / "iteration_1" / "generated.jsonl"
+    lines = generated.read_bytes().splitlines(keepends=True)
+    generated.write_bytes(b"".join(lines[:16]) + lines[16][:40])
+    assert stages(run) == []
 
-    def after_one(*words: Any, **names: Any) -> Iterator[Any]:
+    def within(*words: Any, **names: Any) -> Iterator[Any]:
         asked.append(names["start"])
         for step in finetune(*words, **names):
             yield step
-            raise KeyboardInterrupt
+            if step.number == 2:  # the checkpoint after the first step is whole by now
+                raise KeyboardInterrupt
 
     again = ["rejection-sampling", *SMALL, "--resume", str(run), "--ckpt.save-steps", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "finetune", after_one)
+        patch.setattr(training, "finetune", within)
         assert main(again) == 130
     assert stages(run) == [(1, "generate"), (1, "score"), (1, "select")]
     with monkeypatch.context() as patch:
