@@ -17,6 +17,7 @@ from hone.launch.observe.run_directory import read_events, read_metrics
 from hone.launch.scoring import RewardModel
 from tests.golden.offline_curves import words
 from tests.launch.conftest import write_reward
+from tests.launch.running import started
 
 SMALL = ["--rollout.batch-size", "16", "--rollout.n-samples-per-prompt", "3", "--train.iterations", "2", "--train.batch-size", "8"]
 BY_LENGTH = """return {"rewards": [float(len(queries[0]) - len(prompts[0]))]}"""
@@ -244,3 +245,21 @@ def test_a_reward_model_judges_what_was_sampled(hone_cache: Path, tmp_path: Path
     expected = model.scores([row["prompt"] + row["sampled"] for row in scored])
     assert [row["reward"] for row in scored] == pytest.approx(expected, abs=1e-5)
     assert len({row["reward"] for row in scored}) > 3
+
+
+def test_vllm_has_ended_before_training_begins(hone_cache: Path, tmp_path: Path) -> None:
+    # In a process of its own, and watched from outside: the engine's core is a descendant while it samples, and gone when rows are trained.
+    run = tmp_path / "run"
+    line = ["rejection-sampling", *SMALL, "--train.iterations", "1", "--train.measure-last", "False", "--rollout.engine", "vllm"]
+    with started(line, run) as watched:
+        watched.wait_for(lambda: (run / "iteration_1" / "generated.jsonl").exists() and watched.core() is not None)
+        core = watched.core()
+        assert core is not None
+        watched.wait_for(lambda: (run / "iteration_1" / "train").exists())
+        assert not core.is_running()
+        output = watched.finish()
+    assert watched.process.returncode == 0, output
+    assert watched.survivors() == []
+    scored = read(run / "iteration_1" / "scored.jsonl")
+    assert len(scored) == 48 and all(row["reward"] == float(row["response"] == str(row["label"])) for row in scored)
+    assert all(1 <= len(row["response_ids"]) <= 8 for row in scored)
