@@ -1,5 +1,6 @@
 """Labelled rows: layouts of OpenRLHF, TRL and verl, what is trained on in plain texts, cutting, documents, and every faulty row told."""
 
+import dataclasses
 import json
 from array import array
 from pathlib import Path
@@ -10,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from hone.datasets.errors import DataError
 from hone.datasets.exchanges import cut, filled
-from hone.datasets.labelled import Sample, TokenRow
+from hone.datasets.labelled import LabelledSet, Sample, TokenRow
 from hone.datasets.layouts import exchange_rows, judged_rows, pair_rows, text_rows
+from hone.datasets.mismatched import Mismatched, prompt_of
 from hone.datasets.offline_config import JudgedData, LabelledData, MarginPairData, PairData, SFTData, StepData
 from hone.datasets.records import Source
 from hone.datasets.rows_stream import SampleStream
-from hone.datasets.samples import mismatched, prompt_of, samples_of
+from hone.datasets.samples import samples_of
 from hone.datasets.sources import read_file
 from hone.datasets.step_rows import reward_token_ids, steps_rows
 from hone.datasets.tasks import labelled_arithmetic
@@ -173,9 +175,10 @@ def test_a_row_ends_with_its_last_trained_token() -> None:
 
 def test_a_mismatched_row_is_a_prompt_with_the_next_other_prompts_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     config = JudgedData()
-    samples = samples_of(judged_rows(labelled_arithmetic.judged(1, 40), config), tokenizer, config).samples
+    judged = judged_rows(labelled_arithmetic.judged(1, 40), config)
+    samples = samples_of(judged, tokenizer, config).samples
     prompts = [prompt_of(sample.rows[0]) for sample in samples]
-    joined = mismatched(samples, prompts, 64)
+    joined = Mismatched(samples, 64)
     assert len(joined) == 40
     for index, row in enumerate(joined):
         assert prompt_of(row) == prompts[index]
@@ -183,7 +186,7 @@ def test_a_mismatched_row_is_a_prompt_with_the_next_other_prompts_answer(tokeniz
         other = next(place for place in later if prompts[place] != prompts[index])
         assert list(row.tokens[len(prompts[index]) :]) == list(samples[other].rows[0].tokens[len(prompts[other]) :])
     with pytest.raises(DataError, match="all prompts are the same"):
-        mismatched(samples[:2], [prompts[0], prompts[0]], 64)
+        Mismatched(samples_of(LabelledSet(name="one", fingerprint="", rows=[judged.rows[0]] * 2), tokenizer, config).samples, 64)
 
 
 FAULTS: list[tuple[Any, LabelledData, dict[str, Any], str]] = [
@@ -220,7 +223,8 @@ def test_a_faulty_row_is_told_with_its_line(read: Any, config: Any, row: dict[st
 
 
 def test_the_order_is_fixed_by_the_seed_and_goes_on_from_a_few_numbers(tokenizer: PreTrainedTokenizerBase) -> None:
-    samples = samples_of(exchange_rows(labelled_arithmetic.demonstrations(1, 10), SFTData()), tokenizer, SFTData()).samples
+    rows = exchange_rows(labelled_arithmetic.demonstrations(1, 10), SFTData())
+    samples = samples_of(rows, tokenizer, SFTData())
     whole = list(SampleStream(samples, batch_size=4, seed=7, epochs=2))
     assert sorted(place for step in whole for place in step) == sorted([*range(10), *range(10)])
     assert [len(step) for step in whole] == [4, 4, 4, 4, 4] and whole[0] != next(SampleStream(samples, batch_size=4, seed=8, epochs=2))
@@ -229,4 +233,5 @@ def test_the_order_is_fixed_by_the_seed_and_goes_on_from_a_few_numbers(tokenizer
         next(stream)
     assert list(SampleStream(samples, batch_size=4, seed=7, epochs=2, state=stream.state())) == whole[2:]
     with pytest.raises(DataError, match="the data has changed since the run was saved"):
-        SampleStream(samples[1:], batch_size=4, seed=7, epochs=2, state=stream.state())
+        fewer = samples_of(dataclasses.replace(rows, rows=rows.rows[1:]), tokenizer, SFTData())
+        SampleStream(fewer, batch_size=4, seed=7, epochs=2, state=stream.state())

@@ -80,6 +80,8 @@ def plan(verb: str, directory: Path, *, zero_stage: int = 0, ranks: int = 1) -> 
         on_phase=lambda name, seconds: None,
         on_event=lambda kind, **fields: None,
         on_rejected=lambda group, reason: None,
+        on_failed=lambda prompt, reason: None,
+        on_retried=lambda prompt, reason: None,
         more=prompts.more,
     )
 

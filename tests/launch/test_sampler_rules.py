@@ -77,6 +77,24 @@ def test_what_cannot_be_read_is_told_before_anything_starts(flags: str, what: st
     assert flags.partition(" ")[0] in problem.where
 
 
+@pytest.mark.parametrize("flags", ["--vllm.quantization fp8 --vllm.sync-tolerance 0.5", "--vllm.pipeline-parallel-size 2"])
+def test_what_engines_do_on_gpus_only_is_refused_without_one(flags: str) -> None:
+    problem = only(crossed(f"grpo {flags}"))
+    assert "needs GPUs, and none is visible" in problem.what and "drop --vllm." in problem.mend
+    assert not crossed(f"grpo {flags}", gpus=4)
+    assert "needs GPUs" in only(using(f"generate --run.backend vllm {flags.partition(' --vllm.sync')[0]}")).what
+
+
+def test_a_quantised_engine_needs_a_tolerance_of_its_own() -> None:
+    problem = only(crossed("grpo --vllm.quantization fp8", gpus=4))
+    assert "does not know by how much" in problem.what and "--vllm.sync-tolerance 0.5" in problem.mend
+
+
+def test_engines_of_several_parts_count_every_device() -> None:
+    line = "grpo --vllm.num-engines 2 --vllm.pipeline-parallel-size 2 --vllm.tensor-parallel-size 2"
+    assert "9 GPUs asked, 4 visible" in only(crossed(line, gpus=4)).what
+
+
 def test_the_engine_in_this_process_holds_nothing_to_a_grammar() -> None:
     problem = only(using("generate --run.backend local --rollout.structured-outputs.regex a"))
     assert problem.what == "run.backend local holds no response to a grammar" and "--run.backend vllm" in problem.mend

@@ -151,7 +151,7 @@ class Served:
         return self.loop.run(self.engine.generate(requests))
 
 
-def start(directory: Path, name: str, *, max_model_len: int | None) -> VLLMEngine:
+def start(directory: Path, name: str, *, max_model_len: int | None, reads_text: bool = False) -> VLLMEngine:
     return VLLMEngine(
         model=str(directory),
         name=name,
@@ -160,6 +160,7 @@ def start(directory: Path, name: str, *, max_model_len: int | None) -> VLLMEngin
         dtype="float32",
         backend="shared_memory",
         threads=1,
+        reads_text=reads_text,
     )
 
 

@@ -102,7 +102,8 @@ def _arrow(path: str, files: Sequence[Path], max_samples: int) -> Source:
 def _source(path: str, table: "pa.Table", fingerprint: str, max_samples: int) -> Source:
     if not table.num_rows:
         raise DataError(f"{path} has no rows (its columns: {', '.join(map(repr, table.column_names)) or 'none'})")
-    return Source(name=path, fingerprint=fingerprint, rows=TableRows(table.slice(0, max_samples)))
+    rows = TableRows(table.slice(0, max_samples))
+    return Source(name=path, fingerprint=fingerprint, rows=rows, seen=tuple(table.column_names))
 
 
 def _mapped(file: Path) -> "pa.Table":

@@ -88,7 +88,7 @@ def rendered(
         yield from lost or [text]
 
 
-def template_text(tokenizer: "transformers.PreTrainedTokenizerBase", *, config: DataConfig) -> str:
+def template_text(tokenizer: "transformers.PreTrainedTokenizerBase", *, config: Templates) -> str:
     """The template that `render` uses, or an empty text where it uses none."""
     if config.apply_chat_template:
         template = tokenizer.chat_template

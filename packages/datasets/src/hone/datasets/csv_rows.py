@@ -66,7 +66,7 @@ def read_csv(path: str, file: Path, *, max_samples: int, delimiter: str) -> Sour
             pass  # to the end of its bytes, for the fingerprint
     if not rows and not bad:
         raise DataError(f"{path} has no rows under its header ({', '.join(map(repr, parser.header))})")
-    return Source(name=path, fingerprint=feed.digest.hexdigest(), rows=rows, bad=tuple(bad))
+    return Source(name=path, fingerprint=feed.digest.hexdigest(), rows=rows, bad=tuple(bad), seen=parser.header)
 
 
 class _Feed(Iterator[str]):

@@ -17,6 +17,7 @@ from hone.datasets.labelled import Exchange, Sampled, TokenRow
 from hone.datasets.offline_config import LabelledData
 from hone.datasets.records import Message
 from hone.datasets.templates import template_kwargs, use_template
+from hone.datasets.together import Text, Work, together
 
 if TYPE_CHECKING:
     import transformers
@@ -51,16 +52,21 @@ class Encoder:
 
     def encode(self, exchange: Exchange | Sampled, *, line: int) -> Encoded | BadRow:
         """The exchange's rows, uncut; what is wrong with it where the chat template does not take it."""
+        (found,) = together([self.work(exchange, line=line)], self._tokenizer)
+        return found
+
+    def work(self, exchange: Exchange | Sampled, *, line: int) -> Work[Encoded | BadRow]:
+        """What `encode` does, to be done together with others."""
         if isinstance(exchange, Sampled):
             return self._sampled(exchange, line)
         if not self._config.apply_chat_template:
-            return self._plain(exchange, line)
+            return (yield from self._plain(exchange, line))
         prompt = _messages(exchange.prompt, "user")
         messages = (*prompt, *_messages(exchange.answer, "assistant"))
         try:
             if self._tagged:
                 return self._by_tags(messages, len(prompt), line)
-            return self._by_prefixes(messages, len(prompt), line)
+            return (yield from self._by_prefixes(messages, len(prompt), line))
         except _template_errors() as error:
             return BadRow(
                 what=f"the chat template of {self._tokenizer.name_or_path!r} fails",
@@ -80,22 +86,22 @@ class Encoder:
             )
         return Encoded(rows=(_row(ids, [(len(exchange.prompt), len(ids))]),))
 
-    def document(self, text: str) -> list[int]:
+    def document(self, text: str) -> Work[list[int]]:
         """A document's tokens, its end included."""
-        ids = self._ids(text, special=True)
+        (ids,) = yield [Text(text, special=True)]
         return ids if ids and ids[-1] == self._eos else [*ids, self._eos]
 
-    def _plain(self, exchange: Exchange, line: int) -> Encoded | BadRow:
+    def _plain(self, exchange: Exchange, line: int) -> Work[Encoded | BadRow]:
         assert isinstance(exchange.prompt, str) and isinstance(exchange.answer, str), "messages are refused without a chat template"
         template = self._config.input_template
         prompt = exchange.prompt if template is None else template.replace(SLOT, exchange.prompt)
-        before, whole = self._ids(prompt, special=True), self._ids(prompt + exchange.answer, special=True)
+        before, whole = yield [Text(prompt, special=True), Text(prompt + exchange.answer, special=True)]
         if whole and whole[-1] == self._eos and not exchange.answer.endswith(str(self._tokenizer.eos_token)):
             whole = whole[:-1]  # put there by the tokenizer, which is saved with add_eos_token
         if before and before[-1] == self._eos and not prompt.endswith(str(self._tokenizer.eos_token)):
             before = before[:-1]
         apart = whole[: len(before)] != before
-        answer = self._ids(exchange.answer, special=False) if apart else whole[len(before) :]
+        answer = (yield [Text(exchange.answer, special=False)])[0] if apart else whole[len(before) :]
         unknown = self._tokenizer.unk_token_id
         if unknown is not None and unknown in (*before, *answer):
             return BadRow(
@@ -137,21 +143,21 @@ class Encoder:
         ids, spans = self._ended(ids, spans)
         return Encoded(rows=(_row(ids, spans[earlier:]),))
 
-    def _by_prefixes(self, messages: Sequence[Message], first: int, line: int) -> Encoded | BadRow:
+    def _by_prefixes(self, messages: Sequence[Message], first: int, line: int) -> Work[Encoded | BadRow]:
         """What each answer adds to the rendering before it, token by token."""
         turns: list[tuple[int, list[int]]] = []
-        for place, message in enumerate(messages):
-            if place < first or message["role"] != "assistant":
-                continue
-            before = self._rendered(messages[:place], prompting=True)
-            through = self._rendered(messages[: place + 1], prompting=False)
+        places = [place for place, message in enumerate(messages) if place >= first and message["role"] == "assistant"]
+        cuts = [(end, prompting) for place in places for end, prompting in ((place, True), (place + 1, False))]
+        ids = yield [Text(self.rendered(messages[:end], prompting=prompting), special=False) for end, prompting in cuts]
+        for place, before, through in zip(places, ids[::2], ids[1::2], strict=True):
             if through[: len(before)] != before:
                 asked, written = (self._tokenizer.decode(ids[max(0, len(before) - 12) :]) for ids in (before, through))
                 return BadRow(
                     what=f"the chat template of {self._tokenizer.name_or_path!r} writes an answer otherwise than it asks for one",
                     remedy="put {% generation %} tags into the template, or take what it drops out of the rows",
                     line=line,
-                    detail=f"message {place} is {shown(message['content'])}: asked for after {shown(asked)}, written {shown(written)}",
+                    detail=f"message {place} is {shown(messages[place]['content'])}: asked for after {shown(asked)}, "
+                    f"written {shown(written)}",
                 )
             through, ((_, end),) = self._ended(through, [(len(before), len(through))])
             turns.append((len(before), through[:end]))
@@ -192,12 +198,6 @@ class Encoder:
         )
         assert isinstance(text, str)
         return text
-
-    def _rendered(self, messages: Sequence[Message], *, prompting: bool) -> list[int]:
-        return self._ids(self.rendered(messages, prompting=prompting), special=False)
-
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType] - of one text
 
 
 def cut(row: TokenRow, max_len: int) -> TokenRow | None:

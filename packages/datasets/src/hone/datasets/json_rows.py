@@ -60,6 +60,7 @@ def read_lines(path: str, file: Path, *, max_samples: int) -> Source:
     # Bound once: this loop sees every line of the file, and a million of them are to cost seconds.
     update, decode, add = digest.update, _DECODER.decode, rows.add
     end, taken = 0, 0
+    columns: dict[str, object] = {}
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
             update(raw)
@@ -67,10 +68,12 @@ def read_lines(path: str, file: Path, *, max_samples: int) -> Source:
             if taken >= max_samples:
                 continue
             try:
-                sound = type(decode(raw.decode())) is dict
+                value = decode(raw.decode())
             except (ValueError, RecursionError):
-                sound = False
-            if not sound:
+                value = None
+            if type(value) is dict:
+                columns.update(value)
+            else:
                 content = raw.removeprefix(UTF8_MARK) if number == 1 else raw
                 start, raw = start + len(raw) - len(content), content
                 if not content.strip():
@@ -80,11 +83,12 @@ def read_lines(path: str, file: Path, *, max_samples: int) -> Source:
                     bad.append(row)
                     taken += 1
                     continue
+                columns.update(row.columns)
             add(start, len(raw), number)
             taken += 1
     if not rows and not bad:
         raise DataError(f"{path} has no rows (it is empty, or holds blank lines only); give it one JSON object per line")
-    return Source(name=path, fingerprint=digest.hexdigest(), rows=rows, bad=tuple(bad))
+    return Source(name=path, fingerprint=digest.hexdigest(), rows=rows, bad=tuple(bad), seen=tuple(columns))
 
 
 def read_list(path: str, file: Path, *, max_samples: int) -> Source:

@@ -4,8 +4,9 @@ Flow: Row -> TextRow, ExchangeRow, PairRow, JudgedRow or StepsRow (`layouts.py`)
 """
 
 from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from hone.datasets.records import Dropped, Message
 
@@ -83,11 +84,13 @@ AnyRow = TextRow | ExchangeRow | PairRow | JudgedRow | StepsRow
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSet(Generic[Labelled]):
-    """The validated rows of one source."""
+    """The validated rows of one source, or of several datasets end to end: `sizes` are those of each, `weights` its share of the draws."""
 
     name: str
     fingerprint: str
-    rows: tuple[Labelled, ...]
+    rows: Sequence[Labelled]
+    sizes: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +125,37 @@ class Sample:
         return sum(len(row.tokens) for row in self.rows)
 
 
+@runtime_checkable
+class Drawable(Protocol):
+    """Samples that are made, or looked up, when they are asked for; `fingerprint` is of those in use and of all that makes them."""
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of a place that can be used."""
+        ...
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Every sample that can be used, in order."""
+        ...
+
+    def unusable(self, places: Sequence[int]) -> dict[int, Dropped]:
+        """Which of these places cannot be used, and why; the others are ready then."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Everything that can be learnt from in one source, what was dropped on the way, and what the user should know of the rest."""
+    """Everything that can be learnt from in one source, what was dropped on the way, and what the user should know of the rest.
+
+    `sizes` and `weights` as in a LabelledSet.
+    """
 
     name: str
-    samples: tuple[Sample, ...]
+    samples: Drawable
     dropped: tuple[Dropped, ...] = ()
     notes: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()

@@ -6,11 +6,14 @@ from typing import TypeVar
 from hone.datasets import sampled
 from hone.datasets.errors import BadRow, DataError, bad_rows_error, did_you_mean, shown
 from hone.datasets.labelled import AnyRow, Exchange, ExchangeRow, JudgedRow, LabelledSet, PairRow, TextRow
+from hone.datasets.lazy import Lazy
 from hone.datasets.offline_config import DemonstrationData, JudgedData, LabelledData, MarginPairData, PairData
 from hone.datasets.records import FINGERPRINT_DIGITS, Message, Row, Source
 from hone.datasets.schemas import message_faults, missing_column, surrogate_faults
 
 AnyLabelled = TypeVar("AnyLabelled", bound=AnyRow)
+Read = Callable[[Row, str], Iterator[BadRow | AnyLabelled]]
+"""A row and its uid into what it is, or everything that is wrong with it."""
 
 CONVERSATIONS = ("messages", "conversations")
 PROMPTS = ("prompt", "question", "input", "problem", "instruction", "query")
@@ -30,7 +33,7 @@ def text_rows(source: Source, config: DemonstrationData) -> LabelledSet[TextRow]
         if not faults:
             yield TextRow(uid=uid, line=row.line, text=str(row.columns[key]))
 
-    return validated(source, read)
+    return validated(source, read, sound=plain(key))
 
 
 def exchange_rows(source: Source, config: DemonstrationData) -> LabelledSet[ExchangeRow]:
@@ -43,7 +46,7 @@ def exchange_rows(source: Source, config: DemonstrationData) -> LabelledSet[Exch
         for found in exchange(row, prompt_key, answer_key, source, config):
             yield found if isinstance(found, BadRow) else ExchangeRow(uid=uid, line=row.line, exchange=found)
 
-    return validated(source, read)
+    return validated(source, read, sound=plain(prompt_key, answer_key) if answer_key else lambda columns: False)
 
 
 def judged_rows(source: Source, config: JudgedData) -> LabelledSet[JudgedRow]:
@@ -60,14 +63,15 @@ def judged_rows(source: Source, config: JudgedData) -> LabelledSet[JudgedRow]:
             elif not isinstance(label, BadRow):
                 yield JudgedRow(uid=uid, line=row.line, exchange=found, desirable=label)
 
-    return validated(source, read)
+    texts = plain(prompt_key, answer_key) if answer_key else lambda columns: False
+    return validated(source, read, sound=lambda columns: texts(columns) and isinstance(columns.get(config.label_key), bool))
 
 
 def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
     """A chosen and a rejected answer to each prompt; where no column has the prompt, it is what both begin with. Or ids."""
     if sampled.holds(source, sampled.COMPARED):
         return validated(source, sampled.pair_row)
-    columns = columns_of(source)
+    columns = source.columns
     prompt_key = config.prompt_key or next((name for name in PROMPTS if name in columns), None)
     margin_key = config.margin_key if isinstance(config, MarginPairData) else None
     if isinstance(config, MarginPairData) and margin_key is None and "margin" in columns:
@@ -96,7 +100,11 @@ def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
                 yield PairRow(uid=uid, line=row.line, chosen=sides[0], rejected=sides[1], margin=margin)
         yield from bad
 
-    return validated(source, read)
+    texts = plain(prompt_key or config.chosen_key, config.chosen_key, config.rejected_key)
+    quick = prompt_key is not None and margin_key is None
+    return validated(
+        source, read, sound=lambda columns: quick and texts(columns) and columns[config.chosen_key] != columns[config.rejected_key]
+    )
 
 
 def _sides(columns: Mapping[str, object], prompt_key: str | None, config: PairData) -> tuple[Exchange, Exchange] | str:
@@ -124,7 +132,7 @@ def _sides(columns: Mapping[str, object], prompt_key: str | None, config: PairDa
 
 def demonstration_columns(source: Source, config: DemonstrationData) -> tuple[str, str | None]:
     """(prompt, answer) columns, or (conversation, None), as named, else the usual ones."""
-    columns = columns_of(source)
+    columns = source.columns
     usual = (*CONVERSATIONS, *PROMPTS)
     prompt_key = config.input_key or found_column(source, usual, flag="--data.input-key", what="prompts or conversations")
     if config.output_key is not None:
@@ -173,7 +181,7 @@ def exchange(row: Row, prompt_key: str, answer_key: str | None, source: Source, 
 def side_faults(row: Row, key: str, source: Source, config: LabelledData, *, flag: str, what: str) -> list[BadRow]:
     """What is wrong with a column that holds a text or messages."""
     if key not in row.columns:
-        return [missing_column(key, row.line, columns_of(source), row.columns, flag=flag, usual=(*PROMPTS, *ANSWERS, *CONVERSATIONS))]
+        return [missing_column(key, row.line, source.columns, row.columns, flag=flag, usual=(*PROMPTS, *ANSWERS, *CONVERSATIONS))]
     value = row.columns[key]
     if isinstance(value, list) and value:
         found = _named(value)
@@ -189,7 +197,7 @@ def side_faults(row: Row, key: str, source: Source, config: LabelledData, *, fla
 def text_faults(row: Row, key: str, source: Source, *, flag: str, what: str) -> Iterator[BadRow]:
     """What is wrong with a column that must hold a text."""
     if key not in row.columns:
-        yield missing_column(key, row.line, columns_of(source), row.columns, flag=flag, usual=(*TEXTS, *PROMPTS))
+        yield missing_column(key, row.line, source.columns, row.columns, flag=flag, usual=(*TEXTS, *PROMPTS))
         return
     value = row.columns[key]
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
@@ -209,7 +217,7 @@ def verdict(row: Row, key: str, source: Source) -> bool | BadRow:
     """Whether an answer is good, by its label."""
     if key not in row.columns:
         return missing_column(
-            key, row.line, columns_of(source), row.columns, flag="--data.label-key", usual=("label", "desirable", "is_correct")
+            key, row.line, source.columns, row.columns, flag="--data.label-key", usual=("label", "desirable", "is_correct")
         )
     value = row.columns[key]
     if isinstance(value, bool) or value in (0, 1):
@@ -235,28 +243,63 @@ def _named(messages: Sequence[object]) -> list[Message]:
     ]  # pyright: ignore[reportReturnType] - what is no message is refused by `message_faults`
 
 
-def validated(source: Source, read: Callable[[Row, str], Iterator[BadRow | AnyLabelled]]) -> LabelledSet[AnyLabelled]:
-    """The labelled rows of a source; DataError for the lines that cannot be read and every faulty row together."""
-    bad, rows = list(source.bad), list[AnyLabelled]()
-    for index, row in enumerate(source.rows):
-        for found in read(row, f"{source.fingerprint[:FINGERPRINT_DIGITS]}:{index}"):
-            if isinstance(found, BadRow):
-                bad.append(found)
-            else:
-                rows.append(found)
+class Validated(Lazy[AnyLabelled]):
+    """Rows that were found sound, each read again when it is asked for."""
+
+    def __init__(self, source: Source, read: Read[AnyLabelled]) -> None:
+        self._source, self._read = source, read
+
+    def __len__(self) -> int:
+        return len(self._source.rows)
+
+    def _at(self, index: int) -> AnyLabelled:
+        return self._labelled(index, self._source.rows[index])
+
+    def __iter__(self) -> Iterator[AnyLabelled]:
+        """Every row in order."""
+        return (self._labelled(index, row) for index, row in enumerate(self._source.rows))
+
+    def _labelled(self, index: int, row: Row) -> AnyLabelled:
+        (found,) = self._read(row, f"{self._source.fingerprint[:FINGERPRINT_DIGITS]}:{self._source.first + index}")
+        if isinstance(found, BadRow):
+            raise DataError(
+                f"{self._source.name}:{row.line} has changed while it was in use ({found.what}); leave the file alone during a run"
+            )
+        return found
+
+
+def validated(
+    source: Source, read: Read[AnyLabelled], *, sound: Callable[[Mapping[str, object]], bool] = lambda columns: False
+) -> LabelledSet[AnyLabelled]:
+    """The labelled rows of a source; DataError for the lines that cannot be read and every faulty row together.
+
+    `sound` knows at a glance that nothing is wrong with a row, as with most; the others are looked at closely.
+    """
+    bad = list(source.bad)
+    for row in source.rows:
+        if not sound(row.columns):
+            bad += [found for found in read(row, "") if isinstance(found, BadRow)]
     if bad:
         raise bad_rows_error(source.name, bad, rows=len(source.rows) + len(source.bad))
-    return LabelledSet(name=source.name, fingerprint=source.fingerprint, rows=tuple(rows))
+    return LabelledSet(name=source.name, fingerprint=source.fingerprint, rows=Validated(source, read))
 
 
-def columns_of(source: Source) -> list[str]:
-    """Every column that some row has."""
-    return list(dict.fromkeys(name for row in source.rows for name in row.columns))
+def plain(*keys: str) -> Callable[[Mapping[str, object]], bool]:
+    """Whether all of these columns are texts without anything that would have to be looked at."""
+
+    def sound(columns: Mapping[str, object]) -> bool:
+        for key in keys:
+            value = columns.get(key)
+            if type(value) is not str or not value.isascii() or not value or value.isspace():
+                return False
+        return True
+
+    return sound
 
 
 def found_column(source: Source, usual: Sequence[str], *, flag: str, what: str) -> str:
     """The first of the usual columns that the data has. Raises DataError naming those it has."""
-    columns = columns_of(source)
+    columns = source.columns
     found = next((name for name in usual if name in columns), None)
     if found is None and source.rows:
         others = [name for name in columns if name not in (*ANSWERS, *LABELS)]

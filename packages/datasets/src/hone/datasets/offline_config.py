@@ -12,9 +12,12 @@ class LabelledData:
 
     dataset: str | None = None
     """A file (JSON lines, JSON, CSV, Parquet, Arrow), a saved dataset, a folder of files, or OWNER/NAME[:CONFIGURATION][@REVISION] of
-    the hub; without one, rows of the built-in arithmetic task."""
+    the hub; several separated by commas. Without one, rows of the built-in arithmetic task."""
+    dataset_probs: str | None = None
+    """Shares of the draws of several datasets, such as 0.7,0.3, summing to 1; an epoch ends when each has been drawn whole.
+    Without them, an epoch is all rows once."""
     dataset_split: str = "train"
-    """Split of the dataset, or a part of one: train[:1000], train[10%:20%], test[-500:]. A file alone is its own train."""
+    """Split of every dataset, or a part of one: train[:1000], train[10%:20%], test[-500:]. A file alone is its own train."""
     input_template: str | None = None
     """Text with one {} that a string prompt is put into; other braces stand for themselves."""
     apply_chat_template: bool = False
@@ -26,7 +29,7 @@ class LabelledData:
     max_len: Annotated[int, Range(low=2)] = 2048
     """Longest row [tokens]; an answer that does not fit is cut, and then has no end token to learn."""
     max_samples: Annotated[int, Range(low=1)] = 100_000_000
-    """Rows used, from the start of the file."""
+    """Rows used of each dataset, from the start of its split."""
 
 
 @dataclass(frozen=True, kw_only=True)

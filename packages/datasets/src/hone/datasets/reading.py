@@ -74,18 +74,23 @@ def open_datasets(text: str, *, split: str = "train", max_samples: int = ALL, fl
 
 
 def open_one(name: str, *, split: str = "train", max_samples: int = ALL, flag: str = FLAG) -> Source:
-    """One dataset as one source, its files end to end. Raises as `open_datasets`, and for lines of several files that are no rows."""
+    """One dataset as one source. Raises as `open_datasets` and `joined`."""
     datasets = open_datasets(name, split=split, max_samples=max_samples, flag=flag)
-    if len(datasets) > 1:
+    if len(datasets) != 1:
         raise DataError(f"{flag} {name!r} names {len(datasets)} datasets, and this command reads one; join their files in a folder")
-    ((first, *others),) = (dataset.sources for dataset in datasets)
+    return joined(datasets[0])
+
+
+def joined(dataset: Dataset) -> Source:
+    """A dataset as one source, its files end to end. Raises DataError for lines of several files that are no rows."""
+    first, *others = dataset.sources
     if not others:
         return first
-    sources = (first, *others)
-    if faulty := [source for source in sources if source.bad]:
+    if faulty := [source for source in dataset.sources if source.bad]:
         raise DataError("\n".join(str(bad_rows_error(one.name, one.bad, rows=len(one.rows) + len(one.bad))) for one in faulty))
-    fingerprint = hashlib.blake2b(" ".join(source.fingerprint for source in sources).encode(), digest_size=16).hexdigest()
-    return Source(name=name, fingerprint=fingerprint, rows=Joined([source.rows for source in sources]))
+    fingerprint = hashlib.blake2b(" ".join(source.fingerprint for source in dataset.sources).encode(), digest_size=16).hexdigest()
+    seen = tuple(dict.fromkeys(name for source in dataset.sources for name in source.columns))
+    return Source(name=dataset.name, fingerprint=fingerprint, rows=Joined([source.rows for source in dataset.sources]), seen=seen)
 
 
 def _open(name: str, part: Split, *, max_samples: int, flag: str) -> Dataset:
@@ -149,5 +154,5 @@ def _cut(sources: Sequence[Source], start: int, stop: int) -> tuple[Source, ...]
         elif low < high:
             first, last = source.rows[low].line, source.rows[high - 1].line
             bad = tuple(row for row in source.bad if first <= row.line <= last)
-            cut.append(replace(source, rows=Span(source.rows, low, high), bad=bad, first=low))
+            cut.append(replace(source, rows=Span(source.rows, low, high), bad=bad, first=low, seen=()))
     return tuple(cut)

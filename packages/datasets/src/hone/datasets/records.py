@@ -5,6 +5,7 @@ the same data, whatever was dropped around it. `line` is the line of the file, c
 the row). Sequences of rows may be lazy: an item is read when it is asked for.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -29,7 +30,8 @@ class Row:
 class Source:
     """What a file or a built-in task holds: `fingerprint` is a hash of its content, `bad` are the lines that are no rows.
 
-    Where only a part of it was asked for, `first` is the index of the part's first row.
+    Where only a part of it was asked for, `first` is the index of the part's first row. `seen` are the columns of all rows, where
+    reading has come upon them anyway.
     """
 
     name: str
@@ -37,6 +39,12 @@ class Source:
     rows: Sequence[Row]
     bad: tuple[BadRow, ...] = ()
     first: int = 0
+    seen: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that some row has, in the order they come up."""
+        return self.seen or tuple(dict.fromkeys(name for row in self.rows for name in row.columns))
 
 
 @dataclass(frozen=True, kw_only=True)

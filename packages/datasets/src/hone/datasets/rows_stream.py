@@ -1,43 +1,56 @@
 """Draws of labelled rows: which samples each optimiser step gets, fixed by the seed, and resumable from a few numbers.
 
-As prompts are drawn (`stream.py`): every epoch is a permutation of all samples, epochs lie end to end, and only the last step may
-be smaller.
+As prompts are drawn (`stream.py`): in the epochs of an `Order`, end to end, and only the last step may be smaller. Where rows are
+tokenised as they are drawn, one that cannot be used is passed over, and the next takes its place.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from hone.datasets.errors import DataError
-from hone.datasets.labelled import Sample
-from hone.datasets.order import permutation
-from hone.datasets.stream import StreamState
+from hone.datasets.labelled import Samples
+from hone.datasets.order import Order
+from hone.datasets.records import Dropped
+from hone.datasets.stream import StreamState, mixture
 
 
 class SampleStream:
     """An iterator over steps, each a list of places in the samples."""
 
-    def __init__(self, samples: Sequence[Sample], *, batch_size: int, seed: int, epochs: int, state: StreamState | None = None) -> None:
+    def __init__(self, samples: Samples, *, batch_size: int, seed: int, epochs: int, state: StreamState | None = None) -> None:
         """With `state`, goes on where it was taken; DataError where these are not the samples it was drawn from."""
-        self._count, self._fingerprint = len(samples), fingerprint(samples)
+        self._samples = samples.samples
+        self._fingerprint = mixture(self._samples.fingerprint, samples.sizes, samples.weights)
         self._batch_size, self._seed, self._epochs = batch_size, seed, epochs
         self._drawn = 0 if state is None else state.drawn
-        self._epoch, self._order = -1, []
+        self._passed_over: dict[str, Dropped] = {}
         if state is not None and state.fingerprint != self._fingerprint:
             raise DataError(
                 f"the data has changed since the run was saved: fingerprint {self._fingerprint} now, {state.fingerprint} then "
-                f"({self._count} rows now); give back the same file, template, tokenizer and --data settings, or start a new run"
+                f"({len(self._samples)} rows now); give back the same file, template, tokenizer and --data settings, or start a new run"
             )
+        sizes = samples.sizes if samples.weights else (len(self._samples),)
+        self._order = Order(sizes, samples.weights, seed=seed, episodes=epochs)
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run, those already taken included."""
-        return math.ceil(self._total / self._batch_size)
+        """Steps of the whole run, those already taken included; fewer where rows are passed over."""
+        return math.ceil(len(self._order) / self._batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which all samples are gone through once."""
+        return math.ceil(len(self._order) / self._epochs / self._batch_size)
 
     @property
     def epoch(self) -> float:
         """How often all samples have been gone through so far."""
-        return self._drawn / self._count
+        return self._drawn * self._epochs / len(self._order)
+
+    @property
+    def passed_over(self) -> tuple[Dropped, ...]:
+        """The rows that this stream came upon and could not use, in the order it did."""
+        return tuple(self._passed_over.values())
 
     def state(self) -> StreamState:
         """Where the stream stands after the last step it handed out."""
@@ -49,30 +62,14 @@ class SampleStream:
         return self
 
     def __next__(self) -> list[int]:
-        if self._drawn >= self._total:
+        places: list[int] = []
+        while len(places) < self._batch_size and self._drawn < len(self._order):
+            end = min(self._drawn + self._batch_size - len(places), len(self._order))
+            drawn = [self._order[position].row for position in range(self._drawn, end)]
+            self._drawn = end
+            unusable = self._samples.unusable([*places, *drawn])
+            self._passed_over |= {row.uid: row for row in unusable.values()}
+            places += [place for place in drawn if place not in unusable]
+        if not places:
             raise StopIteration
-        end = min(self._drawn + self._batch_size, self._total)
-        places = [self._place(position) for position in range(self._drawn, end)]
-        self._drawn = end
         return places
-
-    @property
-    def _total(self) -> int:
-        return self._epochs * self._count
-
-    def _place(self, position: int) -> int:
-        epoch, place = divmod(position, self._count)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self._count, self._seed, epoch)
-        return self._order[place]
-
-
-def fingerprint(samples: Sequence[Sample]) -> str:
-    """Of the samples in use, their ids and their marks: another file, template, tokenizer or length limit gives another."""
-    digest = hashlib.blake2b(digest_size=8)
-    for sample in samples:
-        digest.update(f"{sample.uid} {sample.margin} {sample.desirable} {sample.shares}\n".encode())
-        for row in sample.rows:
-            digest.update(row.tokens.tobytes())
-            digest.update(row.trained)
-    return digest.hexdigest()

@@ -28,15 +28,14 @@ def load_prompts(config: DataConfig) -> PromptSet:
     Raises DataError. Asked again for the same settings and unchanged files, it gives the same answer without reading.
     """
     assert config.prompt_dataset is not None, "the caller takes the built-in task when no file is given"
-    stamps = tuple(stamp for name in dataset_names(config.prompt_dataset) for stamp in _stamps(Path(name).expanduser()))
-    found = _load_prompts(config, stamps)
+    found = _load_prompts(config, stamps(config.prompt_dataset))
     if found.with_images:
         _load_prompts.cache_clear()  # whether their files have changed, only reading them tells
     return found
 
 
 @functools.lru_cache(maxsize=1)
-def _load_prompts(config: DataConfig, stamps: tuple[object, ...]) -> PromptSet:
+def _load_prompts(config: DataConfig, stamped: tuple[object, ...]) -> PromptSet:
     assert config.prompt_dataset is not None
     names = dataset_names(config.prompt_dataset)
     weights = probabilities(config.prompt_probs, len(names))
@@ -160,15 +159,11 @@ class _Judge:
             faults.append(self._label_fault(row, label))
         return faults
 
-    @functools.cached_property
-    def columns(self) -> list[str]:
-        """Every column that any row has, in the order they come up."""
-        return list(dict.fromkeys(name for row in self.source.rows for name in row.columns))
-
     def _label_fault(self, row: Row, label: object) -> BadRow:
         if label is MISSING:
             key = str(self.label_key)
-            known = self.columns if key.partition(".")[0] not in self.columns else [*self.columns, key]
+            columns = self.source.columns
+            known = columns if key.partition(".")[0] not in columns else [*columns, key]
             return missing_column(key, row.line, known, row.columns, flag="--data.label-key", usual=USUAL_LABELS)
         return BadRow(
             what=f"label {self.label_key!r} is null",
@@ -180,7 +175,7 @@ class _Judge:
         key, line = self.input_key, row.line
         remedy = "give the rows a prompt, or delete them"
         if key not in row.columns:
-            yield missing_column(key, line, self.columns, row.columns, flag="--data.input-key", usual=USUAL_INPUTS)
+            yield missing_column(key, line, self.source.columns, row.columns, flag="--data.input-key", usual=USUAL_INPUTS)
             return
         value = row.columns[key]
         if value is None or value == [] or (isinstance(value, str) and not value.strip()):
@@ -225,12 +220,15 @@ def _messages(value: object) -> tuple[Message, ...]:
     return tuple({name: part for name, part in message.items() if part is not None} for message in value)
 
 
-def _stamps(path: Path) -> Iterator[object]:
-    """What changes when a file, or one within a folder, is written again."""
-    for file in [path, *(sorted(path.rglob("*")) if path.is_dir() else ())]:
-        if file.exists():
-            status = os.stat(file)
-            yield str(file), status.st_mtime_ns, status.st_size, status.st_ino
+def stamps(text: str) -> tuple[object, ...]:
+    """What changes when a file of a list of datasets, or one within a folder, is written again."""
+    found: list[object] = []
+    for path in (Path(name).expanduser() for name in dataset_names(text)):
+        for file in [path, *(sorted(path.rglob("*")) if path.is_dir() else ())]:
+            if file.exists():
+                status = os.stat(file)
+                found += [str(file), status.st_mtime_ns, status.st_size, status.st_ino]
+    return tuple(found)
 
 
 def surrogate_faults(text: str, line: int) -> Iterator[BadRow]:

@@ -1,15 +1,16 @@
 """Solutions whose steps are judged: TRL's lists of steps, and OpenRLHF's texts with a placeholder where a step ends."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hone.datasets.errors import BadRow, TokenizerError, shown
 from hone.datasets.labelled import LabelledSet, StepsRow, TokenRow
-from hone.datasets.layouts import FAULTY, PROMPTS, columns_of, found_column, text_faults, validated
+from hone.datasets.layouts import FAULTY, PROMPTS, found_column, text_faults, validated
 from hone.datasets.offline_config import StepData
 from hone.datasets.records import Row, Source
 from hone.datasets.schemas import missing_column
+from hone.datasets.together import Text, Work, ids_of
 
 if TYPE_CHECKING:
     import transformers
@@ -74,7 +75,7 @@ def steps_rows(source: Source, config: StepData) -> LabelledSet[StepsRow]:
 def _shares(row: Row, key: str, source: Source, config: StepData) -> tuple[float, ...] | BadRow:
     """The share of good in each step: a bool, a number in [0, 1], or one of the two reward tokens, the good one first."""
     if key not in row.columns:
-        return missing_column(key, row.line, columns_of(source), row.columns, flag="--data.label-key", usual=LABELS)
+        return missing_column(key, row.line, source.columns, row.columns, flag="--data.label-key", usual=LABELS)
     found = row.columns[key]
     tokens = dict(zip((config.reward_tokens or "").split(","), (1.0, 0.0), strict=False)) if config.reward_tokens else {}
     shares = [_share(label, tokens) for label in found] if isinstance(found, list) else [None]
@@ -92,17 +93,25 @@ def _share(label: object, tokens: dict[str, float]) -> float | None:
     return float(label) if isinstance(label, bool | int | float) and 0 <= label <= 1 else None
 
 
-def encoded_steps(row: StepsRow, tokenizer: "transformers.PreTrainedTokenizerBase") -> tuple[TokenRow, tuple[int, ...]]:
+def encoded_steps(row: StepsRow, tokenizer: "transformers.PreTrainedTokenizerBase") -> Work[tuple[TokenRow, tuple[int, ...]]]:
     """The solution's tokens, marked where a step ends, and those places; every piece is tokenised on its own, as steps are sampled."""
-    ids: list[int] = [] if not row.prompt else list(_ids(row.prompt, tokenizer, special=True))
+    pieces = [row.prompt, *row.steps] if row.prompt else list(row.steps)
+    found = yield [Text(piece, special=not number) for number, piece in enumerate(pieces)]
+    ids: list[int] = []
     ends: list[int] = []
-    for step in row.steps:
-        ids += _ids(step, tokenizer, special=not ids)
+    for number, own in enumerate(found):
+        ids += own if number else _without_end(own, tokenizer)
         ends.append(len(ids) - 1)
+    ends = ends[1:] if row.prompt else ends
     trained = bytearray(len(ids))
     for end in ends:
         trained[end] = 1
     return TokenRow(tokens=array("i", ids), trained=bytes(trained)), tuple(ends)
+
+
+def _without_end(ids: list[int], tokenizer: "transformers.PreTrainedTokenizerBase") -> list[int]:
+    """What a tokenizer that is saved with add_eos_token puts behind a text is no part of it."""
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def reward_token_ids(config: StepData, tokenizer: "transformers.PreTrainedTokenizerBase") -> tuple[int, ...]:
@@ -123,15 +132,9 @@ def reward_token_ids(config: StepData, tokenizer: "transformers.PreTrainedTokeni
 
 
 def _one(text: str, tokenizer: "transformers.PreTrainedTokenizerBase", flag: str) -> int:
-    ids = _ids(text, tokenizer, special=False)
+    (ids,) = ids_of([text], tokenizer, special=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise TokenizerError(
             f"{flag} {text!r} is {len(ids)} tokens of {tokenizer.name_or_path!r}; name a text that is exactly one it knows"
         )
     return ids[0]
-
-
-def _ids(text: str, tokenizer: "transformers.PreTrainedTokenizerBase", *, special: bool) -> Sequence[int]:
-    ids = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-    assert isinstance(ids, list)
-    return ids[:-1] if special and ids and ids[-1] == tokenizer.eos_token_id else ids

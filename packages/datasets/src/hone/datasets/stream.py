@@ -54,7 +54,7 @@ class PromptStream:
         if not len(records):
             raise DataError("there is no prompt to draw: the data has no usable row")
         self._records = records if isinstance(records, Records) else _Listed(records)
-        self._fingerprint = _mixture(self._records.fingerprint, sizes, weights)
+        self._fingerprint = mixture(self._records.fingerprint, sizes, weights)
         self._batch_size, self._seed, self._num_episodes, self._drawn = batch_size, seed, num_episodes, drawn
         self._order = Order(sizes if weights else (len(records),), weights, seed=seed, episodes=num_episodes)
         self._passed_over: dict[str, Dropped] = {}
@@ -168,8 +168,8 @@ class _Listed:
         return [self._records[row] for row in rows]
 
 
-def _mixture(fingerprint: str, sizes: Sequence[int], weights: Sequence[float]) -> str:
-    """A fingerprint with that of the weights, which decide the order, too."""
+def mixture(fingerprint: str, sizes: Sequence[int], weights: Sequence[float]) -> str:
+    """A fingerprint with that of the weights, which decide the order, too; `sizes` are the rows of the datasets that have them."""
     if not weights:
         return fingerprint
     return hashlib.blake2b(f"{fingerprint} {tuple(sizes)} {tuple(weights)}".encode(), digest_size=8).hexdigest()

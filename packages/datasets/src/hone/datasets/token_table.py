@@ -38,20 +38,29 @@ class Encoded:
 
 def table_of(rows: Callable[[], Iterator[list[Encoded]]], *, key: Sequence[object] | None) -> "pa.Table":
     """The table of all rows (made some at a time), from the cache where `key` is known there."""
+    return cached_table(lambda: (_batch(part) for part in rows()), _schema(), key=None if key is None else [VERSION, *key])
+
+
+def cached_table(batches: "Callable[[], Iterator[pa.RecordBatch]]", schema: "pa.Schema", *, key: Sequence[object] | None) -> "pa.Table":
+    """The table of all batches: without a `key` in memory, else in the cache, where it is made once and mapped from.
+
+    `key` is everything that decides the rows, but for the versions of the libraries that make ids of texts.
+    """
     import pyarrow as pa
 
     if key is None:
-        return pa.Table.from_batches([_batch(part) for part in rows()], schema=_schema())
+        return pa.Table.from_batches(list(batches()), schema=schema)
     import tokenizers
     import transformers
 
-    made_from = json.dumps([VERSION, transformers.__version__, tokenizers.__version__, *key])
+    version, *rest = key
+    made_from = json.dumps([version, transformers.__version__, tokenizers.__version__, *rest])
     name = hashlib.blake2b(made_from.encode(), digest_size=16).hexdigest()
 
     def write(target: Path) -> None:
-        with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, _schema()) as writer:
-            for part in rows():
-                writer.write_batch(_batch(part))
+        with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in batches():
+                writer.write_batch(batch)
 
     with pa.memory_map(str(cache.made(f"tokens-{name}.arrow", write))) as source:
         return pa.ipc.open_file(source).read_all()

@@ -17,6 +17,7 @@ from hone.datasets.errors import BadRow, TokenizerError, bad_rows_error, shown
 from hone.datasets.expand import Expander
 from hone.datasets.lazy import Lazy
 from hone.datasets.records import Dropped, PromptRecord, PromptRow, Prompts, PromptSet
+from hone.datasets.together import ids_of
 from hone.datasets.token_table import CACHED_ROWS, Encoded, TokenRecords, record, table_of
 
 if TYPE_CHECKING:
@@ -68,20 +69,6 @@ def tokenise(
         sizes=_sizes_of(kept, prompts.sizes),
         weights=prompts.weights,
     )
-
-
-def ids_of(texts: list[str], tokenizer: "transformers.PreTrainedTokenizerBase", *, special: bool) -> list[list[int]]:
-    """The ids of many texts; where the tokenizer is one of `tokenizers`, by its own batch call, without offsets and wrappers."""
-    from transformers import PreTrainedTokenizerFast
-
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType] - of several texts
-    backend = tokenizer.backend_tokenizer
-    # What the last call with padding or truncation, or with split special tokens, has left behind.
-    backend.no_padding()
-    backend.no_truncation()
-    backend.encode_special_tokens = False
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=special)]
 
 
 class Encoder:

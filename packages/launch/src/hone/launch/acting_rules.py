@@ -42,6 +42,23 @@ def filtering(resolved: Resolved, _: int) -> Iterator[Problem]:
         yield Problem(what=what, mend="--rollout.n-samples-per-prompt 8", settings=(name, "rollout.n_samples_per_prompt"))
 
 
+def engines(resolved: Resolved, gpus: int) -> Iterator[Problem]:
+    """What engines are to do, this machine's engines can."""
+    vllm, sources = resolved.config.vllm, resolved.sources
+    far = "vllm.num_engines" in sources and ("RAY_ADDRESS" in os.environ or resolved.config.actor.num_nodes > 1)
+    asked = {"vllm.pipeline_parallel_size": vllm.pipeline_parallel_size > 1, "vllm.quantization": vllm.quantization != "none"}
+    for name in (name for name, wanted in asked.items() if wanted and name in sources and not gpus and not far):
+        what = f"{name} {getattr(vllm, name.partition('.')[2])} needs GPUs, and none is visible: vLLM has it on them only"
+        yield Problem(what=what, mend=f"drop {flag(name)}", settings=(name,))
+    if vllm.quantization != "none" and "vllm.sync_tolerance" in sources and vllm.sync_tolerance is None:
+        what = (
+            f"an engine in {vllm.quantization} differs from the learner by what quantisation takes away, and the check of every update of "
+            "its weights does not know by how much"
+        )
+        mend = "--vllm.sync-tolerance 0.5 (or what your model shows), and --algo.correction.level token for the samples"
+        yield Problem(what=what, mend=mend, settings=("vllm.quantization", "vllm.sync_tolerance"))
+
+
 def sampler(resolved: Resolved, _: int) -> Iterator[Problem]:
     """How responses are drawn can be read."""
     rollout, name = resolved.config.rollout, "rollout.min_new_tokens"

@@ -107,7 +107,7 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         served=lambda: fleet,
         policy=policy,
         send=policy.send,
-        connect=partial(policy.connect, backend, ranks_per_engine=config.vllm.tensor_parallel_size),
+        connect=partial(policy.connect, backend, ranks_per_engine=config.vllm.devices),
         runner=runner,
         vocabulary=plan.vocabulary,
         tolerance=tolerance(DTYPES[config.ds.param_dtype], config.vllm.sync_tolerance),
@@ -240,7 +240,7 @@ def _engine(plan: Plan, index: int, *, backend: str, gpus: int, shared: Placemen
     share = SHARED_DEVICE if shared else 1.0 if gpus else 0.0
     actor = ray.remote(VLLMEngine).options(
         max_concurrency=4096,
-        **_options(shared, index * config.vllm.tensor_parallel_size, gpus=share * config.vllm.tensor_parallel_size),
+        **_options(shared, index * config.vllm.devices, gpus=share * config.vllm.devices),
     )
     handle = actor.remote(
         model=plan.models["policy"],

@@ -1,14 +1,15 @@
 """From a settled configuration and prepared rows to the parts of the loop: plan -> the reference's answers -> the model's ranks."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import transformers
 
-from hone.datasets.labelled import Sample, TokenRow
-from hone.datasets.samples import mismatched, prompt_of
+from hone.datasets.labelled import Drawable, TokenRow
+from hone.datasets.lazy import Joined, Lazy, Span
+from hone.datasets.mismatched import Mismatched
 from hone.launch.observe.progress import READY
 from hone.launch.offline_config import KDConfig, OfflineConfig
 from hone.launch.offline_data import OfflineData
@@ -51,29 +52,43 @@ def tables_of(plan: OfflinePlan, data: OfflineData, ranks: Ranks, *, memory: Pat
     every = [one.samples for one in (data.samples, data.held_out) if one is not None]
     if "ref_logp" not in config.algo.needs:
         return _two([Table(samples=samples) for samples in every])
-    joined = [_joined(samples, config) for samples in every]
-    rows = [row for samples, others in zip(every, joined, strict=True) for row in (*_rows(samples), *others)]
-    answers = iter(
-        remembered(
-            rows,
-            model=plan.models["reference"],
-            ds=config.ds,
-            directory=memory,
-            reference=partial(reference_of, plan, ranks),
-            on_progress=lambda done, of: plan.on_start("reference", f"{done} of {of} rows"),
-        )
+    # Each prompt with another's answer, where an anchor is measured on them.
+    joined = [Mismatched(samples, config.data.max_len) if "anchor" in config.algo.needs else () for samples in every]
+    each = len(every[0][0].rows)
+    asked = [part for samples, others in zip(every, joined, strict=True) for part in (RowsOf(samples, each), others)]
+    answers = remembered(
+        Joined(asked),
+        model=plan.models["reference"],
+        ds=config.ds,
+        directory=memory,
+        reference=partial(reference_of, plan, ranks),
+        on_progress=lambda done, of: plan.on_start("reference", f"{done} of {of} rows"),
     )
+    ends = list(accumulate(map(len, asked)))
+    spans = [Span(answers, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     return _two(
         [
-            Table(
-                samples=samples,
-                ref_logp=[[next(answers) for _ in sample.rows] for sample in samples],
-                mismatched=others,
-                mismatched_ref_logp=[next(answers) for _ in others],
-            )
-            for samples, others in zip(every, joined, strict=True)
+            Table(samples=samples, ref_logp=own, rows_each=each, mismatched=others, mismatched_ref_logp=of_others)
+            for samples, others, own, of_others in zip(every, joined, spans[::2], spans[1::2], strict=True)
         ]
     )
+
+
+class RowsOf(Lazy[TokenRow]):
+    """The rows of tokens of all samples, of which each has as many."""
+
+    def __init__(self, samples: Drawable, each: int) -> None:
+        self._samples, self._each = samples, each
+
+    def __len__(self) -> int:
+        return self._each * len(self._samples)
+
+    def _at(self, index: int) -> TokenRow:
+        return self._samples[index // self._each].rows[index % self._each]
+
+    def __iter__(self) -> Iterator[TokenRow]:
+        """Every row in order."""
+        return (row for sample in self._samples for row in sample.rows)
 
 
 def assemble(
@@ -84,7 +99,6 @@ def assemble(
     plan.on_start("learner", "loading the model")
     group = ranks.group("learner", plan.roles())
     plan.on_start("learner", READY)
-    per_epoch = math.ceil(len(tables[0].samples) / config.train.batch_size)
     return OfflineAssembly(
         verb=config.verb,
         algo=config.algo,
@@ -93,24 +107,13 @@ def assemble(
         table=tables[0],
         held_out=tables[1],
         batch_size=config.train.batch_size,
-        evaluate_every=per_epoch if config.eval.steps < 0 else config.eval.steps,
+        evaluate_every=data.stream.steps_per_epoch if config.eval.steps < 0 else config.eval.steps,
         last=plan.optimiser_steps,
         on_phase=on_phase,
         closers=[group.close],
         top_k=config.teacher.top_k if isinstance(config, KDConfig) else 0,
         vocabulary=plan.vocabulary,
     )
-
-
-def _joined(samples: Sequence[Sample], config: OfflineConfig) -> tuple[TokenRow, ...]:
-    """Each prompt with another's answer, where an anchor is measured on them."""
-    if "anchor" not in config.algo.needs:
-        return ()
-    return mismatched(samples, [prompt_of(sample.rows[0]) for sample in samples], config.data.max_len)
-
-
-def _rows(samples: Sequence[Sample]) -> list[TokenRow]:
-    return [row for sample in samples for row in sample.rows]
 
 
 def _two(tables: Sequence[Table]) -> Tables:

@@ -1,5 +1,7 @@
 """The run's labelled rows: from the configuration to samples the loop draws, with the tokenizer the model comes with."""
 
+import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -8,11 +10,13 @@ from hone.datasets.chat import template_problems
 from hone.datasets.errors import DataError
 from hone.datasets.labelled import LabelledSet, Samples
 from hone.datasets.layouts import exchange_rows, judged_rows, pair_rows, text_rows
+from hone.datasets.lazy import Joined
 from hone.datasets.offline_config import LabelledData, SFTData
-from hone.datasets.reading import open_one
+from hone.datasets.reading import joined, open_datasets, probabilities
 from hone.datasets.records import Source
 from hone.datasets.rows_stream import SampleStream
 from hone.datasets.samples import samples_of
+from hone.datasets.schemas import stamps
 from hone.datasets.step_rows import steps_rows
 from hone.datasets.stream import StreamState
 from hone.datasets.tasks import labelled_arithmetic as builtin_rows
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     import transformers
 
 BUILT_IN_ROWS = 10_000
+DATA_FLAG = "--data.dataset"
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed, so that the built-in task's rows for evaluation are drawn apart from those that are learnt."""
 
@@ -55,9 +60,37 @@ class OfflineData:
 
 
 def read_rows(config: OfflineConfig, path: str, *, split: str, at_most: int, flag: str) -> LabelledSet[Any]:
-    """The validated rows of a dataset. Raises DataError."""
-    source = open_one(path, split=split, max_samples=at_most, flag=flag)
-    return READERS[config.verb][0](source, config.data)
+    """The validated rows of a dataset, or of several end to end, with their shares of the draws. Raises DataError.
+
+    Asked again for the same settings and unchanged files, it gives the same answer without reading.
+    """
+    return _read_rows(config.verb, config.data, path, split, at_most, flag, stamps(path))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_rows(
+    verb: str, config: LabelledData, path: str, split: str, at_most: int, flag: str, stamped: tuple[object, ...]
+) -> LabelledSet[Any]:
+    datasets = open_datasets(path, split=split, max_samples=at_most, flag=flag)
+    weights = probabilities(config.dataset_probs if flag == DATA_FLAG else None, len(datasets), flag="--data.dataset-probs")
+    sets: list[LabelledSet[Any]] = []
+    errors: list[DataError] = []
+    for dataset in datasets:
+        try:
+            sets.append(READERS[verb][0](joined(dataset), config))
+        except DataError as error:
+            errors.append(error)
+    if errors:
+        raise DataError("\n".join(map(str, errors)))
+    if len(sets) == 1:
+        return sets[0]
+    return LabelledSet(
+        name=", ".join(one.name for one in sets),
+        fingerprint=hashlib.blake2b(" ".join(one.fingerprint for one in sets).encode(), digest_size=16).hexdigest(),
+        rows=Joined([one.rows for one in sets]),
+        sizes=tuple(len(one.rows) for one in sets),
+        weights=weights,
+    )
 
 
 def check_template(config: LabelledData) -> None:
@@ -67,8 +100,11 @@ def check_template(config: LabelledData) -> None:
 
 
 def prepare(config: OfflineConfig, *, model: str, state: StreamState | None = None) -> OfflineData:
-    """Read, validate, render and tokenise every row; with `state`, go on where a run was saved. Raises DataError, TokenizerError."""
-    from hone.datasets.tokenizer import load_tokenizer
+    """Read and validate every row, and render and tokenise those that are wanted now; with `state`, go on where a run was saved.
+
+    Raises DataError, TokenizerError.
+    """
+    from hone.datasets.tokenizer import load_tokenizer, tokenizer_hash
 
     data, seed = config.data, config.train.seed
     check_template(data)
@@ -77,16 +113,18 @@ def prepare(config: OfflineConfig, *, model: str, state: StreamState | None = No
         rows = read(built_in(seed, min(BUILT_IN_ROWS, data.max_samples)), data)
         held_out = read(built_in(seed + EVALUATION_SEED, config.eval.max_samples), data) if config.eval.dataset is None else None
     else:
-        rows, held_out = read_rows(config, data.dataset, split=data.dataset_split, at_most=data.max_samples, flag="--data.dataset"), None
+        rows, held_out = read_rows(config, data.dataset, split=data.dataset_split, at_most=data.max_samples, flag=DATA_FLAG), None
     if config.eval.dataset is not None:
         held_out = read_rows(config, config.eval.dataset, split=config.eval.split, at_most=config.eval.max_samples, flag="--eval.dataset")
     tokenizer = load_tokenizer(model)
-    samples = samples_of(rows, tokenizer, data)
-    stream = SampleStream(samples.samples, batch_size=config.train.batch_size, seed=seed, epochs=config.train.max_epochs, state=state)
+    # A reference is asked for all rows before the first is learnt from.
+    how = {"tokenizer_hash": tokenizer_hash(tokenizer), "upfront": "ref_logp" in config.algo.needs}
+    samples = samples_of(rows, tokenizer, data, **how)
+    stream = SampleStream(samples, batch_size=config.train.batch_size, seed=seed, epochs=config.train.max_epochs, state=state)
     return OfflineData(
         name=samples.name,
         samples=samples,
-        held_out=None if held_out is None else samples_of(held_out, tokenizer, data),
+        held_out=None if held_out is None else samples_of(held_out, tokenizer, data, **how),
         stream=stream,
         tokenizer=tokenizer,
     )

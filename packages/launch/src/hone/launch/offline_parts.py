@@ -6,6 +6,7 @@ Where the ranks run is not known here: `offline_groups.py` hands in Ray actors o
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +18,7 @@ from hone.algos.kl import k1
 from hone.algos.kto import anchor_sums
 from hone.algos.offline import Demonstrations, Judgements, Offline, Taught, with_anchor
 from hone.algos.pairs import row_logp
-from hone.datasets.labelled import Sample, TokenRow
+from hone.datasets.labelled import Drawable, Sample, TokenRow
 from hone.launch.labels import LABELLERS, packed
 from hone.launch.parts import RoleGroup
 from hone.launch.phases import Phases
@@ -55,20 +56,24 @@ class OfflineGroup(RoleGroup, Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Samples, and what the reference said of them, if it was asked: one tensor a row of tokens, in order.
+    """Samples, and what the reference said of them, if it was asked: `ref_logp[i]` of the i-th row of tokens of all samples together.
 
-    `mismatched` are KTO's rows of a prompt and another's answer, one for each sample, with the reference's words on them.
+    Each sample has `rows_each` rows then. `mismatched` are KTO's rows of a prompt and another's answer, one for each sample, with the
+    reference's words on them.
     """
 
-    samples: Sequence[Sample]
-    ref_logp: Sequence[Sequence[Tensor]] | None = None
+    samples: Drawable
+    ref_logp: Sequence[Tensor] | None = None
+    rows_each: int = 1
     mismatched: Sequence[TokenRow] = ()
     mismatched_ref_logp: Sequence[Tensor] = ()
 
-    def rows(self, places: Sequence[int]) -> Packed:
-        """The rows of the samples at `places`, end to end."""
-        ref = None if self.ref_logp is None else [one for place in places for one in self.ref_logp[place]]
-        return packed([row for place in places for row in self.samples[place].rows], ref)
+    def rows(self, samples: Sequence[Sample], places: Sequence[int]) -> Packed:
+        """The rows of these samples, which are those at `places`, end to end."""
+        ref = None
+        if self.ref_logp is not None:
+            ref = [self.ref_logp[self.rows_each * place + row] for place in places for row in range(self.rows_each)]
+        return packed([row for sample in samples for row in sample.rows], ref)
 
     def others(self, places: Sequence[int]) -> Packed:
         """The mismatched rows of the samples at `places`; at least two, for a mean of one is no anchor."""
@@ -138,7 +143,8 @@ class OfflineAssembly:
     def keep_statistics(self) -> None:
         """A reward model's mean and deviation over the rows held out, else over the first rows it learnt from."""
         table = self.held_out or self.table
-        rows = table.rows(range(min(PAIRS_FOR_STATISTICS, len(table.samples))))
+        samples = list(islice(table.samples, PAIRS_FOR_STATISTICS))
+        rows = table.rows(samples, range(len(samples)))
         self.group.keep_statistics(MODEL, self.group.scores(MODEL, rows))
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -171,7 +177,8 @@ class OfflineAssembly:
             raise ExceptionGroup("ending the run's parts failed", errors)
 
     def _labelled(self, table: Table, places: Sequence[int]) -> Packed:
-        return LABELLERS[self.verb](table.rows(places), [table.samples[place] for place in places], self.algo)
+        samples = [table.samples[place] for place in places]
+        return LABELLERS[self.verb](table.rows(samples, places), samples, self.algo)
 
     def _completed(self, rows: Packed, table: Table, places: Sequence[int]) -> Packed:
         """The rows with what depends on the models: KTO's anchor under the policy as it stands, a teacher's distributions."""

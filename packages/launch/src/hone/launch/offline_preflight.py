@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hone.datasets.errors import DataError
-from hone.datasets.reading import open_one
+from hone.datasets.reading import open_datasets
 from hone.datasets.templates import template_problem
 from hone.launch.builtin import BuiltinModel
 from hone.launch.errors import ENVIRONMENT, Problem, exit_code
@@ -66,11 +66,12 @@ def _rows(resolved: Resolved) -> Iterator[Problem]:
         at_most, split = (config.data.max_samples, config.data.dataset_split) if own else (config.eval.max_samples, config.eval.split)
         try:
             if unsure:
-                open_one(path, max_samples=1, flag=flag)  # by a stand-in, rows would be faulty that are not
+                open_datasets(path, max_samples=1, flag=flag)  # by a stand-in, rows would be faulty that are not
             else:
                 read_rows(config, path, split=split, at_most=at_most, flag=flag)
         except DataError as error:
             if "\n" in str(error):  # faulty rows: a remedy stands with each kind
                 yield Problem(what=str(error), mend="", code=exit_code(error), settings=(name,))
             else:
-                yield replace(stated(error, otherwise=f"{flag} FILE.jsonl, one JSON object per line"), settings=(name,))
+                told = stated(error, otherwise=f"{flag} FILE.jsonl, one JSON object per line")
+                yield replace(told, settings=named_setting(error, name))

@@ -22,7 +22,10 @@ FIGURES = {
 }
 """What every evaluation of a command measures."""
 PAIRED = ("rm", "dpo")
-KEYS = ("input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "margin_key", "label_key", "steps_key", "input_template")
+KEYS = (
+    *("dataset_probs", "dataset_split", "input_key", "output_key", "prompt_key", "chosen_key", "rejected_key", "margin_key", "label_key"),
+    *("steps_key", "input_template"),
+)
 
 
 def broken(resolved: Resolved, gpus: int) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ from hone.rollout.filtering import Filtering, Varied, WithinRange
 from hone.rollout.multi_turn import MultiTurn
 from hone.rollout.pictures import Placeholders
 from hone.rollout.sampling import reads_text
+from hone.rollout.tolerance import tolerance
 from hone.rollout.types import Engine, Prompt
 
 
@@ -81,6 +82,8 @@ def make_plan(
     on_phase: Callable[[str, float | None], None],
     on_event: Callable[..., None],
     on_rejected: Callable[[Group, str], None],
+    on_failed: Callable[[Prompt, str], None],
+    on_retried: Callable[[Prompt, str], None],
     more: Callable[[], Prompt | None],
 ) -> Plan:
     """The roles this algorithm needs, how long their schedules are, and how prompts become judged samples."""
@@ -106,6 +109,7 @@ def make_plan(
             "tokenizer_hash": prompts.tokenizer_hash,
             "template_hash": prompts.template_hash,
             "greedy": "greedy_scores" in config.algo.needs,
+            "tolerance": tolerance(config.rollout, config.reward, dropped=on_failed, retried=on_retried),
         }
         if isinstance(judge, Caller):
             # Its conversations are rendered with the chat template, however the rows are.

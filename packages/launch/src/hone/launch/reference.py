@@ -7,8 +7,10 @@ model while they train, and a second run with the same data holds none at all.
 import hashlib
 import os
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from hone.algos.batch import Packed
 from hone.datasets.labelled import TokenRow
+from hone.datasets.lazy import Lazy
 from hone.launch.labels import packed
 from hone.learner.config import DeepSpeedConfig
 from hone.learner.model_files import resolve
@@ -42,13 +45,13 @@ def remembered(
     directory: Path,
     reference: Callable[[], AbstractContextManager[Asked]],
     on_progress: Callable[[int, int], None],
-) -> list[Tensor]:
+) -> "Answers":
     """The reference's log-probabilities [nats] of each row's tokens, zero where they are not trained on.
 
     From `directory` if it has them; else `reference` is brought up, asked, and its answers are kept there.
     """
     file = directory / f"{key(rows, model=model, ds=ds)}.safetensors"
-    lengths = [len(row.tokens) for row in rows]
+    lengths = array("q", (len(row.tokens) for row in rows))
     if not file.exists():
         with reference() as asked:
             parts = list(_answers(rows, asked, on_progress))
@@ -57,8 +60,20 @@ def remembered(
         os.close(handle)
         save_file({"logp": torch.cat(parts)}, partial)
         Path(partial).replace(file)
-    found = load_file(file)["logp"]
-    return list(found.split(lengths))
+    return Answers(load_file(file)["logp"], lengths)
+
+
+class Answers(Lazy[Tensor]):
+    """What was said of each row, in one tensor that is mapped from its file."""
+
+    def __init__(self, logp: Tensor, lengths: "array[int]") -> None:
+        self._logp, self._ends = logp, array("q", accumulate(lengths))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def _at(self, index: int) -> Tensor:
+        return self._logp[self._ends[index - 1] if index else 0 : self._ends[index]]
 
 
 def _answers(rows: Sequence[TokenRow], asked: Asked, on_progress: Callable[[int, int], None]) -> Iterator[Tensor]:

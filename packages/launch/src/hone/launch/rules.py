@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hone.datasets.chat import template_problems
-from hone.launch.acting_rules import ahead, filtering, fleet, reproducible, sampler, sleeping, stale_samples, typed
+from hone.launch.acting_rules import ahead, engines, filtering, fleet, reproducible, sampler, sleeping, stale_samples, typed
 from hone.launch.commands import AnyConfig
 from hone.launch.errors import Problem
 from hone.launch.groups import compares_samples
@@ -346,11 +346,7 @@ def _devices(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     for role in (*ROLES, "engine"):
         if f"placement.{role}" not in resolved.sources:
             continue
-        size = (
-            config.vllm.num_engines * config.vllm.tensor_parallel_size
-            if role == "engine"
-            else getattr(config, ROLES[role]).num_gpus_per_node
-        )
+        size = config.vllm.num_engines * config.vllm.devices if role == "engine" else getattr(config, ROLES[role]).num_gpus_per_node
         before, members = asked.get(getattr(config.placement, role), (0, []))
         asked[getattr(config.placement, role)] = (max(before, size), [*members, role])
     total = sum(size for size, _ in asked.values())
@@ -373,6 +369,7 @@ SHARED: tuple[Rule, ...] = (_rings, _tensor_parallel, _models_in_parts, _steps, 
 RULES: tuple[Rule, ...] = (
     _batches,
     fleet,
+    engines,
     filtering,
     sampler,
     reproducible,

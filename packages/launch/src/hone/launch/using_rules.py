@@ -162,6 +162,7 @@ def _sampler(resolved: Resolved, gpus: int) -> Iterator[Problem]:
     config: UsingConfig = resolved.config
     if not isinstance(config, AnsweringConfig):
         return
+    yield from acting_rules.engines(resolved, gpus)
     yield from acting_rules.sampler(resolved, gpus)
     if config.run.backend == "local" and (named := acting_rules.grammars(config.rollout)):
         what = "run.backend local holds no response to a grammar"

@@ -9,6 +9,7 @@ from hone.rollout.errors import EngineError
 from hone.rollout.types import Completion, Engine, Request
 
 Result = TypeVar("Result")
+_BEGUN_AT_ONCE = 32
 # How far above zero rounding may carry the log-probability of a certain token [nats].
 _ROUNDING = 1e-4
 
@@ -35,9 +36,16 @@ async def draw(engine: Engine, asked: Sequence[Request], *, of: Sequence[str], t
 
 
 async def all_of(work: Iterable[Coroutine[object, object, Result]]) -> list[Result]:
-    """The results in order; the first failure cancels the rest, waits for them to end, and is raised as it is (not in a group)."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+    """The results in order; the first failure cancels the rest, waits for them to end, and is raised as it is (not in a group).
+
+    They are begun some at a time: ten thousand in one turn of the event loop would keep everybody else waiting for seconds.
+    """
+    tasks: list[asyncio.Future[Result]] = []
     try:
+        for one in work:
+            tasks.append(asyncio.ensure_future(one))
+            if len(tasks) % _BEGUN_AT_ONCE == 0:
+                await asyncio.sleep(0)
         return list(await asyncio.gather(*tasks))
     except BaseException:
         for task in tasks:

@@ -95,6 +95,11 @@ class RolloutConfig(SamplerConfig):
     of them now (thoughts dropped, say), where that differs as a further segment."""
     max_turns: Annotated[int, Range(low=1)] = 16
     """Most turns of an episode, or calls of an agent that owns its loop; one that does not end within them is truncated."""
+    env_failure: Literal["stop", "drop", "retry"] = "stop"
+    """Where an environment or an agent raises, hangs or answers nonsense: stop, the run ends; drop, its prompt's group is dropped,
+    with the reason in the ledger; retry, the episode is begun anew, `env_retries` times at most, and then its group is dropped."""
+    env_retries: Annotated[int, Range(low=1)] = 2
+    """How often one episode is begun anew, where `env_failure` is retry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,14 @@ class VLLMConfig:
     num_engines: Annotated[int, Range(low=1)] = 1
     """Engines; each serves a part of every step's prompts."""
     tensor_parallel_size: Annotated[int, Range(low=1)] = 1
-    """Devices one engine spans."""
+    """Devices that hold a part of every layer of one engine."""
+    pipeline_parallel_size: Annotated[int, Range(low=1)] = 1
+    """Parts the layers of one engine are cut into, each with its own devices; more than 1 needs GPUs."""
+    enable_prefix_caching: bool = True
+    """Compute the beginning that prompts share, such as that of a group's samples, once."""
+    quantization: Literal["none", "fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "mxfp8", "nvfp4_per_token"] = "none"
+    """What an engine makes of the weights as it loads them, by vLLM's names; anything but none needs GPUs that have it. The learner's stay
+    as they are, so engine and learner differ by it."""
     gpu_memory_utilization: Annotated[float, Range(low=0, high=1, open_low=True)] = 0.9
     """Share of a GPU's memory an engine may take."""
     kv_cache_gib: Annotated[float, Range(low=0, open_low=True)] = 1.0
@@ -125,6 +137,11 @@ class VLLMConfig:
     """How weights travel to the engines; auto: shared_memory without GPUs, ipc on a shared GPU, nccl across GPUs."""
     sync_tolerance: Annotated[float, Range(low=0, open_low=True)] | None = None
     """Largest difference of the canary between engine and learner [nats]; default 1e-3 in fp32, 0.02 in fp16, 0.1 in bf16."""
+
+    @property
+    def devices(self) -> int:
+        """Devices one engine spans."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,3 +165,6 @@ class RewardConfig:
     """Requests to each reward server at a time."""
     allowed_hosts: str | None = None
     """Hosts, separated by commas, to which responses may be sent; without any, those of the URLs, and none that is link-local."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """Where judging fails (the function raises, hangs or gives no reward; a server is away for longer than `retry_s`): stop, the run
+    ends; drop, the prompt's group is dropped, with the reason in the ledger."""

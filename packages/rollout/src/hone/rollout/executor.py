@@ -1,12 +1,13 @@
 """Single-turn rollout: Prompt -> n Requests -> engine -> Completions -> judge -> Group of Samples, ready to train on.
 
 Prompts run concurrently and finish in any order; what `collect` returns is ordered by prompt, then by sample. Any failure
-(an engine's, a reward's, a deadline) stops the run and cancels the rest.
+(an engine's, a reward's, a deadline) stops the run and cancels the rest; a reward's may cost its group alone (`tolerance`).
 """
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,6 +17,7 @@ from hone.rollout.calls import all_of, draw
 from hone.rollout.config import RolloutConfig
 from hone.rollout.rewards.result import Judgement, RewardItem
 from hone.rollout.sampling import contract_of, requests
+from hone.rollout.tolerance import Tolerance, kept
 from hone.rollout.types import Completion, Engine, Prompt, Request
 
 
@@ -100,6 +102,7 @@ class SingleTurn:
     prompts_per_call: int = 1
     samples_in_flight: int = 1024
     greedy: bool = False
+    tolerance: Tolerance = field(default_factory=Tolerance)
 
     async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
         """Sample and judge every prompt; `on_group` sees each group as it is finished, the result is in the order of `prompts`."""
@@ -118,10 +121,11 @@ class SingleTurn:
             drawn = await draw(self.engine, flat, of=[prompt.prompt_id for prompt in prompts], timeout_s=self.config.timeout_s)
         n = self.config.n_samples_per_prompt + self.greedy
         # The engine is free for others while these are judged.
-        return await all_of(
-            self._group(prompt, of_prompt, drawn[index * n : (index + 1) * n], on_group)
+        judging = (
+            self.tolerance.group(prompt, partial(self._group, prompt, of_prompt, drawn[index * n : (index + 1) * n], on_group))
             for index, (prompt, of_prompt) in enumerate(zip(prompts, asked, strict=True))
         )
+        return kept(await all_of(judging))
 
     def _requests(self, prompt: Prompt, step: int) -> list[Request]:
         budget = min(self.config.max_new_tokens, self.max_len - len(prompt.tokens))

@@ -1,12 +1,14 @@
 """Multi-turn rollout: Prompt -> n episodes, each a conversation of the policy with an Env -> Group of Samples, ready to train on.
 
 The policy's ids are kept as they were sampled, and the environment's text is tokenised once, by itself: every request begins
-with the ids of the one before it. A turn's reward stands on the last id of its action. Any failure stops the run.
+with the ids of the one before it. A turn's reward stands on the last id of its action. A failure stops the run, unless `tolerance`
+says otherwise.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,6 +21,7 @@ from hone.rollout.errors import EnvironmentFailure
 from hone.rollout.executor import Group, Sample
 from hone.rollout.pictures import Placeholders
 from hone.rollout.sampling import contract_of, seed_of
+from hone.rollout.tolerance import Tolerance, kept
 from hone.rollout.types import Completion, Engine, Prompt, Request
 
 
@@ -102,16 +105,18 @@ class MultiTurn:
     episodes_in_flight: int = 1024
     greedy: bool = False
     placeholders: Placeholders | None = None
+    tolerance: Tolerance = field(default_factory=Tolerance)
 
     async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
         """Play every prompt's episodes; `on_group` sees each group as it is finished, the result is in the order of `prompts`."""
         gate = asyncio.Semaphore(self.episodes_in_flight)
-        return await all_of(self._group(prompt, step, gate, on_group) for prompt in prompts)
+        played = (self.tolerance.group(prompt, partial(self._group, prompt, step, gate, on_group)) for prompt in prompts)
+        return kept(await all_of(played))
 
     async def _group(self, prompt: Prompt, step: int, gate: asyncio.Semaphore, on_group: Callable[[Group], None] | None) -> Group:
         async def play(sample: int) -> Sample:
             async with gate:
-                return await self._episode(prompt, step, sample)
+                return await self.tolerance.episode(prompt, partial(self._episode, prompt, step, sample))
 
         n = self.config.n_samples_per_prompt
         samples = await all_of(play(sample) for sample in range(n + self.greedy))

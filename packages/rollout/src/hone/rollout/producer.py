@@ -143,7 +143,11 @@ class Producer:
         return prompt
 
     async def _produce(self, entry: Open) -> None:
-        (group,) = await self.executor.collect([entry.prompt], step=entry.step)
+        groups = await self.executor.collect([entry.prompt], step=entry.step)
+        if not groups:  # it failed, and its executor has told why
+            self.buffer.give_up(entry.prompt.prompt_id)
+            return
+        (group,) = groups
         reason = None if self.verdict is None else self.verdict(group)
         self._seen.append((fmean(sample.reward for sample in group.samples), reason is None))
         if reason is None:

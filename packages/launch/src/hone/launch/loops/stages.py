@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from hone.datasets.errors import DataError
-from hone.datasets.tokenise import ids_of
+from hone.datasets.together import ids_of
 from hone.launch.answering import Asked, answer, model_of, samples_of
 from hone.launch.interrupt import Interrupt
 from hone.launch.loop_config import ConditionalSFTConfig, LoopConfig

@@ -79,6 +79,7 @@ class Session:
         self._resumed = resumed
         self._directory, self._display = stage.directory, stage.display
         self._keeper = Keeper(stage.directory, stage.display, role=MODEL)
+        self._told = 0
         self._done = self._first = 0 if resumed is None else resumed.state.step
         self._best = Best(config.ckpt.best_metric_key, self._directory.path / "model_best")
 
@@ -127,6 +128,13 @@ class Session:
             self._directory.append_event("rows_noted", note=note)
             self._display.note(note)
 
+    def _drop(self) -> None:
+        """What the stream came upon on the way and could not use."""
+        passed_over = self._data.stream.passed_over
+        for row in passed_over[self._told :]:
+            self._directory.append_event("row_dropped", uid=row.uid, reason=row.reason)
+        self._told = len(passed_over)
+
     def _take_up(self, parts: OfflineAssembly, resumed: Resumed) -> None:
         parts.group.restore(str(resumed.path.resolve()))
         for reason in resumed.passed_over:
@@ -148,6 +156,7 @@ class Session:
             self._directory.append_metrics(metrics)
             self._display.step(metrics)
             self._done = step.number
+            self._drop()
             if step.evaluated and self._best.improved(step.metrics, step=step.number):
                 self._best.keep(partial(self._export, parts))
                 self._directory.append_event("best", step=step.number, metric=config.ckpt.best_metric_key, value=self._best.value)

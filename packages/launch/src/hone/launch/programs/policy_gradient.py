@@ -39,7 +39,6 @@ from hone.launch.train_async import train_async
 from hone.learner.errors import CheckpointError
 from hone.rollout.agents.loading import Agent
 from hone.rollout.endpoint.rollout import Caller
-from hone.rollout.executor import Group
 from hone.rollout.rewards import judges
 from hone.rollout.types import Prompt
 
@@ -49,8 +48,9 @@ NOTES = {
     "replacement_failed": "a replacement of {engine} failed: {error}",
     "engine_retired": "{engine} is not replaced any more (--vllm.max-replacements)",
     "calls_reissued": "asked again elsewhere: {requests}",
+    "episode_retried": "an episode of prompt {prompt} is begun anew, {reason}",
 }
-"""What befalls engines, by the kind of its event, as the display says it."""
+"""What befalls engines and episodes, by the kind of its event, as the display says it."""
 BUILTIN_REWARD = "hone.datasets.tasks.arithmetic"
 
 
@@ -191,7 +191,9 @@ class Session:
             on_start=self._display.startup,
             on_phase=self._display.phase,
             on_event=self._happened,
-            on_rejected=self._rejected,
+            on_rejected=lambda group, reason: self._dropped(group.prompt, reason),
+            on_failed=self._failed,
+            on_retried=lambda prompt, reason: self._happened("episode_retried", prompt=prompt.prompt_id, reason=reason),
             more=self._one_more,
         )
         return build(plan)
@@ -251,7 +253,7 @@ class Session:
         return {STATE: state.text(), **written}
 
     def _happened(self, kind: str, **fields: Any) -> None:
-        """What befell an engine: written down and shown."""
+        """What befell an engine or an episode: written down and shown."""
         self._directory.append_event(kind, **fields)
         self._display.note(NOTES[kind].format(**fields))
 
@@ -262,8 +264,13 @@ class Session:
             self._ledger.issue([prompt.prompt_id], step=self._done + 1)
         return prompt
 
-    def _rejected(self, group: Group, reason: str) -> None:
-        self._ledger.drop([group.prompt.prompt_id], step=self._done + 1, reason=reason)
+    def _failed(self, prompt: Prompt, reason: str) -> None:
+        """A group that its environment or its judge cost: in the ledger as every prompt, and shown."""
+        self._dropped(prompt, reason)
+        self._display.note(f"the group of prompt {prompt.prompt_id} is dropped, {reason}")
+
+    def _dropped(self, prompt: Prompt, reason: str) -> None:
+        self._ledger.drop([prompt.prompt_id], step=self._done + 1, reason=reason)
 
     def _issued(self, source: Callable[[], Iterator[list[Prompt]]]) -> Iterator[list[Prompt]]:
         """The prompts of each step, entered into the ledger as they are drawn."""

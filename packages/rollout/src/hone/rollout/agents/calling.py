@@ -3,8 +3,8 @@
     async def agent(base_url, api_key, model, row): ...     # or without async: then in a thread of its own
 
 `row` has "prompt" and "label" as they stand in the data, "columns" with the row's others, "prompt_id", "sample" and "seed". What
-it returns, or a command prints as its last line in JSON, is the reward: a number, an object with "reward" (and "score", and
-figures for the logs), or nothing where a reward function judges.
+it returns, or a command prints as its last line in JSON, is the reward: a number, an object with "reward" or, one for each reply,
+"rewards" (and "score", and figures for the logs), or nothing where a reward function judges.
 """
 
 import asyncio
@@ -30,11 +30,14 @@ _LAST_LINE_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What an agent made of its episode; `reward` None: it does not judge itself."""
+    """What an agent made of its episode; `reward` None: it does not judge itself. Of `turns`, the rewards of the replies in their
+    order (none: there is only the episode's), it is the sum.
+    """
 
     reward: float | None
     score: float | None = None
     extra_logs: Mapping[str, float] = field(default_factory=dict)
+    turns: tuple[float, ...] = ()
 
 
 @runtime_checkable
@@ -139,10 +142,19 @@ def outcome(value: object) -> Outcome:
     if value is None:
         return Outcome(reward=None)
     if isinstance(value, Mapping):
-        given = {str(name): _number(one, str(name)) for name, one in value.items() if one is not None}
-        reward, score = given.pop("reward", None), given.pop("score", None)
-        return Outcome(reward=reward, score=score, extra_logs=given)
+        turns = _of_turns(value["rewards"]) if value.get("rewards") is not None else ()
+        given = {str(name): _number(one, str(name)) for name, one in value.items() if one is not None and name != "rewards"}
+        reward, score = given.pop("reward", sum(turns) if turns else None), given.pop("score", None)
+        if turns and not math.isclose(reward or 0.0, sum(turns), abs_tol=1e-6):
+            raise EnvironmentFailure(f"gave the reward {reward:g} and rewards of turns that sum to {sum(turns):g}; leave the reward out")
+        return Outcome(reward=reward, score=score, extra_logs=given, turns=turns)
     return Outcome(reward=_number(value, "reward"))
+
+
+def _of_turns(value: object) -> tuple[float, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise EnvironmentFailure(f"gave the rewards {value!r:.200}, not a list with one number for each reply")
+    return tuple(_number(one, f"reward of turn {turn}") for turn, one in enumerate(value, start=1))
 
 
 def _number(value: Any, name: str) -> float:

@@ -2,7 +2,7 @@
 
     reset(**row) -> None | str      # text is appended to the last user message; it must clear everything
     any_other_name(...)             # a tool: its docstring and annotations are what the policy is shown; sync or async
-    get_reward() -> float           # once, at the end; without it a reward function judges (--reward.remote-url)
+    get_reward() -> float           # once, at the end
 
 A tool that raises, that is not there, or that is called with other arguments than it takes answers `{"error": ...}`, as in TRL, and
 so does a call that is no JSON; the episode goes on until the policy calls nothing or its budget ends.

@@ -1,13 +1,16 @@
 """Rollout of agents that own their loop: Prompt -> n episodes, each an agent at the endpoint -> Group of Samples, ready to train on.
 
 An episode's calls become segments (`tree.py`): one, unless its history was rewritten or branched. The reward stands on the last
-action of every segment. Any failure stops the run; a request the endpoint refuses is the agent's to handle.
+action of every segment; rewards of turns stand each on the last action of its reply. A failure stops the run, unless
+`tolerance` says otherwise; a request the endpoint refuses is the agent's to handle.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -24,6 +27,7 @@ from hone.rollout.errors import EnvironmentFailure
 from hone.rollout.executor import Group, Judge, Sample
 from hone.rollout.rewards.result import RewardItem
 from hone.rollout.sampling import contract_of, seed_of
+from hone.rollout.tolerance import Tolerance, kept
 from hone.rollout.types import Engine, Prompt
 
 
@@ -86,13 +90,15 @@ class Calling:
     template_hash: str
     greedy: bool = False
     stops_at_text: bool = False
+    tolerance: Tolerance = field(default_factory=Tolerance)
     _post: "_Post" = field(default_factory=lambda: _Post())
 
     async def collect(self, prompts: Sequence[Prompt], *, step: int, on_group: Callable[[Group], None] | None = None) -> list[Group]:
         """Play every prompt's episodes; `on_group` sees each group as it is finished, the result is in the order of `prompts`."""
         renderer = Renderer(self.tokenizer, closers=()) if self.served is None else self.served.renderer
         async with self._post.held(renderer, agents=self.config.agents_in_flight) as (server, gate):
-            return await all_of(self._group(server, renderer, prompt, step, gate, on_group) for prompt in prompts)
+            group = partial(self._group, server, renderer, step=step, gate=gate, on_group=on_group)
+            return kept(await all_of(self.tolerance.group(prompt, partial(group, prompt)) for prompt in prompts))
 
     async def _group(
         self,
@@ -109,8 +115,11 @@ class Calling:
                 outcome = await self._played(server, session, prompt, step, sample)
             return await self._sample(session, renderer, outcome, prompt, sample)
 
+        def played(sample: int) -> Coroutine[Any, Any, Sample]:
+            return self.tolerance.episode(prompt, partial(play, sample))
+
         n = self.config.n_samples_per_prompt
-        samples = await all_of(play(sample) for sample in range(n + self.greedy))
+        samples = await all_of(played(sample) for sample in range(n + self.greedy))
         group = Group(prompt=prompt, samples=tuple(samples[:n]), greedy=samples[n] if self.greedy else None)
         if on_group is not None:
             on_group(group)
@@ -191,10 +200,24 @@ class Calling:
         response_text = renderer.decoded(last.tokens[len(head) :], behind=head)
         outcome = await self._judged(outcome, prompt, last, response_text)
         assert outcome.reward is not None
+        if outcome.turns and (len(segments) > 1 or len(outcome.turns) != len(last.nodes)):
+            what = f"{len(segments)} conversations" if len(segments) > 1 else f"{len(last.nodes)} replies"
+            raise self._failure(
+                f"gave the rewards of {len(outcome.turns)} turns for {what}; give one for each reply of one conversation, or one reward",
+                prompt,
+            )
         truncated = bool(session.refused) or last.nodes[-1].finish_reason == "length"
         score = outcome.reward if outcome.score is None else outcome.score
         rows = [
-            _trajectory(segment, prompt, sample, index, reward=outcome.reward, score=score, truncated=truncated and segment is last)
+            _trajectory(
+                segment,
+                prompt,
+                sample,
+                index,
+                rewards=_placed(segment, outcome.turns or (outcome.reward,)),
+                score=score,
+                truncated=truncated and segment is last,
+            )
             for index, segment in enumerate(segments)
         ]
         return Sample(
@@ -231,10 +254,19 @@ class Calling:
         return Outcome(reward=judgement.reward, score=judgement.score, extra_logs=logs)
 
 
-def _trajectory(segment: Segment, prompt: Prompt, sample: int, index: int, *, reward: float, score: float, truncated: bool) -> Trajectory:
-    """A segment as a row: the reward on its last action, the contract of the first call that is trained in it."""
-    rewards = torch.zeros(len(segment.tokens))
-    rewards[max(place for place, own in enumerate(segment.mask) if own)] = reward
+def _placed(segment: Segment, rewards: Sequence[float]) -> torch.Tensor:
+    """A reward for each token: those of the last replies on the last action of each, one alone on the segment's last action."""
+    placed = torch.zeros(len(segment.tokens))
+    ends = [*(len(node.place.prompt) for node in segment.nodes[1:]), len(segment.tokens)]
+    for end, reward in zip(ends[-len(rewards) :], rewards, strict=True):
+        placed[max(place for place in range(end) if segment.mask[place])] = reward
+    return placed
+
+
+def _trajectory(
+    segment: Segment, prompt: Prompt, sample: int, index: int, *, rewards: torch.Tensor, score: float, truncated: bool
+) -> Trajectory:
+    """A segment as a row, with the contract of the first call that is trained in it."""
     own = next(node for node in segment.nodes if segment.mask[len(node.place.prompt)])
     return Trajectory(
         prompt_id=prompt.prompt_id,

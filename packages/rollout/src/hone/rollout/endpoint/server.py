@@ -28,6 +28,9 @@ _LARGEST_BODY = 256 * 2**20
 # A client library that lost its connection comes back within 8 s, by its own doubling pauses.
 _GRACE_S = 10.0
 _KEEPALIVE_S = 10.0
+_IDLE_S = 7 * 24 * 3600.0
+# Agents that are started together connect together; one that finds no room waits for a second, or is refused.
+_BACKLOG = 4096
 # Requests refused at once, before anything is drawn, are answered with their true status even where a stream was asked for.
 _BEFORE_STREAM_S = 1.0
 
@@ -242,11 +245,12 @@ async def serving(renderer: Renderer) -> AsyncIterator[Server]:
     server = Server(renderer)
     application = web.Application(client_max_size=_LARGEST_BODY)
     application.add_routes(server.routes())
-    # A client's going away cancels its handler, which then wants its call no more. No limit on how long a reply may take.
-    runner = web.AppRunner(application, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    # A client's going away cancels its handler, which then wants its call no more. No limit on how long a reply may take, and none
+    # that matters on how long an agent may be busy with other things between two calls.
+    runner = web.AppRunner(application, handler_cancellation=True, access_log=None, shutdown_timeout=1.0, keepalive_timeout=_IDLE_S)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=_BACKLOG)
         await site.start()
         host, port = runner.addresses[0][:2]
         server._address = f"http://{host}:{port}"

@@ -310,9 +310,11 @@ def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: 
         dtype=dtype,  # pyright: ignore[reportArgumentType] - one of the two literals of the constructor
         max_model_len=max_model_len,  # pyright: ignore[reportArgumentType] - None is vLLM's own default, annotated away
         tensor_parallel_size=config.tensor_parallel_size,
-        distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
+        pipeline_parallel_size=config.pipeline_parallel_size,
+        distributed_executor_backend="uni" if config.devices == 1 else "mp",
+        quantization=None if config.quantization == "none" else config.quantization,
         enforce_eager=config.enforce_eager,
-        enable_prefix_caching=True,
+        enable_prefix_caching=config.enable_prefix_caching,
         # Ids in, ids out: no tokenizer is needed, and none that disagrees with the learner's can creep in. Where there are images,
         # vLLM wants one to make up the largest picture that could come; what the model is fed is compared with what was asked.
         # One that reads text only looks at the ids that were drawn: they stay as they are.
@@ -343,7 +345,7 @@ def _environment(config: VLLMConfig, *, backend: str, threads: int) -> Iterator[
     os.environ["OMP_NUM_THREADS"] = str(threads)
     # Threads that spin while they wait starve whoever shares the cores: measured 15 times slower beside a busy learner.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    ranks = config.tensor_parallel_size
+    ranks = config.devices
     if backend == "shared_memory" and ranks == 1:
         # Only so does vLLM leave the one CPU worker in the engine core's process; AsyncLLM starts that process all the same.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
