@@ -143,7 +143,7 @@ def test_top_p_keeps_the_fewest_likeliest_that_reach_it() -> None:
     assert found == {0, 1}
     assert {drawn(logits, ChatSamplingConfig(temperature=1.0, top_p=0.5), generator) for _ in range(50)} == {0}
     assert {drawn(logits, ChatSamplingConfig(temperature=1.0, top_p=1.0), generator) for _ in range(400)} == {0, 1, 2, 3}
-    assert drawn(logits, ChatSamplingConfig(temperature=0), generator) == 0
+    assert drawn(logits, ChatSamplingConfig(temperature=0.0), generator) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")

@@ -14,10 +14,10 @@ from hone.launch.cli import main
 from hone.launch.loops import select
 from hone.launch.loops.state import State, fingerprint
 from hone.launch.observe.run_directory import read_events, read_metrics
-from hone.launch.responses import Responses
 from hone.launch.scoring import RewardModel
 from tests.golden.offline_curves import words
 from tests.launch.conftest import write_reward
+from tests.launch.running import started
 
 SMALL = ["--rollout.batch-size", "16", "--rollout.n-samples-per-prompt", "3", "--train.iterations", "2", "--train.batch-size", "8"]
 BY_LENGTH = """return {"rewards": [float(len(queries[0]) - len(prompts[0]))]}"""
@@ -128,27 +128,30 @@ def test_a_stage_that_stops_within_goes_on_and_comes_to_the_same(whole: Path, tm
 
     run = tmp_path / "run"
     line = ["rejection-sampling", *SMALL, "--run.dir", str(run), "--ckpt.save-steps", "1"]
-    append, finetune, asked = Responses.append, training.finetune, list[int]()
+    finetune, asked = training.finetune, list[int]()
 
-    def some(self: Responses, rows: Any) -> None:
-        append(self, rows)
-        if self.done == 5:
-            raise KeyboardInterrupt
+    def stopped(*words: Any, **names: Any) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Responses, "append", some)
+        patch.setattr(State, "add", stopped)
         assert main(line) == 130
-    assert stages(run) == [] and len(read(run / "iteration_1" / "generated.jsonl")) == 15
+    # As a kill leaves it: whole prompts, and one in the middle of a row.
+    generated = run / "iteration_1" / "generated.jsonl"
+    lines = generated.read_bytes().splitlines(keepends=True)
+    generated.write_bytes(b"".join(lines[:16]) + lines[16][:40])
+    assert stages(run) == []
 
-    def after_one(*words: Any, **names: Any) -> Iterator[Any]:
+    def within(*words: Any, **names: Any) -> Iterator[Any]:
         asked.append(names["start"])
         for step in finetune(*words, **names):
             yield step
-            raise KeyboardInterrupt
+            if step.number == 2:  # the checkpoint after the first step is whole by now
+                raise KeyboardInterrupt
 
     again = ["rejection-sampling", *SMALL, "--resume", str(run), "--ckpt.save-steps", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "finetune", after_one)
+        patch.setattr(training, "finetune", within)
         assert main(again) == 130
     assert stages(run) == [(1, "generate"), (1, "score"), (1, "select")]
     with monkeypatch.context() as patch:
@@ -242,3 +245,21 @@ def test_a_reward_model_judges_what_was_sampled(hone_cache: Path, tmp_path: Path
     expected = model.scores([row["prompt"] + row["sampled"] for row in scored])
     assert [row["reward"] for row in scored] == pytest.approx(expected, abs=1e-5)
     assert len({row["reward"] for row in scored}) > 3
+
+
+def test_vllm_has_ended_before_training_begins(hone_cache: Path, tmp_path: Path) -> None:
+    # In a process of its own, and watched from outside: the engine's core is a descendant while it samples, and gone when rows are trained.
+    run = tmp_path / "run"
+    line = ["rejection-sampling", *SMALL, "--train.iterations", "1", "--train.measure-last", "False", "--rollout.engine", "vllm"]
+    with started(line, run) as watched:
+        watched.wait_for(lambda: (run / "iteration_1" / "generated.jsonl").exists() and watched.core() is not None)
+        core = watched.core()
+        assert core is not None
+        watched.wait_for(lambda: (run / "iteration_1" / "train").exists())
+        assert not core.is_running()
+        output = watched.finish()
+    assert watched.process.returncode == 0, output
+    assert watched.survivors() == []
+    scored = read(run / "iteration_1" / "scored.jsonl")
+    assert len(scored) == 48 and all(row["reward"] == float(row["response"] == str(row["label"])) for row in scored)
+    assert all(1 <= len(row["response_ids"]) <= 8 for row in scored)

@@ -11,7 +11,8 @@ import transformers
 from jinja2 import TemplateError
 from rich.console import Console
 
-from hone.datasets.templates import named_template, template_kwargs
+from hone.datasets.config import DataConfig
+from hone.datasets.templates import template_kwargs, use_template
 from hone.datasets.tokenizer import load_tokenizer
 from hone.launch.answering import model_of
 from hone.launch.chat.engines import Asked, ChatEngine, InThisProcess, Served
@@ -43,11 +44,12 @@ def run(config: ChatConfig, sources: Mapping[str, str]) -> int:
     model = model_of(config, console)
     tokenizer = load_tokenizer(model)
     vocabulary({"policy": model}, tokenizer)
-    if config.data.tokenizer_chat_template is not None:
-        tokenizer.chat_template = named_template(config.data.tokenizer_chat_template)
+    named, given = config.data.tokenizer_chat_template, config.data.chat_template_kwargs
+    rendering = DataConfig(tokenizer_chat_template=named, chat_template_kwargs=given)
+    use_template(tokenizer, rendering)
     longest = config.data.max_len or _positions(model)
     raw = config.raw or tokenizer.chat_template is None
-    talk = Talk(tokenizer=tokenizer, raw=raw, given=template_kwargs(config.data), system=None if raw else config.system)
+    talk = Talk(tokenizer=tokenizer, raw=raw, given=template_kwargs(rendering), system=None if raw else config.system)
     with Descendants():
         screen.note(f"loading {model}")
         ends = stop_ids(model, tokenizer)
