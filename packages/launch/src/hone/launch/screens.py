@@ -108,7 +108,10 @@ def _entry(console: Console, option: str, meaning: str) -> None:
     lines = textwrap.wrap(meaning, max(console.width - indent - 1, 20), break_long_words=False, break_on_hyphens=False)
     beside = len(head) + 2 <= indent
     if not beside:
-        console.print(Text(head, "bold"), soft_wrap=True)
+        # A long list of choices goes on below, after a comma.
+        pieces = textwrap.wrap(option.replace(",", ", "), console.width - 6, break_long_words=False, break_on_hyphens=False)
+        for number, piece in enumerate(pieces):
+            console.print(Text(("      " if number else "  ") + piece.replace(", ", ","), "bold"), soft_wrap=True)
     for number, line in enumerate(lines):
         lead = Text(head.ljust(indent), "bold") if beside and number == 0 else Text(" " * indent)
         console.print(lead + Text(line), soft_wrap=True)
