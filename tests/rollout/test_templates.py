@@ -26,7 +26,7 @@ MARKERS = re.compile(
 PICTURES = {"idefics3", "llava_next", "smolvlm"}
 # Tools are shown, their calls read back, and what they say is appended.
 TOOLS = {
-    *("llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8"),
+    *("llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6", "qwen3_8", "glm4moe"),
     *("qwen3_instruct_2507", "qwen3_vl", "nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"),
 }
 
@@ -88,6 +88,9 @@ def test_tools_are_served_where_a_template_shows_and_writes_them() -> None:
     for name, one in served.items():
         if one.tools:
             assert len(one.tools) > 20 and one.reservations, name
+            continue
+        if name.startswith("glm4moe"):  # the next role's marker closes a reply, which only the model's own stop ids tell
+            assert one.dialect == "glm" and one.reservations, name
             continue
         assert not one.append_tools and one.dialect in ("hermes", "bare_json", "function_xml"), name
         result = Message(role="tool", content="163", tool_call_id="call00000", name="add")

@@ -178,11 +178,11 @@ class Session:
             parsed = PARSERS[self._served.dialect](content, schemas)
             self.tree.counts["tool_parse_errors"] += parsed.errors
             if not (cut and parsed.errors):
+                # Mistral's templates take ids of nine letters or digits and no others.
                 name = f"{request.contract.seed:016x}"
+                form = f"{name[-8:]}{{}}" if self._served.dialect == "mistral" else f"call_{name}_{{}}"
                 content = parsed.content
-                calls = tuple(
-                    ToolCall(id=f"call_{name}_{index}", name=tool, arguments=text) for index, (tool, text) in enumerate(parsed.calls)
-                )
+                calls = tuple(ToolCall(id=form.format(index), name=tool, arguments=text) for index, (tool, text) in enumerate(parsed.calls))
         return Message(role="assistant", content=content, reasoning=reasoning, tool_calls=calls)
 
     def _refuse(self, message: str, code: str) -> None:
