@@ -51,6 +51,17 @@ trainers:
     uv venv --quiet --allow-existing .peers-trainers --python 3.11
     uv pip install --quiet --python .peers-trainers/bin/python trl==1.16.0 torch==2.13.0 transformers==5.19.0
 
+# For tests/rollout/test_foreign.py and examples/foreign: all of them, or those that are named.
+
+# Agent frameworks whose pins cannot live beside vLLM's, each in an environment of its own under .foreign/.
+foreign *names="verifiers gem openenv art nemo_gym":
+    for name in {{names}}; do \
+        case $name in art|nemo_gym) python=3.12 ;; *) python=3.11 ;; esac; \
+        uv venv --quiet --allow-existing .foreign/$name --python $python && \
+        uv pip install --quiet --no-deps --compile-bytecode --python .foreign/$name/bin/python \
+            -r tests/rollout/foreign/$name.txt || exit 1; \
+    done
+
 # Benchmarks: ours beside a peer, ratios and shares of a roof, without the type-checking hook. Refuses a dirty tree.
 bench *args:
     git diff --quiet HEAD

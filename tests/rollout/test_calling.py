@@ -168,6 +168,35 @@ def test_2_what_counts_as_a_reward(value: object, reward: float | None) -> None:
     assert outcome(value).reward == reward
 
 
+def test_2_rewards_of_turns_stand_each_on_its_own_reply(tmp_path: Path) -> None:
+    chat = """
+messages = [{"role": "user", "content": "2+2"}]
+for _ in range(2):
+    body = json.dumps({"messages": messages}).encode()
+    headers = {"Authorization": "Bearer " + os.environ["OPENAI_API_KEY"], "Content-Type": "application/json"}
+    request = urllib.request.Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", body, headers)
+    reply = json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"]
+    messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": "Sure?"}]
+print(json.dumps(REWARD))
+"""
+    (sample,) = collect(program(tmp_path, chat.replace("REWARD", '{"rewards": [0.25, -1]}')), f"4{END}", f"55{END}").samples
+    row = sample.trajectory
+    ends = [place for place, own in enumerate(row.action_mask.tolist()) if own and row.tokens[place] == tokenizer().eos_token_id]
+    assert {place: value for place, value in enumerate(row.rewards.tolist()) if value} == {ends[0]: 0.25, ends[1]: -1.0}
+    assert (sample.reward, sample.score) == (-0.75, -0.75)
+    for wrong, message in (
+        ('{"rewards": [1]}', "gave the rewards of 1 turns for 2 replies; give one for each reply of one conversation"),
+        ('{"rewards": [1, 1], "reward": 3}', "gave the reward 3 and rewards of turns that sum to 2; leave the reward out"),
+        ('{"rewards": 1}', "gave the rewards 1, not a list with one number for each reply"),
+        ('{"rewards": [1, "x"]}', "gave the reward of turn 2 'x', not a finite number"),
+    ):
+        with pytest.raises(EnvironmentFailure, match=message):
+            collect(program(tmp_path, chat.replace("REWARD", wrong)), f"4{END}", f"55{END}")
+    twice = "ask('2+2'); ask('1+1')\nprint(json.dumps({'rewards': [1, 1]}))"
+    with pytest.raises(EnvironmentFailure, match="gave the rewards of 2 turns for 2 conversations"):
+        collect(program(tmp_path, twice), f"4{END}", f"2{END}")
+
+
 @pytest.mark.parametrize("value", ["1", [1], {"reward": float("nan")}, {"reward": 1, "moves": "many"}, object()])
 def test_2_what_does_not(value: object) -> None:
     with pytest.raises(EnvironmentFailure, match="not a finite number; return a number, or an object with reward"):
