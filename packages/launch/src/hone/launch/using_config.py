@@ -64,7 +64,11 @@ class UsingConfig:
     verb: ClassVar[str]
     built_in_unless: ClassVar[tuple[str, ...]] = ("model.model_name_or_path", "data.prompt_dataset")
     idle: ClassVar[frozenset[str]] = frozenset(
-        f"vllm.{name}" for name in ("num_engines", "max_replacements", "min_engines", "health_timeout_s", "sync_backend", "sync_tolerance")
+        f"vllm.{name}"
+        for name in (
+            *("num_engines", "max_replacements", "min_engines", "health_timeout_s", "dtype", "sync_backend", "sync_delta"),
+            *("sync_adapters_only", "sync_timeout_s", "sync_tolerance"),
+        )
     )
 
     model: ModelConfig = field(default_factory=ModelConfig)

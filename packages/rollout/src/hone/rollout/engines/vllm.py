@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
+
 from hone.algos.batch import Attachment
 from hone.rollout.config import VLLMConfig
 from hone.rollout.errors import EngineError, EngineLost, StaleWeights
@@ -29,9 +31,10 @@ _SHUTDOWN_S = 5.0
 class VLLMEngine:
     """One AsyncLLM and its engine core process; the methods are coroutines of one event loop (a Ray actor has just one).
 
-    `backend` is how weights arrive ("shared_memory", "ipc" or "nccl"); `threads` the CPU threads of each worker;
-    `max_model_len` [tokens] is the model's own where None; `eos_token_ids` are ids that end a response beside those of
-    the model's configuration (the tokenizer's, say: the engine loads none).
+    `backend` is how weights arrive ("shared_memory", "file", "ipc" or "nccl"); with a `lora_rank`, an adapter of at most that
+    rank arrives alone and is served over the model. `threads` are the CPU threads of each worker; `max_model_len` [tokens]
+    is the model's own where None; `eos_token_ids` are ids that end a response beside those of the model's configuration
+    (the tokenizer's, say: the engine loads none).
     """
 
     def __init__(
@@ -41,21 +44,24 @@ class VLLMEngine:
         name: str,
         config: VLLMConfig,
         max_model_len: int | None,
-        dtype: Literal["float32", "bfloat16"],
-        backend: Literal["shared_memory", "ipc", "nccl"],
+        dtype: Literal["float32", "bfloat16", "float16"],
+        backend: Literal["shared_memory", "file", "ipc", "nccl"],
         threads: int,
         eos_token_ids: Sequence[int] = (),
+        lora_rank: int = 0,
     ) -> None:
         self.name = name
         self._eos_token_ids = list(eos_token_ids)
         self._version = 0
         self._half_loaded = ""
+        self._adapted, self._adapter = lora_rank > 0, None
         self._canaries = itertools.count()
         before = set(multiprocessing.active_children())
         with _environment(config, backend=backend, threads=threads):
             try:
                 self._sees = sees(model)
-                self._llm = _start(model, config, max_model_len=max_model_len, dtype=dtype, backend=backend, sees=self._sees)
+                lora = _lora(lora_rank) if self._adapted else {}
+                self._llm = _start(model, config, max_model_len=max_model_len, dtype=dtype, backend=backend, sees=self._sees, lora=lora)
             except Exception as error:
                 raise EngineError(
                     f"engine {name} did not start on {model}: {_first_line(error)}; the cause stands in its log above"
@@ -120,6 +126,8 @@ class VLLMEngine:
         params = SamplingParams(
             max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
+        if self._half_loaded:
+            raise StaleWeights(f"engine {self.name} refuses to answer: {self._half_loaded}")
         request_id = f"canary-{next(self._canaries)}"
         try:
             output = await self._last(tokens, params, request_id, images)
@@ -141,7 +149,7 @@ class VLLMEngine:
             prompt: Any = TokensPrompt(prompt_token_ids=ids, multi_modal_data={"image": pictures}, cache_salt=salt)
         else:
             prompt = tokens_input(list(tokens), cache_salt=salt)
-        outputs: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id)
+        outputs: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id, lora_request=self._adapter)
         output = [output async for output in outputs][-1]
         if list(output.prompt_token_ids) != list(tokens):
             expands = (
@@ -187,18 +195,37 @@ class VLLMEngine:
 
     async def start_weight_update(self) -> None:
         """Begin an update; until it is finished nothing may be sampled."""
+        if self._half_loaded:
+            await self._asked("while giving up an update", self._llm.collective_rpc("hone_abandon_update"))
         self._half_loaded = "an update of its weights was begun and not finished; send all weights again"
-        await self._updated(self._llm.start_weight_update())
+        if not self._adapted:
+            await self._updated(self._llm.start_weight_update())
 
     async def update_weights(self, update_info: Any) -> None:
-        """Receive and load; StaleWeights when anything of it fails."""
+        """Receive; StaleWeights when anything of it fails."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._updated(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
+        if self._adapted:
+            await self._updated(self._load_adapter(update_info["adapter"], update_info["fingerprints"]))
+        else:
+            await self._updated(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
+
+    async def _load_adapter(self, path: str, fingerprints: Mapping[str, str]) -> None:
+        """Check the adapter that lies in `path`, and serve it in place of the last."""
+        from vllm.lora.request import LoRARequest
+
+        await self._llm.collective_rpc("hone_check_adapter", args=(path, dict(fingerprints)))
+        # One id for all versions: requests in flight go on with the new adapter. What was cached under the old one is kept apart by
+        # the salt of a request and forgotten by `set_version`, as with merged weights.
+        request = LoRARequest(lora_name="policy", lora_int_id=1, lora_path=path, load_inplace=True)
+        if not await self._llm.add_lora(request):
+            raise EngineError("vLLM did not take the adapter")
+        self._adapter = LoRARequest(lora_name="policy", lora_int_id=1, lora_path=path)
 
     async def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """End the update, and label it when a version is given."""
-        await self._updated(self._llm.finish_weight_update())
+        """Load what was received and end the update; label it when a version is given."""
+        if not self._adapted:
+            await self._updated(self._llm.finish_weight_update())
         self._half_loaded = ""
         if weight_version is not None:
             await self.set_version(int(weight_version))
@@ -272,7 +299,24 @@ def _difference(sent: Sequence[int], told: Sequence[int]) -> str:
     return f"id {place} of its prompt was {list(sent[window])} and came back as {list(told[window])}"
 
 
-def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: str, backend: str, sees: bool) -> Any:
+def _lora(rank: int) -> dict[str, Any]:
+    """Settings of vLLM for one adapter of this rank; it makes room for ranks of its own choice only."""
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    ranks = sorted(get_args(MaxLoRARanks))
+    room = next((one for one in ranks if one >= rank), None)
+    if room is None:
+        raise ValueError(
+            f"vLLM serves adapters up to rank {ranks[-1]}, not {rank}; drop --vllm.sync-adapters-only, so that they are merged"
+        )
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+
+
+def _start(
+    model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: str, backend: str, sees: bool, lora: Mapping[str, Any]
+) -> Any:
     """A running AsyncLLM."""
     from vllm import AsyncEngineArgs
     from vllm.config import WeightTransferConfig
@@ -309,6 +353,7 @@ def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: 
         weight_transfer_config=WeightTransferConfig(backend=RECEIVERS[backend]),
         worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
         disable_log_stats=True,
+        **lora,
         **device,
     )
     return AsyncLLM.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
@@ -327,10 +372,11 @@ def _environment(config: VLLMConfig, *, backend: str, threads: int) -> Iterator[
     # Threads that spin while they wait starve whoever shares the cores: measured 15 times slower beside a busy learner.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     ranks = config.tensor_parallel_size
-    if backend == "shared_memory" and ranks == 1:
+    on_cpu = backend == "shared_memory" or (backend == "file" and not torch.cuda.is_available())
+    if on_cpu and ranks == 1:
         # Only so does vLLM leave the one CPU worker in the engine core's process; AsyncLLM starts that process all the same.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    elif backend == "shared_memory":
+    elif on_cpu:
         # vLLM binds each rank to a NUMA node of its own and dies when there are fewer; so hand out cores instead.
         cores = sorted(os.sched_getaffinity(0))
         share = max(1, min(threads, len(cores) // ranks))
