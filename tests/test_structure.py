@@ -14,7 +14,13 @@ LONGEST = 400
 
 # Each heavy third party enters a package through named files; launch's actors are where Ray begins.
 DOORS = {
-    "vllm": {"rollout/engines/vllm.py", "rollout/engines/vllm_sampling.py", "rollout/weight_sync/plugin.py"},
+    "vllm": {
+        "rollout/engines/vllm.py",
+        "rollout/engines/vllm_sampling.py",
+        "rollout/engines/vllm_start.py",
+        "rollout/weight_sync/plugin.py",
+        "rollout/weight_sync/receivers.py",
+    },
     "deepspeed": {"learner/engines/deepspeed.py"},
     "liger_kernel": {"learner/liger.py"},
     "ray": {"launch/cluster.py", "launch/remote.py"},

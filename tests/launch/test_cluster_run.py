@@ -83,7 +83,7 @@ def test_ctrl_c_once_finishes_the_step_saves_the_model_and_leaves_no_process(
 
 def test_a_killed_engine_ends_the_run_with_its_name_and_leaves_no_process(tmp_path: Path, hone_cache: Path) -> None:
     arguments = ["grpo", *ENGINE, "--train.max-steps", "500", "--ds.zero-stage", "3", "--actor.num-gpus-per-node", "2"]
-    arguments += ["--vllm.max-replacements", "0"]
+    arguments += ["--vllm.max-replacements", "0", "--vllm.sync-backend", "file"]
     with started(arguments, tmp_path / "run") as run:
         run.wait_for(lambda: len(run.metrics()) >= 2 and run.core() is not None)
         core = run.core()
@@ -100,6 +100,7 @@ def test_a_killed_engine_ends_the_run_with_its_name_and_leaves_no_process(tmp_pa
     kept = tmp_path / "run" / "checkpoints" / f"failed_in_step_{len(run.metrics()) + 1}"
     AutoModelForCausalLM.from_pretrained(kept)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["verb"] == "grpo"
+    assert list((tmp_path / "run" / "weights").iterdir()) == []
 
 
 def test_an_engine_that_is_killed_and_one_that_hangs_are_replaced_and_the_run_goes_on(tmp_path: Path, hone_cache: Path) -> None:

@@ -148,7 +148,7 @@ def publishing(learner: Learner, engines: Sequence[Served], fresh: list[Served])
         return engine
 
     fleet = Fleet(engines, replace=replace, limits=Limits(replacements=1))
-    settings = {"send": learner.send, "connect": learner.connect, "vocabulary": 50, "tolerance": 1e-3, "seed": 0}
+    settings = {"send": learner.send, "connect": learner.connect, "vocabulary": 50, "tolerance": 1e-3, "seed": 0, "timeout_s": 60.0}
     with asyncio.Runner() as runner:
         publisher = Publisher(served=lambda: fleet, policy=learner, runner=runner, **settings)
         yield publisher, fleet

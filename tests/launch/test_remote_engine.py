@@ -1,4 +1,7 @@
-"""An engine actor of real Ray, without what makes an engine heavy: who stops waiting for samples has them aborted there."""
+"""An engine actor of real Ray, without what makes an engine heavy.
+
+Who stops waiting for samples has them aborted there; whoever answers no call of a weight update in time is named, and who waits.
+"""
 
 import subprocess
 import sys
@@ -11,7 +14,8 @@ from hone.launch.processes import prepare_environment
 prepare_environment()
 import ray
 from hone.launch.cluster import start
-from hone.launch.remote import RemoteEngine
+from hone.launch.remote import EngineClient, RankLost, RemoteEngine, get
+from hone.rollout.errors import EngineLost
 
 class Slow:
     def __init__(self):
@@ -24,6 +28,8 @@ class Slow:
             self.heard.append("aborted")
     async def told(self):
         return self.heard
+    async def start_weight_update(self):
+        await asyncio.sleep(1000)
 
 async def give_up(slow):
     waiting = asyncio.ensure_future(RemoteEngine("slow", slow).generate([]))
@@ -42,11 +48,22 @@ with tempfile.TemporaryDirectory(prefix="hone-ray-", ignore_cleanup_errors=True)
     asyncio.run(give_up(slow))
     while ray.get(slow.told.remote()) != ["begun", "aborted"]:
         time.sleep(0.05)
+    print("aborted")
+    try:
+        EngineClient("engine-3", slow, timeout_s=0.5).start_weight_update()
+    except EngineLost as error:
+        print(error)
+    try:
+        get([slow.told.remote(), slow.start_weight_update.remote()], who="group 'g'", timeout_s=0.5, doing="sending the weights")
+    except RankLost as error:
+        print(error)
     ray.shutdown()
-print("aborted")
 """
 
 
-def test_samples_nobody_waits_for_are_aborted() -> None:
+def test_samples_nobody_waits_for_are_aborted_and_whoever_is_waited_for_too_long_is_named() -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240)
-    assert ended.stdout.splitlines()[-1:] == ["aborted"], ended.stderr
+    aborted, engine, rank = ended.stdout.splitlines()[-3:] or ["", "", ended.stderr]
+    assert aborted == "aborted", ended.stderr
+    assert "engine engine-3 did not answer within 0.5 s" in engine and "the learner's rank 0 waits for its start_weight_update" in engine
+    assert rank.startswith("group 'g' is not done sending the weights after 0.5 s: the controller waits for rank 1;")

@@ -144,6 +144,15 @@ OWN = "--actor.model-name-or-path m --data.prompt-dataset p.jsonl --reward.remot
             "--run.backend ray",
         ),
         ("ppo --vllm.sync-backend nccl", "moves weights between GPUs, and none is visible", "auto"),
+        ("ppo --vllm.sync-backend file --vllm.sync-delta", "vllm.sync_backend file sends all of them", "--vllm.sync-backend shared_memory"),
+        ("ppo --vllm.sync-adapters-only", "ds.lora.rank 0 trains none", "--ds.lora.rank 16"),
+        ("ppo --vllm.sync-adapters-only --ds.lora.rank 4 --vllm.sync-delta", "nothing for vllm.sync_delta to leave out", "drop one"),
+        (
+            "ppo --run.backend local --ds.zero-stage 0 --vllm.dtype bf16",
+            "vllm.dtype: run.backend local has its engine",
+            "--run.backend ray",
+        ),
+        ("ppo --run.backend local --ds.zero-stage 0 --vllm.sync-backend file", "copies the weights over", "--run.backend ray"),
     ],
 )
 def test_a_broken_rule_is_named_once(line: str, what: str, mend: str) -> None:

@@ -3,8 +3,9 @@
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,11 +148,25 @@ class Served:
         self.canaries = synced.canaries
         return synced
 
+    def in_the_worker(self, function: Callable[[Any], None]) -> None:
+        """Run a function on the engine's worker, by vLLM's own remote call."""
+        self.loop.run(self.engine._llm.collective_rpc(function))
+
+    @contextmanager
+    def through(self, client: DirectClient) -> Iterator[None]:
+        """The trainer talks to this client for a while."""
+        sending: Any = self.trainer
+        sending._client = client
+        try:
+            yield
+        finally:
+            sending._client = self.client
+
     def generate(self, requests: Sequence[Request]) -> list[Any]:
         return self.loop.run(self.engine.generate(requests))
 
 
-def start(directory: Path, name: str, *, max_model_len: int | None, reads_text: bool = False) -> VLLMEngine:
+def start(directory: Path, name: str, *, max_model_len: int | None, reads_text: bool = False, lora_rank: int = 0) -> VLLMEngine:
     return VLLMEngine(
         model=str(directory),
         name=name,
@@ -161,6 +176,7 @@ def start(directory: Path, name: str, *, max_model_len: int | None, reads_text: 
         backend="shared_memory",
         threads=1,
         reads_text=reads_text,
+        lora_rank=lora_rank,
     )
 
 

@@ -7,8 +7,6 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hone.rollout.errors import EngineError, StaleWeights
+from hone.rollout.errors import EngineError, EngineLost, StaleWeights
 from hone.rollout.weight_sync.protocol import Sent, sync
 from hone.rollout.weight_sync.source import fingerprint
 from hone.rollout.weight_sync.verify import Canary, canary_tokens, tolerance, verify
@@ -56,14 +54,9 @@ def test_a_prefix_cached_under_old_weights_is_not_used_under_new_ones(tied: Serv
     assert_close(torch.tensor(drawn.logp), logp_of(tied.model, prompt + drawn.tokens)[69:], rtol=0, atol=1e-4)
 
 
-def _in_the_worker(served: Served, function: Any) -> None:
-    """Run a function on the engine's worker, by vLLM's own remote call."""
-    served.loop.run(served.engine._llm.collective_rpc(function))
-
-
 def test_a_tied_head_left_behind_is_named_and_a_full_sync_mends_it(tied: Served) -> None:
     tied.sync()
-    _in_the_worker(tied, lambda worker: setattr(worker.weight_transfer_engine, "mend_tied_heads", lambda: None))
+    tied.in_the_worker(lambda worker: setattr(worker.weight_transfer_engine, "mend_tied_heads", lambda: None))
     tied.step()
     with pytest.raises(StaleWeights) as stale:
         tied.sync()
@@ -71,28 +64,28 @@ def test_a_tied_head_left_behind_is_named_and_a_full_sync_mends_it(tied: Served)
     assert "engine tied" in message and "tensors arrived intact" in message
     assert f"does not answer like version {tied.version - 1} either" in message
     assert f"most suspect: {HEAD}" in message
-    _in_the_worker(tied, lambda worker: delattr(worker.weight_transfer_engine, "mend_tied_heads"))
+    tied.in_the_worker(lambda worker: delattr(worker.weight_transfer_engine, "mend_tied_heads"))
     assert tied.sync().gap < 1e-4
 
 
 def test_an_update_that_is_received_but_not_applied_is_detected(untied: Served) -> None:
     untied.sync()
-    _in_the_worker(untied, lambda worker: setattr(worker.weight_transfer_engine.model, "load_weights", lambda weights: set()))
+    untied.in_the_worker(lambda worker: setattr(worker.weight_transfer_engine.model, "load_weights", lambda weights: set()))
     untied.step()
     with pytest.raises(StaleWeights, match=f"engine untied.*still answers like version {untied.version}: .* changed nothing"):
         untied.sync()
-    _in_the_worker(untied, lambda worker: delattr(worker.weight_transfer_engine.model, "load_weights"))
+    untied.in_the_worker(lambda worker: delattr(worker.weight_transfer_engine.model, "load_weights"))
     assert untied.sync().gap < 1e-4
 
 
 def test_a_small_update_that_is_not_applied_is_detected_within_the_tolerance(untied: Served) -> None:
     untied.sync()
-    _in_the_worker(untied, lambda worker: setattr(worker.weight_transfer_engine.model, "load_weights", lambda weights: set()))
+    untied.in_the_worker(lambda worker: setattr(worker.weight_transfer_engine.model, "load_weights", lambda weights: set()))
     untied.step(scale=1e-4)
     assert (logp_of(untied.model, CANARY) - torch.tensor(untied.canaries["untied"].learner)).abs().max() < 0.1
     with pytest.raises(StaleWeights, match=f"still answers like version {untied.version}"):
         untied.sync(tolerance=0.1)
-    _in_the_worker(untied, lambda worker: delattr(worker.weight_transfer_engine.model, "load_weights"))
+    untied.in_the_worker(lambda worker: delattr(worker.weight_transfer_engine.model, "load_weights"))
     assert untied.sync().gap < 1e-4
 
 
@@ -110,23 +103,12 @@ class Tampering(DirectClient):
         super().update_weights(update_info)
 
 
-@contextmanager
-def _through(served: Served, client: DirectClient) -> Iterator[None]:
-    """The trainer talks to this client for a while."""
-    sending: Any = served.trainer
-    sending._client = client
-    try:
-        yield
-    finally:
-        sending._client = served.client
-
-
 def test_a_tensor_altered_on_the_way_is_named_and_nothing_is_sampled_until_a_full_sync(untied: Served) -> None:
     untied.sync()
     altered = "model.layers.1.mlp.up_proj.weight"
     sending: Any = untied.trainer
     untied.step()
-    with _through(untied, Tampering(engine=untied.engine, loop=untied.loop, file=sending._file, name=altered)):
+    with untied.through(Tampering(engine=untied.engine, loop=untied.loop, file=sending._file, name=altered)):
         with pytest.raises(StaleWeights, match=f"engine untied: .*1 of 21 tensors .* not what was sent: {altered}"):
             untied.sync()
         with pytest.raises(StaleWeights, match="engine untied refuses to sample"):
@@ -146,7 +128,7 @@ def test_an_update_that_never_reaches_the_engine_is_detected(untied: Served) -> 
     untied.sync()
     untied.step()
     message = r"engine untied, version \d+: of 21 tensors sent, model.embed_tokens.weight, .* and 13 more never arrived"
-    with _through(untied, Deaf(engine=untied.engine, loop=untied.loop)), pytest.raises(StaleWeights, match=message):
+    with untied.through(Deaf(engine=untied.engine, loop=untied.loop)), pytest.raises(StaleWeights, match=message):
         untied.sync()
     assert untied.sync().gap < 1e-4
 
@@ -203,6 +185,38 @@ def test_engines_stay_paused_when_sending_fails() -> None:
     with pytest.raises(EngineError, match="it died"):
         asyncio.run(sync([engine], version=4, send=engine.send, canary=[1, 2], tolerance=1e-3, previous={}))
     assert engine.calls == ["pause", "send"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [
+        ("pause", "pausing for version 4"),
+        ("set_version", "labelling version 4"),
+        ("resume", "resuming with version 4"),
+        ("prompt_logp", "verifying version 4"),
+    ],
+)
+def test_an_engine_that_never_answers_a_phase_is_lost_with_its_name(phase: str, said: str) -> None:
+    engine, never = Recorded(), asyncio.Event()
+
+    async def silent(*_: Any) -> None:
+        await never.wait()
+
+    setattr(engine, phase, silent)
+    with pytest.raises(EngineLost, match=rf"engine recorded did not answer within 0.05 s .*the controller waits for it, {said}") as lost:
+        asyncio.run(sync([engine], version=4, send=engine.send, canary=[1, 2], tolerance=1e-3, previous={}, timeout_s=0.05))
+    assert lost.value.engine == "recorded"
+
+
+def test_a_time_limit_of_the_engines_own_is_not_mistaken_for_the_deadline() -> None:
+    engine = Recorded()
+
+    async def slow() -> None:
+        raise TimeoutError("its own")
+
+    setattr(engine, "pause", slow)  # noqa: B010 - a method of a dataclass
+    with pytest.raises(TimeoutError, match="its own"):
+        asyncio.run(sync([engine], version=4, send=engine.send, canary=[1, 2], tolerance=1e-3, previous={}))
 
 
 # What verify says

@@ -20,9 +20,10 @@ from hone.launch.machine import visible_gpus
 from hone.launch.observe.progress import READY
 from hone.launch.offline_groups import OfflinePlan
 from hone.launch.parts import Assembly, Plan
-from hone.launch.placement import PlacedGroup, groups, sync_backend
+from hone.launch.placement import PlacedGroup, groups
 from hone.launch.publish import Publisher, Tag
 from hone.launch.remote import LearnerRank, RankLost, RemoteEngine, RemoteGroup
+from hone.launch.transport import Transport, transport
 from hone.learner.roles import RoleSpec
 from hone.rollout.engines.vllm import VLLMEngine
 from hone.rollout.fleet import Fleet, Limits
@@ -31,8 +32,6 @@ from hone.rollout.weight_sync.verify import tolerance
 
 OBJECT_STORE_BYTES = 1 << 30
 """Memory for batches in flight on a machine without GPUs, taken from shared memory as it is used; with GPUs Ray decides."""
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Our names of number formats -> vLLM's."""
 SHARED_DEVICE = 0.5
 """Share of a GPU a learner rank and an engine each ask for when they live on the same one."""
 
@@ -55,14 +54,14 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
     sizes = {role: (spec.config.num_nodes, spec.config.num_gpus_per_node) for role, spec in specs.items()}
     placed = groups(table, sizes, list(specs))
     bundles = {group.name: _bundles(group) if gpus else None for group in placed}
-    backend = sync_backend(config.vllm.sync_backend, gpus=gpus, engine_group=table["engine"], policy_group=table["policy"])
+    way = transport(config, gpus=gpus, directory=plan.logs.parent / "weights")
 
     for index in range(config.vllm.num_engines):
         plan.on_start(f"engine-{index}", "importing vLLM and loading the model")
     for group in placed:
         plan.on_start(f"{group.name} x{group.ranks}", f"loading {', '.join(group.roles)}")
     shared = bundles.get(table["engine"])
-    engines = [_engine(plan, index, backend=backend, gpus=gpus, shared=shared) for index in range(config.vllm.num_engines)]
+    engines = [_engine(plan, index, way=way, gpus=gpus, shared=shared) for index in range(config.vllm.num_engines)]
     built = [learner_ranks(plan, group, specs, bundles[group.name], shares=group.name == table["engine"]) for group in placed]
     hosts = {role: group for placed_group, group in zip(placed, built, strict=True) for role in placed_group.roles}
     for group in built:
@@ -90,7 +89,7 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
     async def replace(lost: RemoteEngine) -> RemoteEngine:
         await asyncio.to_thread(lost.kill)
         index = int(lost.name.removeprefix("engine-"))
-        fresh = _engine(plan, index, backend=backend, gpus=gpus, shared=shared)
+        fresh = _engine(plan, index, way=way, gpus=gpus, shared=shared)
         try:
             await asyncio.to_thread(fresh.wait)
             await publisher.bring_up(fresh)
@@ -106,12 +105,13 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
     publisher = Publisher(
         served=lambda: fleet,
         policy=policy,
-        send=policy.send,
-        connect=partial(policy.connect, backend, ranks_per_engine=config.vllm.devices),
+        send=partial(policy.send, timeout_s=way.timeout_s),
+        connect=partial(policy.connect, way),
         runner=runner,
         vocabulary=plan.vocabulary,
-        tolerance=tolerance(DTYPES[config.ds.param_dtype], config.vllm.sync_tolerance),
+        tolerance=tolerance(way.engine_dtype, config.vllm.sync_tolerance),
         seed=config.train.seed,
+        timeout_s=way.timeout_s,
         shown=plan.canary_images,
         pause="keep" if config.train.partial_rollout_enable else "wait",
         wake=wake,
@@ -237,7 +237,7 @@ def _threads(share: int) -> int:
     return max(1, (os.cpu_count() or 1) // share)
 
 
-def _engine(plan: Plan, index: int, *, backend: str, gpus: int, shared: PlacementGroup | None) -> RemoteEngine:
+def _engine(plan: Plan, index: int, *, way: Transport, gpus: int, shared: PlacementGroup | None) -> RemoteEngine:
     config, name = plan.config, f"engine-{index}"
     share = SHARED_DEVICE if shared else 1.0 if gpus else 0.0
     actor = ray.remote(VLLMEngine).options(
@@ -249,11 +249,12 @@ def _engine(plan: Plan, index: int, *, backend: str, gpus: int, shared: Placemen
         name=name,
         config=config.vllm,
         max_model_len=config.data.max_len,
-        dtype=DTYPES[config.ds.param_dtype],
-        backend=backend,
+        dtype=way.engine_dtype,
+        backend=way.backend,
         threads=config.run.threads or _threads(config.vllm.num_engines),
         eos_token_ids=plan.eos_token_ids,
         reads_text=reads_text(config.rollout),
+        lora_rank=way.lora_rank,
     )
     return RemoteEngine(name, handle)
 

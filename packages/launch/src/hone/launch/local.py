@@ -198,6 +198,7 @@ def build(plan: Plan) -> Assembly:
         vocabulary=plan.vocabulary,
         tolerance=tolerance(str(dtype).removeprefix("torch."), config.vllm.sync_tolerance),
         seed=config.train.seed,
+        timeout_s=config.vllm.sync_timeout_s,
         shown=plan.canary_images,
     )
     return Assembly(

@@ -102,6 +102,7 @@ class Publisher:
         vocabulary: int,
         tolerance: float,
         seed: int,
+        timeout_s: float,
         shown: Prompt | None = None,
         pause: PauseMode = "keep",
         wake: Callable[[Sequence[Any], Tag], Awaitable[None]] = _awake,
@@ -111,7 +112,7 @@ class Publisher:
         self._served, self._policy, self._send, self._connect, self._runner = served, policy, send, connect, runner
         self._tokens = canary_tokens(vocabulary, seed, CANARY_TOKENS) if shown is None else list(shown.tokens)
         self._images = () if shown is None else shown.images
-        self._tolerance = tolerance
+        self._tolerance, self._timeout_s = tolerance, timeout_s
         self._previous: dict[str, Canary] = {}
         self._connected: Sequence[ServedEngine] = ()
         self._version = 0
@@ -173,7 +174,7 @@ class Publisher:
 
             settings = {"canary": self._tokens, "images": self._images, "tolerance": self._tolerance, "previous": self._previous}
             try:
-                return await sync(engines, version=self._version, send=send, pause=self._pause, **settings)
+                return await sync(engines, version=self._version, send=send, pause=self._pause, timeout_s=self._timeout_s, **settings)
             finally:
                 await asyncio.gather(answering, return_exceptions=True)  # a thread cannot be cancelled, and the ranks answer in order
 

@@ -21,6 +21,7 @@ from hone.algos.batch import Attachment, Batch, Packed, Scored
 from hone.algos.offline import Offline
 from hone.algos.protocol import ActorCritic, Algorithm
 from hone.launch.sent import Sent, sent
+from hone.launch.transport import Transport
 from hone.learner.checkpoint.snapshot import Outcome
 from hone.learner.learner import Learner
 from hone.learner.packing import Shard, shards, unshard, unshard_rows
@@ -47,12 +48,19 @@ def unwrapped(error: BaseException) -> BaseException:
     return error
 
 
-def get(references: Sequence[Any], *, who: str) -> list[Any]:
-    """`ray.get` whose failures are the task's own exception, or RankLost naming who died."""
+def get(references: Sequence[Any], *, who: str, timeout_s: float | None = None, doing: str = "") -> list[Any]:
+    """`ray.get` whose failures are the task's own exception, or RankLost naming who died, or who is still `doing` it at the deadline."""
     try:
-        return ray.get(list(references))
+        return ray.get(list(references), timeout=timeout_s)
     except ray.exceptions.RayTaskError as error:
         raise unwrapped(error) from error
+    except ray.exceptions.GetTimeoutError as error:
+        _, still = ray.wait(list(references), num_returns=len(references), timeout=0)
+        waiting = ", ".join(str(index) for index, one in enumerate(references) if one in still)
+        raise RankLost(
+            f"{who} is not done {doing} after {timeout_s:g} s: the controller waits for rank {waiting}; see the run directory's logs/, "
+            "or raise --vllm.sync-timeout-s where the model is that large"
+        ) from error
     except ray.exceptions.RayActorError as error:
         raise RankLost(f"{who} died: {error}\n  its output is in the run directory's logs/; out of memory is the usual cause") from error
 
@@ -67,13 +75,13 @@ def _added(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 class _Weights:
-    """A role's weights as a stream that starts afresh on every pass, as the sending end wants it."""
+    """A role's weights, or its adapter alone, as a stream that starts afresh on every pass, as the sending end wants it."""
 
-    def __init__(self, learner: Learner, role: str) -> None:
-        self._learner, self._role = learner, role
+    def __init__(self, learner: Learner, role: str, *, adapter: bool) -> None:
+        self._learner, self._role, self._adapter = learner, role, adapter
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self._learner.weights(self._role)
+        return self._learner.adapter(self._role) if self._adapter else self._learner.weights(self._role)
 
 
 class LearnerRank:
@@ -95,13 +103,22 @@ class LearnerRank:
         torch.set_num_threads(self._threads)
         self._learner = Learner(rank=self._rank, world_size=self._world_size, **settings)
 
-    def connect(self, backend: str, engines: Mapping[str, ActorHandle], role: str, ranks_per_engine: int) -> None:
+    def connect(self, way: Transport, engines: Mapping[str, ActorHandle], role: str) -> None:
         """Open the sending end of the weight sync towards these engines and no others, by name."""
         if self._trainer is not None:
             self._trainer.close()
-        client = FanOut([EngineClient(name, engine) for name, engine in engines.items()], ranks_per_engine=ranks_per_engine)
-        workers = ranks_per_engine * len(engines)
-        self._trainer = trainer(backend, client=client, source=_Weights(self._learner, role), rank=self._rank, workers=workers)
+        clients = [EngineClient(name, engine, timeout_s=way.timeout_s) for name, engine in engines.items()]
+        self._trainer = trainer(
+            way.backend,
+            client=FanOut(clients, ranks_per_engine=way.ranks_per_engine),
+            source=_Weights(self._learner, role, adapter=way.lora_rank > 0),
+            rank=self._rank,
+            workers=way.ranks_per_engine * len(engines),
+            directory=way.directory,
+            dtype=way.dtype,
+            delta=way.delta,
+            adapter=self._learner.adapter_config(role) if way.lora_rank else None,
+        )
 
     def send(self) -> dict[str, str]:
         """Send the weights; collective over the group. Returns the fingerprint of every tensor."""
@@ -117,12 +134,15 @@ class LearnerRank:
 class EngineClient:
     """vLLM's four weight-transfer calls on one engine actor; synchronous, as its trainers want them. Each raises EngineLost."""
 
-    def __init__(self, name: str, engine: ActorHandle) -> None:
-        self._name, self._engine = name, engine
+    def __init__(self, name: str, engine: ActorHandle, *, timeout_s: float) -> None:
+        self._name, self._engine, self._timeout_s = name, engine, timeout_s
 
     def _call(self, method: str, *args: Any) -> None:
         try:
-            ray.get(getattr(self._engine, method).remote(*args))
+            ray.get(getattr(self._engine, method).remote(*args), timeout=self._timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            what = f"did not answer within {self._timeout_s:g} s (--vllm.sync-timeout-s): the learner's rank 0 waits for its {method}"
+            raise EngineLost(self._name, what) from error
         except ray.exceptions.RayTaskError as error:
             raise unwrapped(error) from error
         except ray.exceptions.RayActorError as error:
@@ -266,14 +286,17 @@ class RemoteGroup:
         """Return when every rank has loaded its models."""
         get(self._building, who=self._who)
 
-    def connect(self, backend: str, engines: Sequence[RemoteEngine], *, ranks_per_engine: int) -> None:
+    def connect(self, way: Transport, engines: Sequence[RemoteEngine]) -> None:
         """Open the policy's end of the weight sync towards the engines."""
         handles = {engine.name: engine.handle for engine in engines}
-        get([rank.connect.remote(backend, handles, "policy", ranks_per_engine) for rank in self.ranks], who=self._who)
+        asked = [rank.connect.remote(way, handles, "policy") for rank in self.ranks]
+        get(asked, who=self._who, timeout_s=2 * way.timeout_s, doing="opening the weight transfer")
 
-    def send(self) -> dict[str, str]:
-        """Send the policy's weights; the fingerprints of what was sent."""
-        return get([rank.send.remote() for rank in self.ranks], who=self._who)[0]
+    def send(self, *, timeout_s: float) -> dict[str, str]:
+        """Send the policy's weights; the fingerprints of what was sent. `timeout_s` [s] is the deadline of each of its phases."""
+        asked = [rank.send.remote() for rank in self.ranks]
+        # Four phases: gathering, and three in which rank 0 waits for engines, each of which has its own deadline there.
+        return get(asked, who=self._who, timeout_s=4 * timeout_s, doing="sending the weights")[0]
 
     def _sharded(self, method: str, role: str, batch: Packed, *args: Any, **options: Any) -> tuple[list[Shard], list[Any]]:
         cut = shards(batch, ranks=len(self.ranks) // self._sharing, **self._cut)

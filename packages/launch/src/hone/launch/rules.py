@@ -17,6 +17,7 @@ from hone.launch.groups import compares_samples
 from hone.launch.names import flag
 from hone.launch.resolve import ROLES, Resolved
 from hone.launch.schema import shown, value_of
+from hone.launch.sync_rules import travelling
 
 Rule = Callable[[Resolved, int], Iterator[Problem]]
 
@@ -389,6 +390,7 @@ RULES: tuple[Rule, ...] = (
     _steps,
     _placement,
     _backend,
+    travelling,
     _formats,
     _devices,
 )

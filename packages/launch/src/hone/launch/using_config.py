@@ -66,8 +66,8 @@ class UsingConfig:
     idle: ClassVar[frozenset[str]] = frozenset(
         f"vllm.{name}"
         for name in (
-            *("num_engines", "max_replacements", "min_engines", "health_timeout_s"),
-            *("sync_backend", "sync_tolerance", "enable_sleep", "sleep_level"),
+            *("num_engines", "max_replacements", "min_engines", "health_timeout_s", "dtype", "sync_backend", "sync_delta"),
+            *("sync_adapters_only", "sync_timeout_s", "sync_tolerance", "enable_sleep", "sleep_level"),
         )
     )
 

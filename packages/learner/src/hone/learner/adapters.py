@@ -166,8 +166,20 @@ def save_adapter(directory: Path, adapted: Adapted, tensors: Mapping[str, Tensor
     config.base_model_name_or_path, config.inference_mode = base, True
     config.modules_to_save = adapted.head and [adapted.head]
     config.save_pretrained(directory)
-    named = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    named = {peft_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def peft_name(name: str) -> str:
+    """The name in PEFT's files of a tensor of `adapter_of`."""
+    return f"base_model.model.{name}"
+
+
+def served_config(adapted: Adapted) -> dict[str, Any]:
+    """PEFT's configuration of the adapter, as far as whoever serves it reads it."""
+    config = adapted.config
+    read = ("r", "lora_alpha", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    return {"peft_type": "LORA", "target_modules": sorted(config.target_modules)} | {name: getattr(config, name) for name in read}
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from hone.algos.batch import Packed, select
 from hone.algos.offline import LogpLoss, Offline
 from hone.algos.protocol import Loss, Outputs
-from hone.learner.adapters import dropout_awake
+from hone.learner.adapters import adapter_of, dropout_awake, peft_name, served_config
 from hone.learner.attention.ring_flash import check_ring_flash
 from hone.learner.attention.wire import add_over_ring, group_of
 from hone.learner.checkpoint import role_files
@@ -183,6 +183,15 @@ class Learner:
     def weights(self, role: str) -> Iterator[tuple[str, Tensor]]:
         """Every weight in full under its checkpoint name, layer by layer; a tensor lives until the next is asked for."""
         yield from self._awake(role).weights()
+
+    def adapter(self, role: str) -> Iterator[tuple[str, Tensor]]:
+        """The adapter's own tensors in full, as `weights`, under PEFT's names."""
+        engine = self._awake(role)
+        yield from ((peft_name(name), tensor) for name, tensor in engine.weights(adapter_of(engine.module)))
+
+    def adapter_config(self, role: str) -> dict[str, Any]:
+        """What an engine must know of the adapter to serve it, as PEFT writes it."""
+        return served_config(self.engines[role].module.adapted)
 
     def weight_names(self, role: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, number format and full shape of every weight, in the order of `weights`; gathers nothing."""

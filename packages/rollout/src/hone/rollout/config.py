@@ -133,8 +133,17 @@ class VLLMConfig:
     """Free a GPU that engine and learner share (--placement.engine) of the engine's memory while the learner learns."""
     sleep_level: Literal[1, 2] = 1
     """What of an engine sleeps: 1 keeps its weights in host memory, 2 drops them, for they are sent anew after every step."""
-    sync_backend: Literal["auto", "shared_memory", "ipc", "nccl"] = "auto"
-    """How weights travel to the engines; auto: shared_memory without GPUs, ipc on a shared GPU, nccl across GPUs."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format the engines compute in, to which weights are turned before they travel; auto: that of ds.param_dtype."""
+    sync_backend: Literal["auto", "shared_memory", "file", "ipc", "nccl"] = "auto"
+    """How weights travel to the engines; auto: shared_memory without GPUs, ipc on a shared GPU, nccl across GPUs. file, through the
+    run's directory, is slow and needs nothing but a file system that all see."""
+    sync_delta: bool = False
+    """Leave out of an update the layers of which nothing changed (frozen parts); shared_memory only."""
+    sync_adapters_only: bool = False
+    """Serve the LoRA adapter over the model that the engines started with, and send nothing but the adapter; merged otherwise."""
+    sync_timeout_s: Annotated[float, Range(low=0, open_low=True)] = 600.0
+    """Deadline of every phase of a weight update [s]: pausing, the handshake, each bucket, loading, resuming, the canary."""
     sync_tolerance: Annotated[float, Range(low=0, open_low=True)] | None = None
     """Largest difference of the canary between engine and learner [nats]; default 1e-3 in fp32, 0.02 in fp16, 0.1 in bf16."""
 

@@ -1,4 +1,4 @@
-"""vLLM as an engine: token ids in, token ids with log-probabilities and policy versions out. The only file that serves with vllm.
+"""vLLM as an engine: token ids in, token ids with log-probabilities and policy versions out. `vllm_start` makes it.
 
 Flow: Request -> one vLLM request per sample -> Completion. vllm is imported when an engine is built, not when this
 module is, so that a process may name the class without paying for the import.
@@ -7,22 +7,19 @@ module is, so that a process may name the class without paying for the import.
 import asyncio
 import itertools
 import multiprocessing
-import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
 from hone.algos.batch import Attachment
 from hone.rollout.config import VLLMConfig
 from hone.rollout.engines.vllm_sampling import sampling_params
+from hone.rollout.engines.vllm_start import environment, lora, started
 from hone.rollout.errors import EngineError, EngineLost, StaleWeights
 from hone.rollout.pictures import collapsed, decoded, sees
 from hone.rollout.types import Completion, PauseMode, Request
 
 # vLLM's label of the weights an engine starts with; ours is version 0.
 _INITIAL_LABEL = "default"
-# Smallest key-value block the CPU kernels take [tokens]; small blocks let short prompts share their prefix.
-_CPU_BLOCK = 32
 # Grace for the engine core to end by itself before it is killed; it holds nothing that must be saved.
 _SHUTDOWN_S = 5.0
 
@@ -30,10 +27,11 @@ _SHUTDOWN_S = 5.0
 class VLLMEngine:
     """One AsyncLLM and its engine core process; the methods are coroutines of one event loop (a Ray actor has just one).
 
-    `backend` is how weights arrive ("shared_memory", "ipc" or "nccl"); `threads` the CPU threads of each worker;
-    `max_model_len` [tokens] is the model's own where None; `eos_token_ids` are ids that end a response beside those of
-    the model's configuration (the tokenizer's, say: the engine loads none, unless it `reads_text`, which takes one to end responses at
-    a text or hold them to a grammar).
+    `backend` is how weights arrive ("shared_memory", "file", "ipc" or "nccl"); with a `lora_rank`, an adapter of at most that
+    rank arrives alone and is served over the model. `threads` are the CPU threads of each worker; `max_model_len` [tokens]
+    is the model's own where None; `eos_token_ids` are ids that end a response beside those of the model's configuration
+    (the tokenizer's, say: the engine loads none, unless it `reads_text`, which takes one to end responses at a text or hold
+    them to a grammar).
     """
 
     def __init__(
@@ -43,11 +41,12 @@ class VLLMEngine:
         name: str,
         config: VLLMConfig,
         max_model_len: int | None,
-        dtype: Literal["float32", "bfloat16"],
-        backend: Literal["shared_memory", "ipc", "nccl"],
+        dtype: Literal["float32", "bfloat16", "float16"],
+        backend: Literal["shared_memory", "file", "ipc", "nccl"],
         threads: int,
         eos_token_ids: Sequence[int] = (),
         reads_text: bool = False,
+        lora_rank: int = 0,
     ) -> None:
         self.name = name
         self._reads_text = reads_text
@@ -56,13 +55,22 @@ class VLLMEngine:
         self._half_loaded = ""
         self._sleeps = config.enable_sleep
         self._asleep: set[str] = set()
+        self._adapted, self._adapter = lora_rank > 0, None
         self._canaries = itertools.count()
         before = set(multiprocessing.active_children())
-        with _environment(config, backend=backend, threads=threads):
+        with environment(config, backend=backend, threads=threads):
             try:
                 self._sees = sees(model)
-                self._llm = _start(
-                    model, config, max_model_len=max_model_len, dtype=dtype, backend=backend, sees=self._sees, reads_text=reads_text
+                more = {"enable_sleep_mode": config.enable_sleep, **(lora(lora_rank) if self._adapted else {})}
+                self._llm = started(
+                    model,
+                    config,
+                    max_model_len=max_model_len,
+                    dtype=dtype,
+                    backend=backend,
+                    sees=self._sees,
+                    reads_text=reads_text,
+                    more=more,
                 )
             except Exception as error:
                 raise EngineError(
@@ -122,6 +130,8 @@ class VLLMEngine:
         params = SamplingParams(
             max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
+        if self._half_loaded:
+            raise StaleWeights(f"engine {self.name} refuses to answer: {self._half_loaded}")
         request_id = f"canary-{next(self._canaries)}"
         try:
             output = await self._last(tokens, params, request_id, images)
@@ -143,7 +153,7 @@ class VLLMEngine:
             prompt: Any = TokensPrompt(prompt_token_ids=ids, multi_modal_data={"image": pictures}, cache_salt=salt)
         else:
             prompt = tokens_input(list(tokens), cache_salt=salt)
-        outputs: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id)
+        outputs: AsyncIterator[Any] = self._llm.generate(prompt, params, request_id, lora_request=self._adapter)
         output = [output async for output in outputs][-1]
         if list(output.prompt_token_ids) != list(tokens):
             expands = (
@@ -202,18 +212,37 @@ class VLLMEngine:
 
     async def start_weight_update(self) -> None:
         """Begin an update; until it is finished nothing may be sampled."""
+        if self._half_loaded:
+            await self._asked("while giving up an update", self._llm.collective_rpc("hone_abandon_update"))
         self._half_loaded = "an update of its weights was begun and not finished; send all weights again"
-        await self._updated(self._llm.start_weight_update())
+        if not self._adapted:
+            await self._updated(self._llm.start_weight_update())
 
     async def update_weights(self, update_info: Any) -> None:
-        """Receive and load; StaleWeights when anything of it fails."""
+        """Receive; StaleWeights when anything of it fails."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._updated(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
+        if self._adapted:
+            await self._updated(self._load_adapter(update_info["adapter"], update_info["fingerprints"]))
+        else:
+            await self._updated(self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
+
+    async def _load_adapter(self, path: str, fingerprints: Mapping[str, str]) -> None:
+        """Check the adapter that lies in `path`, and serve it in place of the last."""
+        from vllm.lora.request import LoRARequest
+
+        await self._llm.collective_rpc("hone_check_adapter", args=(path, dict(fingerprints)))
+        # One id for all versions: requests in flight go on with the new adapter. What was cached under the old one is kept apart by
+        # the salt of a request and forgotten by `set_version`, as with merged weights.
+        request = LoRARequest(lora_name="policy", lora_int_id=1, lora_path=path, load_inplace=True)
+        if not await self._llm.add_lora(request):
+            raise EngineError("vLLM did not take the adapter")
+        self._adapter = LoRARequest(lora_name="policy", lora_int_id=1, lora_path=path)
 
     async def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """End the update, and label it when a version is given."""
-        await self._updated(self._llm.finish_weight_update())
+        """Load what was received and end the update; label it when a version is given."""
+        if not self._adapted:
+            await self._updated(self._llm.finish_weight_update())
         self._half_loaded = ""
         if weight_version is not None:
             await self.set_version(int(weight_version))
@@ -285,83 +314,6 @@ def _difference(sent: Sequence[int], told: Sequence[int]) -> str:
     place = next((place for place, (one, other) in enumerate(zip(sent, told, strict=False)) if one != other), min(len(sent), len(told)))
     window = slice(max(0, place - 8), place + 8)
     return f"id {place} of its prompt was {list(sent[window])} and came back as {list(told[window])}"
-
-
-def _start(model: str, config: VLLMConfig, *, max_model_len: int | None, dtype: str, backend: str, sees: bool, reads_text: bool) -> Any:
-    """A running AsyncLLM."""
-    from vllm import AsyncEngineArgs
-    from vllm.config import WeightTransferConfig
-    from vllm.platforms import current_platform
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from hone.rollout.weight_sync.plugin import RECEIVERS, WorkerExtension
-
-    on_cpu = current_platform.is_cpu()
-    device: dict[str, Any] = (
-        # A prompt cut in two by the token budget kills vLLM's core on the CPU ("CPU Generator does not use offset"):
-        # it takes back the seeded random draw of the unfinished half, which only a GPU's generator can. So never cut one.
-        {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30), "block_size": _CPU_BLOCK, "enable_chunked_prefill": False}
-        if on_cpu
-        else {"gpu_memory_utilization": config.gpu_memory_utilization}
-    )
-    args = AsyncEngineArgs(
-        model=model,
-        dtype=dtype,  # pyright: ignore[reportArgumentType] - one of the two literals of the constructor
-        max_model_len=max_model_len,  # pyright: ignore[reportArgumentType] - None is vLLM's own default, annotated away
-        tensor_parallel_size=config.tensor_parallel_size,
-        pipeline_parallel_size=config.pipeline_parallel_size,
-        distributed_executor_backend="uni" if config.devices == 1 else "mp",
-        quantization=None if config.quantization == "none" else config.quantization,
-        enforce_eager=config.enforce_eager,
-        enable_prefix_caching=config.enable_prefix_caching,
-        # Ids in, ids out: no tokenizer is needed, and none that disagrees with the learner's can creep in. Where there are images,
-        # vLLM wants one to make up the largest picture that could come; what the model is fed is compared with what was asked.
-        # One that reads text only looks at the ids that were drawn: they stay as they are.
-        skip_tokenizer_init=not (sees or reads_text),
-        limit_mm_per_prompt={"video": 0} if sees else {},
-        # The model's stop ids count, its sampling defaults do not: the contract says how a sample is drawn.
-        generation_config="vllm",
-        # Log-probabilities of the distribution actually sampled from: temperature, top-p and top-k included.
-        logprobs_mode="processed_logprobs",
-        weight_transfer_config=WeightTransferConfig(backend=RECEIVERS[backend]),
-        worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
-        disable_log_stats=True,
-        enable_sleep_mode=config.enable_sleep,
-        **device,
-    )
-    return AsyncLLM.from_engine_args(args, usage_context=UsageContext.LLM_CLASS)
-
-
-@contextmanager
-def _environment(config: VLLMConfig, *, backend: str, threads: int) -> Iterator[None]:
-    """Environment in which vLLM starts its processes; put back as it was, whatever vLLM itself sets."""
-    if backend == "ipc":
-        # CUDA memory handles are no plain data; vLLM hands them to its core only under this flag, which both ends read at every call.
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    found = dict(os.environ)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    # Threads that spin while they wait starve whoever shares the cores: measured 15 times slower beside a busy learner.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    ranks = config.devices
-    if backend == "shared_memory" and ranks == 1:
-        # Only so does vLLM leave the one CPU worker in the engine core's process; AsyncLLM starts that process all the same.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    elif backend == "shared_memory":
-        # vLLM binds each rank to a NUMA node of its own and dies when there are fewer; so hand out cores instead.
-        cores = sorted(os.sched_getaffinity(0))
-        share = max(1, min(threads, len(cores) // ranks))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
-            ",".join(str(cores[(rank * share + core) % len(cores)]) for core in range(share)) for rank in range(ranks)
-        )
-    try:
-        yield
-    finally:
-        for key in os.environ.keys() - found.keys():
-            del os.environ[key]
-        os.environ.update(found)
 
 
 def _number(label: str) -> int:

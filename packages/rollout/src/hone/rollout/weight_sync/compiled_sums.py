@@ -18,11 +18,14 @@ from hone.algos.kernels.threads import entry, in_threads, number_of_thread, numb
 _compiled: Any = njit(nogil=True, error_model="numpy")
 
 
-def sums_of_chunks(words: Int64[Tensor, " W"], multipliers: Int64[Tensor, " c"]) -> Int64[Tensor, " C"]:
-    """sum_i w_i x_{c,i} mod 2^64 of every whole chunk of c words."""
+def sums_of_chunks(
+    words: Int64[Tensor, " W"], multipliers: Int64[Tensor, " c"], target: Int64[Tensor, " W"] | None = None
+) -> Int64[Tensor, " C"]:
+    """sum_i w_i x_{c,i} mod 2^64 of every whole chunk of c words, which is copied to `target` while the cache holds it."""
     size = len(multipliers)
     result = torch.empty(len(words) // size, dtype=torch.int64)
-    arrays = (words.numpy(), multipliers.numpy(), result.numpy())
+    # Without a target the words are their own, which the loop knows by the address.
+    arrays = (words.numpy(), multipliers.numpy(), result.numpy(), (words if target is None else target).numpy())
     shares = min(shares_of_work(), max(1, len(result)))
     in_threads(_sums, (len(result), size, shares), arrays, shares=shares)
     return result
@@ -40,12 +43,14 @@ def _sum(words, multipliers):
 @entry
 @no_type_check
 def _sums(data):
-    job = carray(data, (6,), np.int64)
+    job = carray(data, (7,), np.int64)
     chunks, size, shares = job[0], job[1], job[2]
     words, multipliers = carray(pointer(job[3]), (chunks, size), np.int64), carray(pointer(job[4]), (size,), np.int64)
-    result = carray(pointer(job[5]), (chunks,), np.int64)
+    result, target = carray(pointer(job[5]), (chunks,), np.int64), carray(pointer(job[6]), (chunks, size), np.int64)
     share = np.int64(number_of_thread())
     while share < shares:
         for chunk in range(chunks * share // shares, chunks * (share + 1) // shares):
+            if job[3] != job[6]:
+                target[chunk] = words[chunk]
             result[chunk] = _sum(words[chunk], multipliers)
         share += np.int64(number_of_threads())

@@ -1,32 +1,32 @@
 """The engine's end of weight transfer, loaded by vLLM itself in each of its processes (entry point `vllm.general_plugins`).
 
-Receivers: shared memory (ours), nccl and ipc (vLLM's). Each records a fingerprint of every tensor it hands to the model,
-so what arrived is measured where it arrived. The only file that knows vLLM's transfer classes.
+Receivers: shared memory and files (ours, `receivers.py`), nccl and ipc (vLLM's). Each records a fingerprint of every tensor it
+hands to the model, so what arrived is measured where it arrived.
 """
 
 import functools
-import mmap
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from safetensors import safe_open
+from torch import Tensor
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.platforms import current_platform
 
+from hone.rollout.weight_sync.adapter import TENSORS
 from hone.rollout.weight_sync.protocol import Client
+from hone.rollout.weight_sync.receivers import FileReceiver, SharedMemoryReceiver, abandon, tied_heads
 from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
 
 # Our names of the receivers; on CUDA ours are vLLM's own with recording added.
-RECEIVERS = {"shared_memory": "shared_memory", "nccl": "hone_nccl", "ipc": "hone_ipc"}
+RECEIVERS = {"shared_memory": "shared_memory", "file": "file", "nccl": "hone_nccl", "ipc": "hone_ipc"}
 
 
 @functools.cache
@@ -35,12 +35,19 @@ def register() -> None:
     if (parent := multiprocessing.parent_process()) is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     WeightTransferEngineFactory.register_engine(RECEIVERS["shared_memory"], SharedMemoryReceiver)
+    WeightTransferEngineFactory.register_engine(RECEIVERS["file"], FileReceiver)
     if current_platform.is_cuda():
-        from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
         from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-        WeightTransferEngineFactory.register_engine(RECEIVERS["ipc"], type("IPCReceiver", (Recording, IPCWeightTransferEngine), {}))
+        WeightTransferEngineFactory.register_engine(RECEIVERS["ipc"], ipc_receiver())
         WeightTransferEngineFactory.register_engine(RECEIVERS["nccl"], type("NCCLReceiver", (Recording, NCCLWeightTransferEngine), {}))
+
+
+def ipc_receiver() -> type[Any]:
+    """The receiver of CUDA IPC: that of vLLM, with recording added."""
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+
+    return type("IPCReceiver", (Recording, IPCWeightTransferEngine), {})
 
 
 def _end_with(parent: BaseProcess) -> None:
@@ -56,12 +63,14 @@ class Recording:
     """
 
     model: Any
+    model_config: Any
     received: dict[str, str]
     loaded: set[str]
 
     def start_weight_update(self) -> None:
-        """Begin an update with nothing received."""
+        """Begin an update with nothing received, and nothing left of one that failed."""
         self.received, self.loaded = {}, set()
+        abandon(self.model, self.model_config)
         super().start_weight_update()  # pyright: ignore[reportAttributeAccessIssue] - the receiver this is mixed into
 
     def receive_weights(self, update_info: Any) -> None:
@@ -86,118 +95,12 @@ class Recording:
             yield name, tensor
 
 
-@dataclass
-class SharedMemoryInitInfo(WeightTransferInitInfo):
-    """Where the file lies while the handshake lasts."""
-
-    path: str
-
-
-@dataclass
-class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """What the file holds: names, dtypes (torch's names), shapes, byte offsets and fingerprints, in one order."""
-
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
-    offsets: list[int]
-    fingerprints: list[str]
-
-
-class SharedMemoryReceiver(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
-    """Maps the trainer's file, checks every fingerprint against what it reads, and only then begins to load."""
-
-    init_info_cls = SharedMemoryInitInfo
-    update_info_cls = SharedMemoryUpdateInfo
-
-    model: Any
-    _file: int | None = None
-    received: dict[str, str]
-    loaded: set[str]
-
-    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
-        """Open the file; it is unlinked right after."""
-        self.shutdown()
-        self._file = os.open(init_info.path, os.O_RDONLY | os.O_NOFOLLOW)
-
-    def start_weight_update(self) -> None:
-        """Begin an update with nothing received; the model is not touched before the bytes are checked."""
-        self.received, self.loaded = {}, set()
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive and load; the base class would synchronise an accelerator that need not be there."""
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        """Load all tensors, or raise ValueError naming those whose bytes are not what was sent, with the old weights intact."""
-        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        weights = self._mapped(update_info)
-        self.received = {name: fingerprint(tensor) for name, tensor in weights}
-        expected = dict(zip(update_info.names, update_info.fingerprints, strict=True))
-        altered = [name for name in expected if self.received[name] != expected[name]]
-        if altered:
-            raise ValueError(f"{len(altered)} of {len(expected)} tensors in shared memory are not what was sent: {', '.join(altered[:8])}")
-        initialize_layerwise_reload(self.model)
-        with disable_mtp_completeness_check():
-            self.loaded |= self.model.load_weights(weights)
-
-    def finish_weight_update(self) -> None:
-        """Process what was loaded, and the tied heads that the layerwise reload leaves behind."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
-        self.mend_tied_heads()
-
-    def mend_tied_heads(self) -> None:
-        """Pack every tied head anew from the embedding's new bytes.
-
-        On the CPU a head multiplies by a packed copy of its weight, made when it is loaded. A tied head is never loaded
-        (the checkpoint does not name it), so after a reload its copy is still the old one and every log-probability is wrong.
-        """
-        for head in _tied_heads(self.model).values():
-            head.quant_method.process_weights_after_loading(head)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue] - vLLM's layer
-
-    def _mapped(self, update_info: SharedMemoryUpdateInfo) -> list[tuple[str, Tensor]]:
-        """The tensors, as views of the mapped file; they are copied when they are loaded."""
-        if self._file is None:
-            raise RuntimeError("weights were sent before the handshake; call init_weight_transfer_engine first")
-        # A private mapping costs nothing until it is written, which nobody does; torch insists on a writable buffer.
-        memory = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
-        layout = zip(update_info.names, update_info.dtype_names, update_info.shapes, update_info.offsets, strict=True)
-        return [(name, _view(memory, getattr(torch, dtype), shape, offset)) for name, dtype, shape, offset in layout]
-
-    def shutdown(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-
-def _view(memory: mmap.mmap, dtype: torch.dtype, shape: list[int], offset: int) -> Tensor:
-    count = torch.Size(shape).numel()
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape) if count else torch.empty(shape, dtype=dtype)
-
-
-def _tied_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Output heads whose weight is also the weight of another module, by name."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    modules = dict(model.named_modules())
-    owners: dict[int, int] = {}
-    for module in modules.values():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners[id(weight)] = owners.get(id(weight), 0) + 1
-    return {name: head for name, head in modules.items() if isinstance(head, ParallelLMHead) and owners.get(id(head.weight), 0) > 1}
-
-
 class WorkerExtension:
     """Methods that vLLM adds to its workers (`worker_extension_cls`); reached by `collective_rpc`."""
 
     weight_transfer_engine: Any
     model_runner: Any
+    hone_adapted: bool = False
 
     def hone_alive(self) -> None:
         """Nothing: that it was called is the answer."""
@@ -206,10 +109,27 @@ class WorkerExtension:
         """What the last update received, by checkpoint name."""
         return self.weight_transfer_engine.received
 
+    def hone_abandon_update(self) -> None:
+        """Give up an update that was begun: the next one starts afresh."""
+        self._weight_update_active = False
+        self.weight_transfer_engine.reset_weight_update_target()
+
+    def hone_check_adapter(self, path: str, fingerprints: dict[str, str]) -> None:
+        """Read the adapter that is to be loaded next; ValueError names the tensors that are not what was sent."""
+        with safe_open(Path(path) / TENSORS, framework="pt") as file:
+            found = {name: fingerprint(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no dictionary
+        altered = [name for name in fingerprints.keys() | found.keys() if found.get(name) != fingerprints.get(name)]
+        if altered:
+            raise ValueError(f"{len(altered)} of the adapter's {len(fingerprints)} tensors are not what was sent: {', '.join(altered[:8])}")
+        self.weight_transfer_engine.received = found
+        self.hone_adapted = True
+
     def hone_suspects(self) -> list[str]:
         """Parameters that the last update may have missed, most suspect first, each with the reason."""
+        if self.hone_adapted:
+            return ["the weights below the adapter (never sent: the engine read its own)"]
         model, loaded = self.model_runner.get_model(), self.weight_transfer_engine.loaded
-        tied = [f"{name}.weight (tied to the embedding, packed apart from it)" for name in _tied_heads(model)]
+        tied = [f"{name}.weight (tied to the embedding, packed apart from it)" for name in tied_heads(model)]
         parameters = dict(model.named_parameters())
         missed = [f"{name} (not loaded)" for name in parameters if name not in loaded]
         packed = [f"{name} (packed, cannot be read back)" for name, parameter in parameters.items() if parameter.numel() == 0]

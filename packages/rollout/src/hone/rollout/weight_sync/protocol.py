@@ -9,12 +9,14 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from hone.algos.batch import Attachment
 from hone.rollout.errors import EngineLost, StaleWeights
 from hone.rollout.types import PauseMode
 from hone.rollout.weight_sync.verify import Canary, verify
+
+Answer = TypeVar("Answer")
 
 
 @runtime_checkable
@@ -162,11 +164,13 @@ async def sync(
     previous: Mapping[str, Canary],
     images: Sequence[Attachment] = (),
     pause: PauseMode = "keep",
+    timeout_s: float = 600.0,
 ) -> Synced:
     """Bring every engine to `version` and prove it; raises StaleWeights or EngineError.
 
     `send` runs the trainer on every learner rank. `canary` are token ids, `images` what stands in them, `tolerance` [nats]. When
     sending fails the engines stay paused: one of them may hold a mixture of two versions, and nothing may be sampled from that.
+    An engine that does not answer one of the phases within `timeout_s` is lost (EngineLost); `send` keeps deadlines of its own.
     """
     seconds: dict[str, float] = {}
     began = time.perf_counter()
@@ -174,17 +178,33 @@ async def sync(
     def lap(part: str) -> None:
         seconds[part] = time.perf_counter() - began - sum(seconds.values())
 
-    await asyncio.gather(*(engine.pause(pause) for engine in engines))
+    async def each(phase: str, call: Callable[[ServedEngine], Awaitable[Answer]]) -> list[Answer]:
+        return await asyncio.gather(*(_within(timeout_s, engine.name, f"{phase} version {version}", call(engine)) for engine in engines))
+
+    await each("pausing for", lambda engine: engine.pause(pause))
     lap("pause")
     sent = await send()
     lap("send")
-    await asyncio.gather(*(engine.set_version(version) for engine in engines))
-    await asyncio.gather(*(engine.resume() for engine in engines))
+    await each("labelling", lambda engine: engine.set_version(version))
+    await each("resuming with", lambda engine: engine.resume())
     lap("resume")
-    canaries = dict(await asyncio.gather(*(_verified(engine, version, sent, canary, images, tolerance, previous) for engine in engines)))
+    canaries = dict(await each("verifying", lambda engine: _verified(engine, version, sent, canary, images, tolerance, previous)))
     lap("verify")
     gap = max(abs(a - b) for one in canaries.values() for a, b in zip(one.learner, one.engine, strict=True))
     return Synced(version=version, canaries=canaries, gap=gap, seconds=seconds)
+
+
+async def _within(timeout_s: float, engine: str, phase: str, answer: Awaitable[Answer]) -> Answer:
+    """The answer, or EngineLost when it takes longer."""
+    deadline = asyncio.timeout(timeout_s)
+    try:
+        async with deadline:
+            return await answer
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        what = f"did not answer within {timeout_s:g} s (--vllm.sync-timeout-s): the controller waits for it, {phase} of the weights"
+        raise EngineLost(engine, what) from None
 
 
 async def _verified(

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from hone.algos.kernels import PLAIN_VARIABLE
+from hone.rollout.errors import StaleWeights
 
 # Words summed into one entry of a fingerprint; 128 KiB of data, so the products stay in a core's cache.
 _WORDS = 1 << 14
@@ -22,6 +23,8 @@ _WORDS = 1 << 14
 _CPU_SLICE, _GPU_SLICE = 1 << 20, 1 << 26
 COMPILED_WORDS = 1 << 20
 """Words of a tensor from which compiled loops sum them on a CPU: below, a millisecond; compiling takes half a second."""
+
+_LAYOUT = "a policy's tensors do not change during a run, so its weights are being read wrongly"
 
 
 @functools.cache
@@ -40,28 +43,46 @@ def fingerprint(tensor: Tensor) -> str:
     odd multipliers w. Integer sums do not depend on their order, so threads and GPUs agree to the bit. It guards against
     accidents (a lost, stale, swapped or transposed tensor), not against an adversary.
     """
+    return _digest(tensor, _bytes(tensor), None)
+
+
+def copied(tensor: Tensor, target: UInt8[Tensor, " B"]) -> str:
+    """The tensor's fingerprint, its bytes copied to `target` (on the CPU) on the way: they are read from memory once for both."""
+    data = _bytes(tensor).cpu()
+    if target.storage_offset() % 8:
+        raise ValueError(f"weights are copied to addresses that 8 divides, not to byte {target.storage_offset()}")
+    return _digest(tensor, data, target)
+
+
+def _bytes(tensor: Tensor) -> UInt8[Tensor, " B"]:
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if data.storage_offset() % 8:
-        data = data.clone()
+    return data.clone() if data.storage_offset() % 8 else data
+
+
+def _digest(tensor: Tensor, data: UInt8[Tensor, " B"], target: UInt8[Tensor, " B"] | None) -> str:
     words = data[: data.numel() // 8 * 8].view(torch.int64)
     multipliers = _multipliers(data.device)
     whole = words.numel() // _WORDS * _WORDS
-    sums = [_sums(words[:whole], multipliers)] if whole else []
+    sums = [_sums(words[:whole], multipliers, None if target is None else target[: whole * 8].view(torch.int64))] if whole else []
     rest = words[whole:]
     sums.append((rest * multipliers[: rest.numel()]).sum().view(1))
+    if target is not None:
+        target[whole * 8 :].copy_(data[whole * 8 :])
     digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
     digest.update(torch.cat(sums).cpu().numpy().data)
     digest.update(data[words.numel() * 8 :].cpu().numpy().data)
     return digest.hexdigest()
 
 
-def _sums(words: Int64[Tensor, " W"], multipliers: Int64[Tensor, " c"]) -> Int64[Tensor, " C"]:
-    """Of every chunk; whole numbers, so compiled loops and plain torch agree to the bit."""
+def _sums(words: Int64[Tensor, " W"], multipliers: Int64[Tensor, " c"], target: Int64[Tensor, " W"] | None) -> Int64[Tensor, " C"]:
+    """Of every chunk, copied to `target` where there is one; whole numbers, so compiled loops and plain torch agree to the bit."""
     plain = words.is_cuda or words.numel() < COMPILED_WORDS or os.environ.get(PLAIN_VARIABLE) or find_spec("numba") is None
     if not plain:
         from hone.rollout.weight_sync.compiled_sums import sums_of_chunks
 
-        return sums_of_chunks(words, multipliers)
+        return sums_of_chunks(words, multipliers, target)
+    if target is not None:
+        target.copy_(words)
     step = (_GPU_SLICE if words.is_cuda else _CPU_SLICE) // 8 // _WORDS
     return torch.cat([(rows * multipliers).sum(1) for rows in words.view(-1, _WORDS).split(step)])
 
@@ -78,27 +99,61 @@ class Meta:
 class FingerprintedSource:
     """A re-iterable stream of full (name, tensor) pairs that remembers the fingerprints of its last pass.
 
-    `weights` yields a fresh pass on every `iter`; gathering may be a collective, so all ranks iterate in the same order.
+    `weights` yields a fresh pass on every `iter`; gathering may be a collective, so all ranks iterate in the same order. `dtype`
+    is what numbers with a fraction are turned into on their way (the engines' number format); None leaves them as they are.
+    Every pass has the names, dtypes and shapes of the first, or StaleWeights names the tensor that is dropped, new or another.
     Carries the part of vLLM's `WeightSource` that its nccl and ipc trainers use.
     """
 
-    def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self._weights = weights
+    def __init__(self, weights: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype | None = None) -> None:
+        self._weights, self._dtype = weights, dtype
         self._metadata: list[Meta] | None = None
         self.fingerprints: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         fingerprints: dict[str, str] = {}
         self.fingerprints = {}
-        for name, tensor in self._weights:
-            if name in fingerprints:
-                raise ValueError(f"the weights hold {name!r} twice; an engine would keep only one of them")
+        for name, tensor in self.plain():
             fingerprints[name] = fingerprint(tensor)
             yield name, tensor
         self.fingerprints = fingerprints
 
+    def plain(self) -> Iterator[tuple[str, Tensor]]:
+        """A pass without fingerprints, for whoever takes them itself."""
+        found: list[Meta] = []
+        names: set[str] = set()
+        for name, tensor in self._weights:
+            if name in names:
+                raise ValueError(f"the weights hold {name!r} twice; an engine would keep only one of them")
+            names.add(name)
+            sent = tensor if self._dtype is None or not tensor.is_floating_point() else tensor.to(self._dtype)
+            found.append(Meta(name=name, dtype=sent.dtype, shape=tuple(sent.shape)))
+            if self._metadata is not None:
+                self._check(found[-1], len(found) - 1)
+            yield name, sent
+        if self._metadata is not None and len(found) < len(self._metadata):
+            raise StaleWeights(f"the weights have lost {self._metadata[len(found)].name!r}, which was sent before; {_LAYOUT}")
+        self._metadata = found
+
+    def _check(self, found: Meta, index: int) -> None:
+        """Raises StaleWeights where a tensor is not the one that stood in this place before."""
+        assert self._metadata is not None
+        if index == len(self._metadata):
+            raise StaleWeights(f"the weights have a new tensor {found.name!r}, which was not sent before; {_LAYOUT}")
+        before = self._metadata[index]
+        if found.name != before.name:
+            lost = found.name in {one.name for one in self._metadata}
+            what = f"lost {before.name!r}, which was sent before" if lost else f"a new tensor {found.name!r}, which was not sent before"
+            raise StaleWeights(f"the weights have {what}; {_LAYOUT}")
+        if found != before:
+            raise StaleWeights(
+                f"{found.name!r} is {found.dtype} {list(found.shape)} now and was {before.dtype} {list(before.shape)} before; {_LAYOUT}"
+            )
+
     def metadata(self) -> list[Meta]:
         """Names, dtypes and shapes in order; the first call costs a pass (a collective), later ones nothing."""
         if self._metadata is None:
-            self._metadata = [Meta(name=name, dtype=tensor.dtype, shape=tuple(tensor.shape)) for name, tensor in self._weights]
+            for _ in self.plain():
+                pass
+        assert self._metadata is not None
         return self._metadata
