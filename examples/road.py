@@ -188,7 +188,7 @@ def walk(road: Road, seed: int) -> list[Line]:
     judge = road.train("rm", "rm", *rows_of(sft, road.rows("pairs", pairs(learnt)), epochs=10, lr=1e-3), "--eval.dataset", unseen)
     with road.served(judge) as address:
         told = ["--data.prompt-dataset", prompts, "--reward.remote-url", address]
-        steps = ["--train.num-episodes", "100", "--train.max-steps", "8", "--rollout.max-new-tokens", "6"]
+        steps = ["--train.num-episodes", "100", "--train.max-steps", "4", "--rollout.max-new-tokens", "6"]
         ppo = road.train("ppo", "ppo", "--actor.model-name-or-path", sft, *told, *steps, *SMALL, *seeded)
         road.measure("ppo", ppo, asked)
         # Its own answers, eight to a sum, each with the reward model's score.
@@ -200,7 +200,7 @@ def walk(road: Road, seed: int) -> list[Line]:
     preferred = road.rows("own-pairs", best_and_worst(answers))
     dpo = road.train("dpo", "dpo", *rows_of(ppo, preferred, epochs=4, lr=1e-4))
     road.measure("dpo", dpo, asked)
-    kto = road.train("kto", "kto", *rows_of(dpo, road.rows("verdicts", verdicts(answers)), epochs=4, lr=1e-4))
+    kto = road.train("kto", "kto", *rows_of(dpo, road.rows("verdicts", verdicts(answers)), epochs=8, lr=6e-5))
     road.measure("kto", kto, asked)
 
     # Judge single steps.

