@@ -212,7 +212,15 @@ def test_engines_that_sleep_wake_with_their_weights_before_and_with_their_cache_
         order.append(f"wake {tag}")
 
     learner, engine = Sending(), Drowsy("engine-0")
-    settings = {"send": learner.send, "connect": learner.connect, "vocabulary": 50, "tolerance": 1e-3, "seed": 0, "wake": wake}
+    settings = {
+        "send": learner.send,
+        "connect": learner.connect,
+        "vocabulary": 50,
+        "tolerance": 1e-3,
+        "seed": 0,
+        "timeout_s": 30.0,
+        "wake": wake,
+    }
     with asyncio.Runner() as runner:
         Publisher(served=lambda: Fleet([engine]), policy=learner, runner=runner, pause="wait", **settings)(1)
     assert order == ["pause wait", "wake weights", "send", "wake kv_cache", "version", "canary"]
@@ -221,7 +229,7 @@ def test_engines_that_sleep_wake_with_their_weights_before_and_with_their_cache_
 def test_while_the_learner_is_at_work_no_engine_is_brought_up() -> None:
     # In the middle of a step its weights are no version's: an engine that got them would serve under a false name.
     learner, first, fresh = Learner(), Served("engine-0"), Served("engine-1")
-    settings = {"send": learner.send, "connect": learner.connect, "vocabulary": 50, "tolerance": 1e-3, "seed": 0}
+    settings = {"send": learner.send, "connect": learner.connect, "vocabulary": 50, "tolerance": 1e-3, "seed": 0, "timeout_s": 30.0}
     runner = LoopThread()
     publisher = Publisher(served=lambda: Fleet([first]), policy=learner, runner=runner, **settings)
     publisher(1)
