@@ -83,6 +83,7 @@ def test_the_window_is_what_was_asked() -> None:
     assert of(train__async_enable=True, train__async_queue_size=3, rollout__max_staleness=5).staleness == 5
     assert of(rollout__over_sampling=1.2) == Window(batch=8, ahead=0, staleness=1, extra=2, last_step=9)
     assert of(rollout__over_sampling=1.2, rollout__max_staleness=0).staleness == 0
+    assert of(rollout__batch_size=10, rollout__over_sampling=1.1).extra == 1
 
 
 def test_the_command_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,8 @@ ENDED = "the run ended before a step took it"
 def window(config: PolicyGradientConfig, *, steps: int) -> Window:
     """How much may be open in a run of so many steps, and how old it may be."""
     rollout, ahead = config.rollout, config.train.async_queue_size if config.train.async_enable else 0
-    extra = math.ceil(rollout.batch_size * rollout.over_sampling) - rollout.batch_size
+    # Rounded first, for 1.1 times 10 is a little more than 11.
+    extra = math.ceil(round(rollout.batch_size * (rollout.over_sampling - 1), 6)) if rollout.over_sampling > 1 else 0
     staleness = ahead + (extra > 0) if rollout.max_staleness is None else rollout.max_staleness
     return Window(batch=rollout.batch_size, ahead=ahead, staleness=staleness, extra=extra, last_step=steps)
 
