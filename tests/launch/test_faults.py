@@ -5,6 +5,7 @@ every prompt that was drawn is trained on once, or dropped with a reason, and wh
 """
 
 import ast
+import dataclasses
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -138,8 +139,10 @@ def balanced(directory: Path) -> Totals:
 
 
 def rewards(directory: Path) -> list[dict[str, Any]]:
-    names = ("step", "rollout/reward_mean", "train/policy_loss", "train/grad_norm")
-    return [{name: step.get(name) for name in names} for step in read_metrics(directory)[0]]
+    """Every figure of every step but what a clock or the machine's memory says."""
+    return [
+        {name: value for name, value in step.items() if not name.startswith(("timing/", "perf/"))} for step in read_metrics(directory)[0]
+    ]
 
 
 def judged_by(home: Path, *flags: str, say: Callable[[Asked], Answer | None] = scores, at: str = "run") -> tuple[int, Server]:
@@ -191,9 +194,9 @@ def test_f16_a_reward_server_that_stays_away_ends_the_run_which_then_goes_on_as_
         left[0] -= 1
         return scores(asked) if left[0] >= 0 else (503, {}, b"down for good")
 
-    assert judged_by(tmp_path, "--reward.retry-s", "1", "--reward.max-in-flight", "1", say=say)[0] == 6
+    assert judged_by(tmp_path, "--reward.retry-s", "2", "--reward.max-in-flight", "1", say=say)[0] == 6
     message = " ".join(capsys.readouterr().err.split())
-    assert "answered 503 (down for good)" in message and "it is never counted as zero" in message
+    assert "reward server" in message and "it is never counted as zero" in message
     totals = balanced(tmp_path / "run")
     assert (totals.trained, totals.open) == (4 * len(rewards(tmp_path / "run")), 4)
     assert judged_by(tmp_path, "--ckpt.load-enable", at="again")[0] == 0
@@ -208,8 +211,6 @@ def test_f13_a_temperature_other_than_the_contracts_is_measured_and_marked(
     sampled = local.TransformersEngine.generate
 
     async def hotter(self: Any, requests: Any) -> Any:
-        import dataclasses
-
         other = [dataclasses.replace(one, contract=dataclasses.replace(one.contract, temperature=2.0)) for one in requests]
         return await sampled(self, other)
 
