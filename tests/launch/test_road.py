@@ -16,7 +16,7 @@ STAGES = ["sft", "rm", "ppo", "dpo", "kto", "prm", "kd"]
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_whole_road_raises_what_each_stage_should_raise(hone_cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "road.py"), "--out", str(tmp_path / "road")]
+    command = [sys.executable, str(ROOT / "examples" / "road.py"), "--seed", "1", "--out", str(tmp_path / "road")]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     table = re.findall(r"^(\w+) +([a-z' ]+?) +([\d.]+) +([\d.]+)$", ended.stdout, flags=re.MULTILINE)
