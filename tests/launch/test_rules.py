@@ -288,3 +288,8 @@ def test_a_teacher_is_read_without_a_penalty() -> None:
 def test_values_with_spaces_reach_a_rule_whole() -> None:
     words = ["--data.input-template", "Question: {} Answer:", *OWN.split()]
     assert list(broken(resolve("ppo", words, gpus=0), 0)) == []
+
+
+def test_engines_that_drop_their_weights_are_sent_all_of_them() -> None:
+    line = "ppo --vllm.enable-sleep --vllm.sleep-level 2 --vllm.sync-delta"
+    assert any("vllm.sleep_level 2 drops them" in problem.what for problem in crossed(line))

@@ -208,10 +208,21 @@ def test_an_engine_that_never_answers_a_phase_is_lost_with_its_name(phase: str, 
     assert lost.value.engine == "recorded"
 
 
+def test_an_engine_that_waits_for_its_requests_is_not_lost_for_it() -> None:
+    engine = Recorded()
+
+    async def patient(mode: str) -> None:
+        await asyncio.sleep(0.1)
+
+    setattr(engine, "pause", patient)  # noqa: B010 - a method of a dataclass
+    settings: dict[str, Any] = {"canary": [1, 2], "tolerance": 1e-3, "previous": {}, "timeout_s": 0.05}
+    assert asyncio.run(sync([engine], version=4, send=engine.send, pause="wait", **settings)).version == 4
+
+
 def test_a_time_limit_of_the_engines_own_is_not_mistaken_for_the_deadline() -> None:
     engine = Recorded()
 
-    async def slow() -> None:
+    async def slow(mode: str) -> None:
         raise TimeoutError("its own")
 
     setattr(engine, "pause", slow)  # noqa: B010 - a method of a dataclass

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from hone.launch.errors import Problem
+from hone.launch.names import flag
 from hone.launch.resolve import Resolved
 
 _BACKEND, _DELTA, _ADAPTERS = "vllm.sync_backend", "vllm.sync_delta", "vllm.sync_adapters_only"
@@ -23,6 +24,10 @@ def travelling(resolved: Resolved, gpus: int) -> Iterator[Problem]:
         how = vllm.sync_backend if vllm.sync_backend != "auto" else "auto, with GPUs,"
         what = f"vllm.sync_delta leaves layers out of shared memory only; vllm.sync_backend {how} sends all of them"
         yield Problem(what=what, mend="--vllm.sync-backend shared_memory, or drop it", settings=(_DELTA, _BACKEND))
+    if vllm.enable_sleep and vllm.sleep_level == 2 and (vllm.sync_delta or vllm.sync_adapters_only):
+        name = _DELTA if vllm.sync_delta else _ADAPTERS
+        what = f"{name} leaves out weights that an engine has, and vllm.sleep_level 2 drops them"
+        yield Problem(what=what, mend=f"--vllm.sleep-level 1, or drop {flag(name)}", settings=(name, "vllm.sleep_level"))
     if not vllm.sync_adapters_only:
         return
     if not lora.rank:

@@ -115,7 +115,8 @@ class VLLMEngine:
         params = sampling_params(request, engine=self.name, eos_token_ids=self._eos_token_ids, reads_text=self._reads_text)
         params.output_kind = RequestOutputKind.DELTA
         try:
-            async for output in self._llm.generate(tokens_input(list(request.tokens)), params, request.request_id):
+            prompt = tokens_input(list(request.tokens))
+            async for output in self._llm.generate(prompt, params, request.request_id, lora_request=self._adapter):
                 if ids := output.outputs[0].token_ids:
                     yield tuple(ids)
         except Exception as error:

@@ -181,7 +181,10 @@ async def sync(
     async def each(phase: str, call: Callable[[ServedEngine], Awaitable[Answer]]) -> list[Answer]:
         return await asyncio.gather(*(_within(timeout_s, engine.name, f"{phase} version {version}", call(engine)) for engine in engines))
 
-    await each("pausing for", lambda engine: engine.pause(pause))
+    if pause == "wait":  # for requests in flight, which have deadlines of their own
+        await asyncio.gather(*(engine.pause(pause) for engine in engines))
+    else:
+        await each("pausing for", lambda engine: engine.pause(pause))
     lap("pause")
     sent = await send()
     lap("send")
