@@ -168,7 +168,7 @@ def test_a_function_is_trained_on_what_was_sampled(chat: Chat, road: str) -> Non
 def test_2_an_answer_to_another_prompt_is_refused_with_both(chat: Chat) -> None:
     engine = VLLMEngine.__new__(VLLMEngine)
     engine.name, engine._half_loaded, engine._eos_token_ids, engine._version = "crossed", "", [], 0
-    engine._reads_text = False
+    engine._reads_text, engine._adapter = False, None
 
     async def other(*asked: Any) -> Any:
         yield SimpleNamespace(outputs=[], prompt_token_ids=[7, 8, 10])
