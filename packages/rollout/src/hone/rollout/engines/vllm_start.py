@@ -92,6 +92,7 @@ def environment(config: VLLMConfig, *, backend: str, threads: int) -> Iterator[N
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     found = dict(os.environ)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for answers
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["OMP_NUM_THREADS"] = str(threads)
     # Threads that spin while they wait starve whoever shares the cores: measured 15 times slower beside a busy learner.
