@@ -14,6 +14,7 @@ from hone.algos.algorithms import ALGORITHMS
 from hone.algos.batch import Batch, Scored
 from hone.algos.protocol import Algorithm
 from hone.launch.ahead import Ahead, LoopThread
+from hone.launch.gap import GapExceeded
 from hone.launch.train import Start
 from hone.launch.train_async import train_async
 from hone.rollout.buffer import Buffer, Window
@@ -159,3 +160,23 @@ def test_the_loop_keeps_the_bound_and_the_ledger_and_a_run_taken_up_again_goes_o
     assert sorted(trained + dropped_then + dropped) == sorted(issued)
     if not extra:
         assert max(lags) >= 1  # it was ahead
+
+
+def test_a_batch_beyond_the_gate_is_not_learnt_from_and_its_age_is_named() -> None:
+    class Aging(Paper):
+        """Samples of an older version than the learner's are 0.5 nats off."""
+
+        def recompute(self, batch: Batch, needs: frozenset[str]) -> Batch:
+            logp = batch.rollout_logp + 0.5 * (batch.version < self.version)
+            return dataclasses.replace(super().recompute(batch, needs), old_logp=logp)
+
+    paper = Aging(random.Random(1))
+    ahead, _, _ = session(paper, Window(batch=3, ahead=1, staleness=1, last_step=12))
+    how = {"batch_size": 6, "max_epochs": 1, "max_steps": 12, "critic_only_steps": 0, "seed": 0, "max_gap": 0.01}
+    steps = []
+    with pytest.raises(GapExceeded, match=r"suspect: stale weights: .* up to 1 policy versions ago") as raised:
+        for step in train_async(ALGORITHMS["grpo"](), paper, rollout=ahead, **how):  # pyright: ignore[reportArgumentType]
+            steps.append(step.number)
+    assert paper.learnt == len(steps) == raised.value.evidence["step"] - 1  # pyright: ignore[reportOperatorIssue] - an int
+    ahead.end("")
+    ahead.runner.close()

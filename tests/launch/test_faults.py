@@ -65,6 +65,10 @@ WITNESSES: dict[str, tuple[str, ...]] = {
     ),
     "F13 an engine samples otherwise than the learner recomputes": (
         "launch/test_faults.py::test_f13_a_temperature_other_than_the_contracts_is_measured_and_marked",
+        "launch/test_faults.py::test_f13_the_gate_ends_the_run_before_the_step_is_learnt_from_and_names_the_temperature",
+        "launch/test_gap.py::test_a_temperature_is_named_with_its_value",
+        "launch/test_gap.py::test_a_truncated_distribution_is_named",
+        "launch/test_gap.py::test_another_prompt_is_named",
     ),
     "F14 three requests in ten for rewards fail": (
         "rollout/test_reward_http.py::test_faults_at_random_change_no_reward",
@@ -205,16 +209,42 @@ def test_f16_a_reward_server_that_stays_away_ends_the_run_which_then_goes_on_as_
     assert (totals.issued, totals.trained, totals.open) == (12, 12, 0)
 
 
+def hotter_from(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine samples at temperature 2 from `step` on, whatever the contract says."""
+    sampled, calls = local.TransformersEngine.generate, [0]
+
+    async def hotter(self: Any, requests: Any) -> Any:
+        calls[0] += 1
+        other = [dataclasses.replace(one, contract=dataclasses.replace(one.contract, temperature=2.0)) for one in requests]
+        return await sampled(self, other if calls[0] >= step else requests)
+
+    monkeypatch.setattr(local.TransformersEngine, "generate", hotter)
+
+
+def test_f13_the_gate_ends_the_run_before_the_step_is_learnt_from_and_names_the_temperature(
+    hone_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hotter_from(3, monkeypatch)
+    many = ["--rollout.n-samples-per-prompt", "8", "--train.batch-size", "32", "--ckpt.save-steps", "-1"]
+    assert run(tmp_path, *many, "--rollout.max-gap", "0.05") == 8
+    message = " ".join(capsys.readouterr().err.split())
+    assert "step 3: engine and learner are" in message and "suspect: temperature" in message and "--rollout.max-gap" in message
+    told = float(message.split("as at temperature ")[1].split(",")[0])
+    assert told == pytest.approx(2.0, rel=0.05)
+    events = read_events(tmp_path / "run")[0]
+    (gap,) = [event for event in events if event["kind"] == "gap_exceeded"]
+    assert (gap["step"], gap["limit"], gap["suspect"]) == (3, 0.05, "temperature") and gap["gap"] > 0.05
+    assert [step["step"] for step in read_metrics(tmp_path / "run")[0]] == [1, 2]
+    (rescued,) = [event for event in events if event["kind"] == "rescued"]
+    assert rescued["model"].endswith("failed_in_step_3") and (Path(rescued["model"]) / "config.json").is_file()
+    totals = balanced(tmp_path / "run")
+    assert (totals.trained, totals.dropped, totals.open) == (8, 0, totals.issued - 8) and totals.open >= 4
+
+
 def test_f13_a_temperature_other_than_the_contracts_is_measured_and_marked(
     hone_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampled = local.TransformersEngine.generate
-
-    async def hotter(self: Any, requests: Any) -> Any:
-        other = [dataclasses.replace(one, contract=dataclasses.replace(one.contract, temperature=2.0)) for one in requests]
-        return await sampled(self, other)
-
-    monkeypatch.setattr(local.TransformersEngine, "generate", hotter)
+    hotter_from(1, monkeypatch)
     assert run(tmp_path) == 0
     name = "mismatch/logp_abs_diff_mean"
     for step in read_metrics(tmp_path / "run")[0]:

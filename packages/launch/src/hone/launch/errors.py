@@ -23,6 +23,7 @@ CODES = {
     "hone.rollout.errors.EngineError": 7,
     "hone.launch.remote.RankLost": ENVIRONMENT,
     "hone.learner.errors.NumericsError": 8,
+    "hone.launch.gap.GapExceeded": 8,
     "builtins.FloatingPointError": 8,
     "hone.launch.interrupt.Preempted": PREEMPTED,
     "builtins.KeyboardInterrupt": INTERRUPTED,

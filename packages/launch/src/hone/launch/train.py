@@ -16,6 +16,7 @@ from hone.algos.algorithms.remax import with_greedy
 from hone.algos.batch import Batch, pack
 from hone.algos.judging import judge, optimiser_steps
 from hone.algos.protocol import Algorithm
+from hone.launch.gap import check_gap
 from hone.launch.measure import figure_metrics, mismatch_metrics, rollout_metrics, staleness_metrics, training_metrics
 from hone.launch.parts import Parts
 from hone.rollout.executor import Group
@@ -52,12 +53,13 @@ def train(
     critic_only_steps: int,
     seed: int,
     start: Start = FRESH,
+    max_gap: float | None = None,
 ) -> Iterator[Step]:
     """Reinforcement learning of the policy in `parts`, a step at a time.
 
     batch_size: samples of one optimiser step; max_epochs: passes over a rollout; max_steps: steps of the whole run, those before
-    `start` included; critic_only_steps: steps at the start in which the policy stands still. Raises what its parts raise; a step
-    that was yielded is complete.
+    `start` included; critic_only_steps: steps at the start in which the policy stands still; max_gap: of engine and
+    learner, averaged over a step's action tokens [nats]. Raises what its parts raise, and GapExceeded; a step that was yielded is complete.
     """
     shuffle = torch.Generator().manual_seed(seed)
     if start.shuffle is not None:
@@ -72,7 +74,15 @@ def train(
 
         policy_too = number > critic_only_steps
         batch, metrics = learn_from(
-            groups, algo, parts, batch_size=batch_size, max_epochs=max_epochs, policy_too=policy_too, shuffle=shuffle
+            groups,
+            algo,
+            parts,
+            version=number - 1,
+            batch_size=batch_size,
+            max_epochs=max_epochs,
+            policy_too=policy_too,
+            shuffle=shuffle,
+            max_gap=max_gap,
         )
 
         with parts.phase("broadcast"):
@@ -97,15 +107,18 @@ def learn_from(
     algo: Algorithm,
     parts: Parts,
     *,
+    version: int,
     batch_size: int,
     max_epochs: int,
     policy_too: bool,
     shuffle: torch.Generator,
+    max_gap: float | None,
 ) -> tuple[Batch, dict[str, float]]:
-    """Judge a rollout and learn from it; the batch as it was recomputed, and what was measured."""
+    """Judge a rollout and learn from it, policy version `version`; the batch as it was recomputed, and what was measured."""
     with parts.phase("make_experience"):
         batch = pack([segment for group in groups for sample in group.samples for segment in sample.segments])
         batch = parts.recompute(batch, algo.needs)
+        check_gap(batch, version=version, limit=max_gap)
         if "greedy_scores" in algo.needs:
             rewards = [math.nan if group.greedy is None else group.greedy.reward for group in groups]
             batch = with_greedy(batch, torch.tensor(rewards), torch.arange(len(groups)))

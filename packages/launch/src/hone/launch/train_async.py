@@ -27,6 +27,7 @@ def train_async(
     critic_only_steps: int,
     seed: int,
     start: Start = FRESH,
+    max_gap: float | None = None,
 ) -> Iterator[Step]:
     """Reinforcement learning of the policy in `parts`, a step at a time; arguments as in `train`."""
     shuffle = torch.Generator().manual_seed(seed)
@@ -43,7 +44,15 @@ def train_async(
 
         policy_too = number > critic_only_steps
         batch, metrics = learn_from(
-            groups, algo, parts, batch_size=batch_size, max_epochs=max_epochs, policy_too=policy_too, shuffle=shuffle
+            groups,
+            algo,
+            parts,
+            version=number - 1,
+            batch_size=batch_size,
+            max_epochs=max_epochs,
+            policy_too=policy_too,
+            shuffle=shuffle,
+            max_gap=max_gap,
         )
 
         with parts.phase("broadcast"):

@@ -62,6 +62,10 @@ class RolloutConfig(SamplerConfig):
     """Longest response [tokens]; a longer one is cut and counted as truncated."""
     temperature: Annotated[float, Range(low=0.01, high=2)] = 1.0
     """Sampling temperature; the learner recomputes log-probabilities under the same."""
+    max_gap: Annotated[float, Range(low=0, open_low=True)] | None = None
+    """Largest mean difference of the engine's and the learner's log-probabilities over a step's tokens [nats], as in the metric
+    `mismatch/logp_abs_diff_mean`; a step above it ends the run with exit code 8 before it is learnt from, and the likely cause is named.
+    Without it the gap is measured and marked only. Healthy: up to 0.02; samples that are some policy versions old need more."""
     timeout_s: Annotated[float, Range(low=0, open_low=True)] = 1800.0
     """Deadline for all samples of one prompt, or for one turn of an episode [s]; an engine that misses it ends the run."""
     dynamic_filtering: Literal["off", "range", "variance"] = "off"

@@ -190,7 +190,8 @@ METRICS: dict[str, Metric] = {
         unit="nats",
         reduction="mean over action tokens",
         healthy=Range(low=0, high=0.02),
-        meaning="|rollout_logp - old_logp|, the gap of engine and learner: at most 1e-4 in fp32, about 5e-3 in bf16.",
+        meaning="|rollout_logp - old_logp|, the gap of engine and learner: at most 1e-4 in fp32, about 5e-3 in bf16. "
+        "`--rollout.max-gap` ends a run above a limit of yours.",
     ),
     "mismatch/logp_abs_diff_max": Metric(
         unit="nats", reduction="maximum over action tokens", healthy=Range(low=0, high=1), meaning="The largest gap of one token."

@@ -17,6 +17,7 @@ from rich.console import Console
 from hone.launch.agent import agent_of
 from hone.launch.ahead import Ahead
 from hone.launch.config import PolicyGradientConfig
+from hone.launch.gap import GapExceeded
 from hone.launch.interrupt import Interrupt
 from hone.launch.observe import manifest
 from hone.launch.observe.display import Display
@@ -142,7 +143,9 @@ class Session:
             interrupt.patient = True
             try:
                 outcome = self._loop(parts, ahead, interrupt)
-            except Exception:
+            except Exception as error:
+                if isinstance(error, GapExceeded):
+                    self._directory.append_event("gap_exceeded", **error.evidence)
                 if self._done > self._first:
                     self._keeper.rescue(parts, step=self._done + 1)
                 raise
@@ -223,6 +226,7 @@ class Session:
             critic_only_steps=config.critic.freezing_steps,
             seed=config.train.seed,
             start=Start() if self._resumed is None else Start(step=self._first, shuffle=self._resumed.state.shuffle),
+            max_gap=config.rollout.max_gap,
         )
         root = self._directory.checkpoints if config.ckpt.path is None else Path(config.ckpt.path)
         saves = Checkpoints(parts.role_groups, root, keep=config.ckpt.max_num, event=self._keeper.saved)
