@@ -85,8 +85,9 @@ def suspect(batch: Batch, *, version: int, limit: float) -> Suspect:
         )
     return Suspect(
         name="weights",
-        why="neither temperature, truncation, age nor prompt accounts for it: the weights or their number format; look at vllm.dtype, "
-        "vllm.quantization and ds.param_dtype, and lower vllm.sync_tolerance, by which the canary judges every update",
+        why="nothing points to truncation, age, prompt or temperature (which shows surely only where a prompt has several samples), so the "
+        "weights or their number format; look at vllm.dtype, vllm.quantization and ds.param_dtype, and lower vllm.sync_tolerance, by which "
+        "the canary judges every update",
     )
 
 
