@@ -145,7 +145,7 @@ def test_rows_with_images_are_refused(tmp_path: Path) -> None:
     prompts = prepare(DataConfig(), model=model, batch_size=1, num_episodes=1, seed=0, max_new_tokens=8)
     pictured = dataclasses.replace(prompts, with_images=prompts.first[0])
     config = replaced(default_config("grpo"), {"rollout.agent_command": "python3"})
-    with pytest.raises(EnvironmentFailure, match="agent `python3` would not see the images of the rows: the endpoint serves text"):
+    with pytest.raises(EnvironmentFailure, match="agent `python3` would not see the images of the rows: an agent sends its own"):
         agent_of(config, model, pictured, on_start=lambda *_: None, note=print)
     assert agent_of(config, model, prompts, on_start=lambda *_: None, note=print)
 

@@ -5,7 +5,7 @@ a token is known, every token has some chance, and it trains. It answers with di
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hone.rollout.endpoint.session import Budget, Session
 from hone.rollout.endpoint.templates import served_template
 from hone.rollout.endpoint.tree import Node, Segment
 from hone.rollout.engines.scripted import ScriptedEngine
+from hone.rollout.pictures import Placeholders
 
 LETTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 CALL, FIRST, SECOND, LAST, CALLED = "<tool_call>", '{"name": "add", "arguments": {"a": ', ', "b": ', "}}", "</tool_call>"
@@ -159,6 +160,7 @@ class Talk:
     new_tokens: int = 200
     version: int = 0
     stops_at_text: bool = False
+    sees: Callable[[PreTrainedTokenizerFast], Placeholders] | None = None
     sampler: Mapping[str, Any] = field(default_factory=dict)
     session: Session = field(init=False)
     engine: ScriptedEngine = field(init=False)
@@ -186,6 +188,7 @@ class Talk:
             ),
             greedy=False,
             stops_at_text=self.stops_at_text,
+            placeholders=None if self.sees is None else self.sees(self.letters),
         )
 
     def ids(self, text: str) -> list[int]:

@@ -23,7 +23,7 @@
 21. A missing, positive, NaN or misaligned logprob fails the call; it never becomes 0.
 22. Streamed and unstreamed replies carry the same message, finish reason, usage and ids. (test_endpoint_wire)
 23. A reader that hangs up leaves the ledger balanced. (test_endpoint_wire)
-24. Images are refused in words: only text is served.
+24. Images are refused in words by a policy that reads text only. (One that sees: test_endpoint_images)
 25. Sampled ids = trained + masked + dropped, each with a reason, for any interleaving of the above.
 """
 
@@ -281,9 +281,11 @@ def test_21_a_logprob_that_is_none_fails_the_call(wrong: dict[str, Any]) -> None
 
 
 def test_24_images_are_refused() -> None:
-    picture = {"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "data:"}}]}
-    with pytest.raises(Refused, match=r"messages\[0\].content has a part of type 'image_url'; only text is served"):
-        Talk([]).ask(picture)
+    parts = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]
+    with pytest.raises(Refused, match=r"image 1 of messages\[0\].content cannot be shown: the policy reads text only"):
+        Talk([]).ask({"role": "user", "content": parts})
+    with pytest.raises(Refused, match=r"messages\[0\].content has a part of type 'input_audio'; only text and images"):
+        Talk([]).ask({"role": "user", "content": [{"type": "input_audio"}]})
 
 
 STEPS = st.lists(st.tuples(st.sampled_from(["go on", "again", "branch", "edit", "compact", "tools"]), st.integers(0, 3)), max_size=10)

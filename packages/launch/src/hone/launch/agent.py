@@ -25,7 +25,8 @@ def agent_of(
     if not isinstance(agent, Agent):
         if prompts.with_images is not None:
             raise EnvironmentFailure(
-                f"agent {agent.where} would not see the images of the rows: the endpoint serves text; drop them, or use an environment"
+                f"agent {agent.where} would not see the images of the rows: an agent sends its own; hand it the column as it stands "
+                "(--data.image-key none), or use an environment"
             )
         served = served_template(prompts.tokenizer, stop_ids=stop_ids(model, prompts.tokenizer))
         for reason in () if served is None else served.reservations:

@@ -115,8 +115,8 @@ def make_plan(
             # Its conversations are rendered with the chat template, however the rows are.
             chat = dataclasses.replace(config.data, apply_chat_template=True, input_template=None)
             common["template_hash"] = template_hash(prompts.tokenizer, config=chat) if judge.served is not None else ""
-            stops = {"stop_ids": stop_ids(model, prompts.tokenizer), "stops_at_text": reads_text(config.rollout)}
-            return Calling(agent=judge.agent, judge=judge.judge, served=judge.served, **stops, **common)
+            common |= {"stop_ids": stop_ids(model, prompts.tokenizer), "stops_at_text": reads_text(config.rollout)}
+            return Calling(agent=judge.agent, judge=judge.judge, served=judge.served, placeholders=_placeholders(model), **common)
         if isinstance(judge, Agent):
             deadline, turns = config.reward.timeout_s, config.rollout.max_turns
             settings = {"max_turns": turns, "step_timeout_s": deadline, "placeholders": _placeholders(model)}
@@ -143,6 +143,6 @@ def make_plan(
 
 
 def _placeholders(model: str) -> Placeholders | None:
-    """For images that an environment shows; None where the model reads text only."""
+    """For images that an environment or an agent shows; None where the model reads text only."""
     config = transformers.AutoConfig.from_pretrained(model)
     return Placeholders(transformers.AutoImageProcessor.from_pretrained(model), image_token=config.image_token_id) if sees(config) else None

@@ -2,6 +2,8 @@
 
 import functools
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 KEPT = 64
 """Decoded images a process keeps; the samples of a prompt share theirs."""
+_ORIENTATION, _UPRIGHT = 274, 1
+"""EXIF's tag, and its word for an image whose first row is its top."""
 
 
 def sees(model: str) -> bool:
@@ -73,29 +77,35 @@ class Placeholders:
         for id_ in ids:
             count = 1
             if id_ == self._token:
-                data = _encoded(images[len(attached)])
+                data = encoded(images[len(attached)])
                 count = self._count(data)
                 attached.append(Attachment(start=start + len(tokens), count=count, data=data))
             tokens += [id_] * count
         return tokens, attached
 
     def _count(self, data: bytes) -> int:
-        width, height = _decoded(data).size
+        from PIL import Image
+
+        width, height = Image.open(io.BytesIO(data)).size
         return self._images.get_number_of_image_patches(height, width, {}) // self._images.merge_size**2
 
 
-def _encoded(image: object) -> bytes:
-    """The bytes of an image file: given as such, or a PIL image, an array [height, width, 3] of bytes, or a path. Raises ValueError."""
-    from PIL import Image, UnidentifiedImageError
+def encoded(image: object) -> bytes:
+    """The bytes of an image file, upright and opaque; of equal ones the same object, while it is kept.
+
+    Given are such bytes, a PIL image, an array [height, width, 3] of bytes, or a path. Raises ValueError.
+    """
+    from PIL import Image
 
     if isinstance(image, str | Path):
         image = Path(image).read_bytes()
     if isinstance(image, bytes):
         try:
-            _decoded(image)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"an image that cannot be read: {error}") from error
-        return image
+            return _settled(image)
+        # What Pillow raises of broken files, besides its own, and of those with too many pixels.
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+            known = str(error) if "cannot identify" not in str(error) else "not an image in a format that is known"
+            raise ValueError(f"an image that cannot be read: {known}") from error
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
@@ -104,4 +114,20 @@ def _encoded(image: object) -> bytes:
         )
     file = io.BytesIO()
     image.convert("RGB").save(file, format="PNG")
+    return file.getvalue()
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _settled(data: bytes) -> bytes:
+    """The file as it is, unless its EXIF turns it or something shines through: then a PNG of what is seen, on white."""
+    from PIL import Image, ImageOps
+
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    turned = image.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT
+    if not turned and not image.has_transparency_data:
+        return data
+    seen = ImageOps.exif_transpose(image).convert("RGBA")
+    file = io.BytesIO()
+    Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB").save(file, format="PNG")
     return file.getvalue()

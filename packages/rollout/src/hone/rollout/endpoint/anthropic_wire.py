@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hone.rollout.endpoint.content import image_part, text_of
 from hone.rollout.endpoint.errors import Refused
-from hone.rollout.endpoint.messages import read_messages, text_of
+from hone.rollout.endpoint.messages import read_messages
 from hone.rollout.endpoint.openai_wire import Form, Reply
 from hone.rollout.endpoint.session import Asked
 from hone.rollout.endpoint.tree import Node
@@ -34,13 +35,15 @@ def read(body: Mapping[str, Any], *, counting: bool = False) -> tuple[Asked, For
     given = body.get("messages")
     if not isinstance(given, list) or not given:
         raise Refused("messages must be a list with at least one message", param="messages")
-    messages = [plain for index, message in enumerate(given) for plain in _plain(message, f"messages[{index}]")]
     system = text_of(body.get("system"), "system")
+    named = [("system", {"role": "system", "content": system})] if system else []
+    for index, message in enumerate(given):
+        named += [(f"messages[{index}]", plain) for plain in _plain(message, f"messages[{index}]")]
     stops = body.get("stop_sequences") or []
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise Refused("stop_sequences must be a list of texts, none of them empty", param="stop_sequences")
     asked = Asked(
-        messages=read_messages([*([{"role": "system", "content": system}] if system else []), *messages]),
+        messages=read_messages([plain for _, plain in named], wheres=[where for where, _ in named]),
         tools=_tools(body.get("tools")),
         reads_calls=kind != "none",
         limit=limit,
@@ -91,14 +94,16 @@ def _plain(given: object, where: str) -> list[dict[str, Any]]:
         return [{"role": role, "content": text_of(content, where)}]
     if not isinstance(content, Sequence) or not all(isinstance(block, Mapping) for block in content):
         raise Refused(f"{where}.content must be text or a list of blocks", param=where)
-    texts: list[str] = []
+    parts: list[Mapping[str, Any]] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     answers: list[dict[str, Any]] = []
     for block in content:
         match block.get("type"):
             case "text":
-                texts.append(str(block.get("text", "")))
+                parts.append({"type": "text", "text": str(block.get("text", ""))})
+            case "image" if role == "user":
+                parts.append(image_part(block, where))
             case "thinking":
                 thoughts.append(str(block.get("thinking", "")))
             case "redacted_thinking":
@@ -107,15 +112,23 @@ def _plain(given: object, where: str) -> list[dict[str, Any]]:
                 function = {"name": block.get("name"), "arguments": block.get("input")}
                 calls.append({"id": block.get("id"), "type": "function", "function": function})
             case "tool_result" if role == "user":
-                text = text_of(block.get("content"), where)
-                told = f"Error: {text}" if block.get("is_error") else text
-                answers.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": told})
+                answers.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": _told(block, where)})
             case kind:
                 raise Refused(f"{where} has a block of type {kind!r}, which is not served from a {role}", code="unsupported_content")
     if role == "assistant":
         thought = {"reasoning": "\n".join(thoughts)} if thoughts else {}
-        return [{"role": role, "content": "".join(texts), **thought, **({"tool_calls": calls} if calls else {})}]
-    return [*answers, *([{"role": role, "content": "".join(texts)}] if texts or not answers else [])]
+        return [{"role": role, "content": parts, **thought, **({"tool_calls": calls} if calls else {})}]
+    return [*answers, *([{"role": role, "content": parts}] if parts or not answers else [])]
+
+
+def _told(block: Mapping[str, Any], where: str) -> list[Any]:
+    """What a tool answered, as parts of a chat message: those that are neither text nor image are refused with that message."""
+    given = block.get("content") or []
+    blocks = [{"type": "text", "text": given}] if isinstance(given, str) else given
+    if not isinstance(blocks, Sequence):
+        raise Refused(f"{where}.content must be text or a list of parts, not {type(given).__name__}", param=where)
+    told = [image_part(one, where) if isinstance(one, Mapping) and one.get("type") == "image" else one for one in blocks]
+    return [*([{"type": "text", "text": "Error: "}] if block.get("is_error") else []), *told]
 
 
 def _tools(given: object) -> tuple[Mapping[str, Any], ...]:

@@ -3,11 +3,13 @@
 Only equality is decided here. What the policy reads is never rebuilt from an assistant message that was sampled: its ids are kept.
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hone.rollout.endpoint.content import Shown, content_of
 from hone.rollout.endpoint.errors import Refused
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -29,7 +31,7 @@ class ToolCall:
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One message: `reasoning` only where it was given, `tool_call_id` of a tool's answer."""
+    """One message: `reasoning` only where it was given, `tool_call_id` of a tool's answer; `images` stand in `content`."""
 
     role: str
     content: str
@@ -37,10 +39,17 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
+    images: tuple[Shown, ...] = ()
+
+    @property
+    def texts(self) -> list[str]:
+        """The content before, between and behind its images."""
+        cuts = [0, *(one.behind for one in self.images), len(self.content)]
+        return [self.content[start:end] for start, end in itertools.pairwise(cuts)]
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        message: dict[str, Any] = {"role": self.role, "content": self._parts() if self.images else self.content}
         if self.reasoning is not None:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
@@ -51,12 +60,23 @@ class Message:
             message["name"] = self.name
         return message
 
+    def _parts(self) -> list[dict[str, str]]:
+        first, *rest = self.texts
+        parts = [{"type": "text", "text": first}]
+        for text in rest:
+            parts += [{"type": "image"}, {"type": "text", "text": text}]
+        return [part for part in parts if part != {"type": "text", "text": ""}]
 
-def read_messages(given: object) -> tuple[Message, ...]:
-    """The messages of a chat request, in every shape client libraries send them. Raises Refused."""
+
+def read_messages(given: object, *, wheres: Sequence[str] | None = None) -> tuple[Message, ...]:
+    """The messages of a chat request, in every shape client libraries send them; `wheres` are their names, if not by number.
+
+    Raises Refused.
+    """
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise Refused("messages must be a list with at least one message", param="messages")
-    return tuple(_message(one, f"messages[{index}]") for index, one in enumerate(given))
+    names = [f"messages[{index}]" for index in range(len(given))] if wheres is None else wheres
+    return tuple(_message(one, where) for one, where in zip(given, names, strict=True))
 
 
 def likeness(ours: Message, theirs: Message) -> Likeness | None:
@@ -80,24 +100,6 @@ def likeness(ours: Message, theirs: Message) -> Likeness | None:
     return "exact" if letter else "respelled"
 
 
-def text_of(content: object, where: str) -> str:
-    """The text of a message's content: a string, nothing, or a list of text parts. Raises Refused for anything else."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, Sequence):
-        raise Refused(f"{where}.content must be text or a list of parts, not {type(content).__name__}", param=where)
-    texts: list[str] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "refusal" and isinstance(part.get("refusal"), str):
-            texts.append(part["refusal"])
-        elif kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-            raise Refused(f"{where}.content has a part of type {kind!r}; only text is served", code="unsupported_content", param=where)
-        else:
-            texts.append(part["text"])
-    return "".join(texts)
-
-
 def _message(given: object, where: str) -> Message:
     if not isinstance(given, Mapping) or given.get("role") not in ROLES:
         role = given.get("role") if isinstance(given, Mapping) else given
@@ -109,13 +111,15 @@ def _message(given: object, where: str) -> Message:
         raise Refused(f"{where}.tool_calls belongs to assistant messages and is a list", param=where)
     identity = given.get("tool_call_id")
     name = given.get("name") if role == "tool" else None  # of other roles templates know none
+    content, images = content_of(given.get("content"), where, role=role)
     return Message(
         role=role,
-        content=text_of(given.get("content"), where),
+        content=content,
         reasoning=reasoning if role == "assistant" and isinstance(reasoning, str) else None,
         tool_calls=tuple(_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)),
         tool_call_id=str(identity) if role == "tool" and identity is not None else None,
         name=str(name) if name is not None else None,
+        images=images,
     )
 
 

@@ -77,15 +77,26 @@ class Renderer:
         """Ids and text of the whole conversation. Raises Refused, for a message that would never reach the policy too."""
         text = self.text(messages, tools, options)
         for message in messages:
-            if message.role in _KEPT_ROLES and message.content.strip() not in text:
+            if message.role in _KEPT_ROLES and any(piece.strip() not in text for piece in message.texts):
                 raise Refused(
                     f"the chat template drops a {message.role} message: {message.content[:80]!r}", code="template_error", param="messages"
                 )
         return self.ids(text), text
 
-    def tail(self, reply: Message, new: Sequence[Message], tools: Tools, options: Mapping[str, Any]) -> Tail:
-        """What follows `reply` when `new` was said after it. Raises CannotAppend, or Refused."""
-        text = self.text([_QUESTION, _stand_in(reply), *new], tools, options)
+    def tail(
+        self,
+        reply: Message,
+        new: Sequence[Message],
+        tools: Tools,
+        options: Mapping[str, Any],
+        *,
+        before: Sequence[Message] = (_QUESTION,),
+    ) -> Tail:
+        """What follows `reply` when `new` was said after it. Raises CannotAppend, or Refused.
+
+        `before` is what was said until then, where that matters: some templates number the images of a conversation.
+        """
+        text = self.text([*before, _stand_in(reply), *new], tools, options)
         return self.closing(self.behind(text, SENTINEL))
 
     def behind(self, text: str, mark: str) -> str:

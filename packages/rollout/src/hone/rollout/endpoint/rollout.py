@@ -25,6 +25,7 @@ from hone.rollout.endpoint.templates import Served
 from hone.rollout.endpoint.tree import Ledger, Segment
 from hone.rollout.errors import EnvironmentFailure
 from hone.rollout.executor import Group, Judge, Sample
+from hone.rollout.pictures import Placeholders, collapsed
 from hone.rollout.rewards.result import RewardItem
 from hone.rollout.sampling import contract_of, seed_of
 from hone.rollout.tolerance import Tolerance, kept
@@ -73,7 +74,8 @@ async def _opened(renderer: Renderer, agents: int) -> tuple[AsyncExitStack, Serv
 class Calling:
     """Episodes of an agent at the endpoint. `judge` gives the rewards where the agent does not; `served` is the chat template
     (None: only plain text is completed). An engine that `stops_at_text` knows the tokenizer, and draws no further than where a client
-    wants its reply to end; of any other's the rest is cut off. The other fields are those of `executor.SingleTurn`.
+    wants its reply to end; of any other's the rest is cut off. `placeholders` are for models that see; of others an image is
+    refused. The other fields are those of `executor.SingleTurn`.
     """
 
     engine: Engine
@@ -90,6 +92,7 @@ class Calling:
     template_hash: str
     greedy: bool = False
     stops_at_text: bool = False
+    placeholders: Placeholders | None = None
     tolerance: Tolerance = field(default_factory=Tolerance)
     _post: "_Post" = field(default_factory=lambda: _Post())
 
@@ -148,6 +151,7 @@ class Calling:
             contract=contract,
             greedy=sample == config.n_samples_per_prompt,
             stops_at_text=self.stops_at_text,
+            placeholders=self.placeholders,
         )
 
     async def _played(self, server: Server, session: Session, prompt: Prompt, step: int, sample: int) -> Outcome:
@@ -195,9 +199,10 @@ class Calling:
         if not segments:
             raise self._failure("ended an episode without reading one reply of the policy", prompt)
         last = segments[-1]
-        head = last.nodes[0].place.prompt
+        first = last.nodes[0].place
+        head = collapsed(first.prompt, first.images)
         prompt_text = renderer.decoded(head)
-        response_text = renderer.decoded(last.tokens[len(head) :], behind=head)
+        response_text = renderer.decoded(collapsed(last.tokens, last.images)[len(head) :], behind=head)
         outcome = await self._judged(outcome, prompt, last, response_text)
         assert outcome.reward is not None
         if outcome.turns and (len(segments) > 1 or len(outcome.turns) != len(last.nodes)):
@@ -280,6 +285,7 @@ def _trajectory(
         score=score,
         contract=own.contract,
         segment=index,
+        attached=segment.images,
     )
 
 

@@ -229,7 +229,14 @@ class Server:
     async def _asked(self, request: web.Request) -> tuple[Open, Mapping[str, Any], str]:
         """(the session, the body, a digest of path and body)."""
         opened = self._session(request)
-        raw = await request.read()
+        try:
+            raw = await request.read()
+        except web.HTTPRequestEntityTooLarge as error:
+            raise Refused(
+                f"the body has more than {_LARGEST_BODY / 2**20:g} MiB; send fewer images, or smaller ones",
+                status=413,
+                code="request_too_large",
+            ) from error
         try:
             body = json.loads(raw)
         except ValueError as error:

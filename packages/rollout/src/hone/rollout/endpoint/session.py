@@ -17,6 +17,7 @@ from hone.rollout.endpoint.rendering import Renderer, Tools
 from hone.rollout.endpoint.templates import Served
 from hone.rollout.endpoint.tool_calls import PARSERS
 from hone.rollout.endpoint.tree import History, Node, Place, Tree
+from hone.rollout.pictures import Placeholders
 from hone.rollout.sampling import seed_of
 from hone.rollout.types import Completion, Engine, Request
 
@@ -75,8 +76,9 @@ class Session:
         contract: SamplerContract,
         greedy: bool,
         stops_at_text: bool = False,
+        placeholders: Placeholders | None = None,
     ) -> None:
-        self.tree = Tree(served, renderer, stop_ids=stop_ids, history=history)
+        self.tree = Tree(served, renderer, stop_ids=stop_ids, history=history, placeholders=placeholders)
         self.prompt_id, self.refused, self.failure = prompt_id, "", asyncio.Event()
         self.error: Exception | None = None
         self._engine, self._renderer, self._served, self._stop_ids = engine, renderer, served, frozenset(stop_ids)
@@ -123,7 +125,10 @@ class Session:
 
     def _request(self, asked: Asked, place: Place, limit: int) -> Request:
         run_seed, step, sample = self._origin
-        digest = hashlib.blake2b(str(place.prompt).encode(), digest_size=8).hexdigest()
+        read = hashlib.blake2b(str(place.prompt).encode(), digest_size=8)
+        for image in place.images:
+            read.update(image.data)
+        digest = read.hexdigest()
         name = f"{self.prompt_id}@{digest}#{self._drawn[digest]}"
         self._drawn[digest] += 1
         own = self._contract
@@ -137,6 +142,7 @@ class Session:
             max_new_tokens=limit,
             contract=dataclasses.replace(own, seed=seed_of(run_seed, step, name, sample), **ends),
             greedy=self._greedy,
+            images=place.images,
         )
 
     def _entered(self, asked: Asked, place: Place, request: Request, completion: Completion) -> Node:

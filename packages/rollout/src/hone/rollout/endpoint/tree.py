@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from hone.algos.batch import SamplerContract
+from hone.algos.batch import Attachment, SamplerContract
 from hone.rollout.endpoint.errors import Refused
 from hone.rollout.endpoint.messages import Message, likeness
 from hone.rollout.endpoint.rendering import CannotAppend, Renderer, Tail, Tools
 from hone.rollout.endpoint.templates import Served
+from hone.rollout.pictures import Placeholders, collapsed, encoded
 from hone.rollout.types import Completion
 
 How = Literal["root", "append", "rerender"]
@@ -26,8 +27,9 @@ History = Literal["verbatim", "template"]
 class Place:
     """Where a call belongs: behind `parent` (or at a root), with these ids before it.
 
-    `heard` are the messages so far (empty where plain text was completed: then `text` is the prompt), `reason` why it does not
-    simply follow. `boundary`: the parent's last sampled id does not stand in `prompt`; the template closes a reply otherwise.
+    `heard` are the messages so far (empty where plain text was completed: then `text` is the prompt), `images` those in the prompt,
+    `reason` why it does not simply follow. `boundary`: the parent's last sampled id does not stand in `prompt`; the template closes a
+    reply otherwise.
     """
 
     parent: "Node | None"
@@ -39,6 +41,7 @@ class Place:
     key: str = ""
     boundary: bool = False
     respelled: bool = False
+    images: tuple[Attachment, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +75,14 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A root-to-leaf path as one row: ids, which of them are trained on here, their log-probabilities and versions."""
+    """A root-to-leaf path as one row: ids, which of them are trained on here, their log-probabilities and versions, and its images."""
 
     nodes: tuple[Node, ...]
     tokens: tuple[int, ...]
     mask: tuple[bool, ...]
     logp: tuple[float, ...]
     version: tuple[int, ...]
+    images: tuple[Attachment, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +103,22 @@ class Ledger:
 class Tree:
     """The calls of one episode. `served` is the chat template (None: only plain text), `history` whether replies stay as they were
     sampled (verbatim) or as the template would render them now; `counts` tells how calls were placed and what was odd.
+    Without `placeholders` the policy reads text only.
     """
 
-    def __init__(self, served: Served | None, renderer: Renderer, *, stop_ids: Sequence[int], history: History = "verbatim") -> None:
+    def __init__(
+        self,
+        served: Served | None,
+        renderer: Renderer,
+        *,
+        stop_ids: Sequence[int],
+        history: History = "verbatim",
+        placeholders: Placeholders | None = None,
+    ) -> None:
         self.nodes: list[Node] = []
         self.counts: Counter[str] = Counter()
         self._served, self._renderer, self._stop_ids, self._history = served, renderer, frozenset(stop_ids), history
+        self._placeholders = placeholders
         self._delivered: set[int] = set()
         self._dropped: Counter[str] = Counter()
 
@@ -114,6 +128,12 @@ class Tree:
             raise Refused("the policy's tokenizer has no chat template; ask /v1/completions", code="no_chat_template")
         if tools and self._served.tools:
             raise Refused(f"tools cannot be served: {self._served.tools}", code="tools_unsupported", param="tools")
+        if self._placeholders is None and (shown := [one.where for message in messages for one in message.images]):
+            raise Refused(
+                f"{shown[0]} cannot be shown: the policy reads text only; leave images out, or train a vision-language model",
+                code="unsupported_content",
+                param="messages",
+            )
         key = hashlib.blake2b(json.dumps([list(tools), dict(options)], sort_keys=True).encode(), digest_size=16).hexdigest()
         found = self._longest_match(messages, key)
         if found is None:
@@ -126,14 +146,16 @@ class Tree:
         reason = self._served.append_tools if to_tools else self._served.append_users
         if not reason:
             try:
-                tail = self._renderer.tail(parent.reply, ordered, tools, options)
+                before = {"before": parent.place.heard} if any(message.images for message in ordered) else {}
+                tail = self._renderer.tail(parent.reply, ordered, tools, options, **before)
             except CannotAppend as error:
                 reason = str(error)
             else:
-                place = self._behind(parent, tail)
+                place = self._behind(parent, tail, ordered)
                 if self._history == "template":
                     whole = self._renderer.whole((*parent.place.heard, parent.reply, *ordered), tools, options)[1]
-                    reason = "" if self._renderer.decoded(place.prompt) == whole else "the template rewrites what was said"
+                    same = self._renderer.decoded(collapsed(place.prompt, place.images)) == whole
+                    reason = "" if same else "the template rewrites what was said"
                 if not reason:
                     return replace(place, heard=heard, key=key, respelled=respelled)
         return self._anew((*parent.place.heard, parent.reply, *ordered), tools, options, key, reason, heard=heard)
@@ -151,7 +173,8 @@ class Tree:
         rest = prompt[len(parent.place.text or "") + len(parent.text) :]
         # The client never saw the id that ended the reply, and goes on without it.
         base, new = (parent.ids[:-1] if parent.stopped else parent.ids), self._renderer.ids(rest) if rest else ()
-        return Place(parent=parent, prompt=base + new, how="append", text=prompt, key="text", boundary=parent.stopped)
+        place = Place(parent=parent, prompt=base + new, how="append", text=prompt, key="text", boundary=parent.stopped)
+        return replace(place, images=parent.place.images)
 
     def commit(
         self,
@@ -182,7 +205,8 @@ class Tree:
             cached_tokens=completion.cached_tokens,
             requested=dict(requested),
         )
-        again = any(other.place.parent is place.parent and other.place.prompt == place.prompt for other in self.nodes)
+        where = (place.prompt, place.images)
+        again = any(other.place.parent is place.parent and (other.place.prompt, other.place.images) == where for other in self.nodes)
         self.counts.update([f"calls_{'resample' if again else place.how}", *(["respelled"] if place.respelled else [])])
         self.nodes.append(node)
         return node
@@ -225,7 +249,9 @@ class Tree:
         # What was not sampled was fed to the version that sampled the next.
         for place in range(len(tokens) - 2, -1, -1):
             version[place] = version[place + 1] if version[place] < 0 else version[place]
-        return Segment(nodes=tuple(path), tokens=tokens, mask=tuple(mask), logp=tuple(logp), version=tuple(version))
+        return Segment(
+            nodes=tuple(path), tokens=tokens, mask=tuple(mask), logp=tuple(logp), version=tuple(version), images=leaf.place.images
+        )
 
     def _longest_match(self, messages: Sequence[Message], key: str) -> tuple[Node, bool] | None:
         """The node whose conversation this one goes on from, and whether an assistant's message was spelled differently."""
@@ -239,12 +265,32 @@ class Tree:
                 return node, "respelled" in alike
         return None
 
-    def _behind(self, parent: Node, tail: Tail) -> Place:
-        if not parent.stopped:
-            return Place(parent=parent, prompt=parent.ids + tail.ids, how="append")
-        if parent.output[-1] == tail.ids[0]:
-            return Place(parent=parent, prompt=parent.ids + tail.ids[1:], how="append")
-        return Place(parent=parent, prompt=parent.ids[:-1] + tail.ids, how="append", boundary=True)
+    def _behind(self, parent: Node, tail: Tail, said: Sequence[Message]) -> Place:
+        base, rest, boundary = parent.ids, tail.ids, False
+        if parent.stopped and parent.output[-1] == tail.ids[0]:
+            rest = tail.ids[1:]
+        elif parent.stopped:
+            base, boundary = parent.ids[:-1], True
+        new, images = self._seen(rest, said, start=len(base))
+        return Place(parent=parent, prompt=base + new, how="append", boundary=boundary, images=parent.place.images + images)
+
+    def _seen(self, ids: tuple[int, ...], messages: Sequence[Message], *, start: int) -> tuple[tuple[int, ...], tuple[Attachment, ...]]:
+        """Rendered ids with every placeholder of the messages' images, and the images with their places in a row where the ids are at
+        `start`. Raises Refused for what is no image, and a template that shows another number of them.
+        """
+        if self._placeholders is None:
+            return ids, ()
+        files: list[bytes] = []
+        for shown in (one for message in messages for one in message.images):
+            try:
+                files.append(encoded(shown.data))
+            except ValueError as error:
+                raise Refused(f"{shown.where} is {error}; send a PNG or JPEG", code="unsupported_content", param="messages") from error
+        try:
+            tokens, images = self._placeholders.expanded(ids, files, start=start)
+        except ValueError as error:
+            raise Refused(f"the messages cannot be shown: {error}", code="unsupported_content", param="messages") from error
+        return tuple(tokens), tuple(images)
 
     def _anew(
         self,
@@ -258,13 +304,21 @@ class Tree:
     ) -> Place:
         """The whole conversation rendered; where that begins with ids that were sampled, they keep their place."""
         ids, _ = self._renderer.whole(messages, tools, options)
-        return replace(self._by_ids(ids, reason=reason), heard=messages if heard is None else heard, key=key)
+        prompt, images = self._seen(ids, messages, start=0)
+        place = self._by_ids(prompt, images, reason=reason)
+        return replace(place, heard=messages if heard is None else heard, key=key)
 
-    def _by_ids(self, ids: tuple[int, ...], *, reason: str) -> Place:
+    def _by_ids(self, ids: tuple[int, ...], images: tuple[Attachment, ...] | None = None, *, reason: str) -> Place:
+        """Behind the longest row that the ids begin with, and that shows the same images; None: whichever it shows."""
         above = [node for node in self.nodes if len(node.ids) < len(ids) and ids[: len(node.ids)] == node.ids]
+        if images is not None:
+            # Other images of the same sizes have the same ids.
+            above = [node for node in above if node.place.images == tuple(one for one in images if one.start < len(node.ids))]
         if not above:
-            return Place(parent=None, prompt=ids, how="root", reason=reason)
-        return Place(parent=max(above, key=lambda node: (len(node.ids), node.index)), prompt=ids, how="rerender", reason=reason)
+            return Place(parent=None, prompt=ids, how="root", reason=reason, images=images or ())
+        parent = max(above, key=lambda node: (len(node.ids), node.index))
+        shown = parent.place.images if images is None else images
+        return Place(parent=parent, prompt=ids, how="rerender", reason=reason, images=shown)
 
     def _why_root(self, key: str) -> str:
         if not self.nodes:
