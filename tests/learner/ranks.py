@@ -16,7 +16,7 @@ from hone.learner.engines import deepspeed
 from hone.learner.errors import NumericsError
 from hone.learner.learner import Learner
 from hone.learner.packing import shards
-from tests.learner.tiny import make_batch, make_learner, score
+from tests.learner.tiny import in_chunks, make_batch, make_learner, score
 
 LENGTHS = [7, 5, 3, 42, 9, 4, 6, 7, 2]  # one row is worth all others, so that its rank has no second micro-batch
 ALGO = PPO(kl=KLPenalty(init_coef=0.1, use_loss=True, estimator="k3"), entropy_coef=0.01)
@@ -29,7 +29,7 @@ def weights(learner: Learner, role: str) -> dict[str, torch.Tensor]:
 def train(learner: Learner, *, rank: int, world_size: int, max_tokens: int) -> dict[str, object]:
     """Two optimiser steps of policy and critic; everything that must not depend on engine, stage, ranks or packing."""
     for role in ("policy", "reference"):
-        learner.engines[role].module.head.chunk_tokens = 3  # so that ranks run different numbers of chunks
+        in_chunks(learner.engines[role].module.head, 3)  # so that ranks run different numbers of chunks
     batch = make_batch(LENGTHS)
     own = shards(batch, ranks=world_size, max_tokens=max_tokens)[rank]
     result: dict[str, object] = {"old_logp": learner.logp("policy", own), "ref_logp": learner.logp("reference", own)}
