@@ -170,7 +170,7 @@ def test_2_an_answer_to_another_prompt_is_refused_with_both(chat: Chat) -> None:
     engine.name, engine._half_loaded, engine._eos_token_ids, engine._version = "crossed", "", [], 0
     engine._reads_text, engine._adapter = False, None
 
-    async def other(*asked: Any) -> Any:
+    async def other(*asked: Any, **more: Any) -> Any:
         yield SimpleNamespace(outputs=[], prompt_token_ids=[7, 8, 10])
 
     engine._llm = SimpleNamespace(errored=False, generate=other)
