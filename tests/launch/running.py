@@ -64,6 +64,17 @@ class Run:
         output, _ = self.process.communicate(timeout=limit_s)
         return output
 
+    def kill(self) -> None:
+        """The process and all it started, as a machine that goes down would; Ray's own would linger."""
+        self.look()
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        for left in self.seen:
+            try:
+                left.kill()
+            except psutil.NoSuchProcess:
+                continue
+
     def survivors(self) -> list[str]:
         """Processes of the run that are still there."""
         return [" ".join(process.cmdline()) for process in self.seen if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

@@ -1,11 +1,9 @@
 """Rollout ahead of the learner for real: Ray, vLLM and DeepSpeed, responses held over updates, killed with SIGKILL and taken up again."""
 
-import signal
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -13,7 +11,7 @@ from hone.launch.observe.ledger import replay
 from hone.launch.observe.metrics import check_names
 from hone.launch.observe.run_directory import read_events, read_metrics
 from tests.launch.conftest import MADE_UP, save_model, write_reward, write_rows
-from tests.launch.running import Run, started
+from tests.launch.running import started
 
 LENGTH_IS_GOOD = 'return {"rewards": [len(queries[0]) % 7 / 7.0]}'
 pytestmark = pytest.mark.timeout(900)
@@ -33,25 +31,13 @@ def arguments(home: Path, tokenizer: PreTrainedTokenizerFast, *more: str) -> lis
     ]
 
 
-def kill(run: Run) -> None:
-    """The process and all it started, as a machine that goes down would."""
-    run.look()
-    run.process.send_signal(signal.SIGKILL)
-    run.process.wait()
-    for left in run.seen:
-        try:
-            left.kill()
-        except psutil.NoSuchProcess:
-            continue
-
-
 def test_a_killed_run_goes_on_with_what_was_open_and_no_token_is_older_than_the_bound(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     asked = arguments(tmp_path, tokenizer, "--train.partial-rollout-enable", "--train.async-queue-size", "2")
     with started(asked, tmp_path / "killed") as run:
         run.wait_for(lambda: (tmp_path / "killed" / "checkpoints" / "step_2").exists(), limit_s=800)
-        kill(run)
+        run.kill()
     checkpoint = max((tmp_path / "killed" / "checkpoints").glob("step_?"))
     with np.load(checkpoint / "open.npz", allow_pickle=False) as kept:
         assert kept["tokens"].size == kept["lengths"].sum()

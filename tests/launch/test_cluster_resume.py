@@ -1,10 +1,8 @@
 """Two learner ranks in a ring on real Ray, killed with SIGKILL and taken up again, against the run that never stopped."""
 
 import shutil
-import signal
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,18 +30,6 @@ def arguments(home: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     ]
 
 
-def kill(run: Run) -> None:
-    """The process and all it started, as a machine that goes down would; Ray's own would linger."""
-    run.look()
-    run.process.send_signal(signal.SIGKILL)
-    run.process.wait()
-    for left in run.seen:
-        try:
-            left.kill()
-        except psutil.NoSuchProcess:
-            continue
-
-
 def finished(run: Run) -> None:
     output = run.finish(limit_s=400)
     assert run.process.returncode == 0, output
@@ -55,7 +41,7 @@ def test_a_killed_ring_taken_up_again_is_the_run_that_never_stopped(tokenizer: P
         finished(run)
     with started(asked, tmp_path / "killed") as run:
         run.wait_for(lambda: (tmp_path / "killed" / "checkpoints" / "step_2").exists(), limit_s=400)
-        kill(run)
+        run.kill()
     for later in ("step_3", "step_4"):  # if it was quicker than the signal
         shutil.rmtree(tmp_path / "killed" / "checkpoints" / later, ignore_errors=True)
     with started([*asked, "--resume", "killed"], tmp_path / "resumed") as run:
