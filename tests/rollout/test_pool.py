@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from hone.rollout.errors import RewardError
-from hone.rollout.rewards.pool import RewardPool
+from hone.rollout.rewards.pool import _START_AGAIN_S, RewardPool
 from hone.rollout.rewards.result import RewardItem
 
 # The label says how the function behaves; line numbers below are asserted.
@@ -233,12 +233,16 @@ def test_the_event_loop_goes_on_while_a_function_runs(pool: RewardPool) -> None:
     assert asyncio.run(scenario()) > 10
 
 
-def test_a_system_that_refuses_a_process_once_costs_no_slot(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("times", [1, 3, len(_START_AGAIN_S) + 2])
+def test_a_system_that_refuses_processes_costs_no_slot(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, times: int
+) -> None:
     """Otherwise the pool loses its slots one by one, and the last call waits for ever."""
+    monkeypatch.setattr("hone.rollout.rewards.pool._START_AGAIN_S", (0.01,) * len(_START_AGAIN_S))
     log = tmp_path / "reward.log"
     with closing(RewardPool(source, workers=1, timeout_s=60.0, log=log)) as pool:
         started = subprocess.Popen.__init__
-        refusals = [BlockingIOError(11, "Resource temporarily unavailable")] * 2
+        refusals = [BlockingIOError(11, "Resource temporarily unavailable")] * times
 
         def refused(*arguments: Any, **settings: Any) -> None:
             if refusals:
@@ -248,9 +252,13 @@ def test_a_system_that_refuses_a_process_once_costs_no_slot(source: str, tmp_pat
         monkeypatch.setattr(subprocess.Popen, "__init__", refused)
         with pytest.raises(RewardError, match="exit status 7"):
             judge(pool, item("_exit"))
-        with pytest.raises(BlockingIOError):
-            judge(pool, item(1))
+        if times > len(_START_AGAIN_S) + 1:
+            with pytest.raises(BlockingIOError):
+                judge(pool, item(1))
         assert judge(pool, item(1)) == [(5.0, 1.0, {"label": 1.0})]
+    said = [record.getMessage() for record in caplog.records if record.name == "hone.rollout.rewards.pool"]
+    assert len(said) == min(times, len(_START_AGAIN_S) + 1)
+    assert all("Resource temporarily unavailable" in message for message in said)
 
 
 def test_a_label_that_cannot_travel_is_an_error_not_a_hang(pool: RewardPool) -> None:
@@ -303,7 +311,7 @@ def test_close_ends_workers_in_the_middle_of_their_work(source: str) -> None:
 def test_workers_do_not_outlive_a_parent_that_is_killed(source: str) -> None:
     program = f"""
 import asyncio, threading
-from hone.rollout.rewards.pool import RewardPool
+from hone.rollout.rewards.pool import _START_AGAIN_S, RewardPool
 from hone.rollout.rewards.result import RewardItem
 pool = RewardPool({source!r}, workers=2, timeout_s=1000.0)
 print(*pool.pids, flush=True)

@@ -6,6 +6,7 @@ behind it are judged by its successor.
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -20,7 +21,10 @@ from hone.rollout.rewards.function import locate
 from hone.rollout.rewards.process import WorkerGone, WorkerProcess
 from hone.rollout.rewards.result import Judgement, RewardItem
 
+_log = logging.getLogger(__name__)
+
 _LARGEST_MESSAGE = 32
+_START_AGAIN_S = (0.1, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +165,18 @@ class _Slot:
         return []
 
     def _replace(self) -> None:
+        """Put a new worker in the place of one that hung or died; if none will start, the next job tries again, and is told."""
         self._empty()
-        # Whatever keeps a worker from starting (also the system's refusal of a process): the next job tries again, and is told.
-        with suppress(Exception):
-            self._fill()
+        for pause_s in (*_START_AGAIN_S, None):
+            try:
+                self._fill()
+            # Whatever keeps a worker from starting, also the system's refusal of a process, which may pass.
+            except Exception as error:
+                _log.warning("no reward worker in the place of one that ended: %s", error)
+                if pause_s is None or self._closed.wait(pause_s):
+                    return
+            else:
+                return
 
     def _fill(self) -> WorkerProcess:
         """The worker of this slot, started if there is none."""
