@@ -3,7 +3,8 @@
 The list is Qwen2.5-0.5B's, 290 tensors of 494 M parameters in bf16. Ours: the learner's end as it runs, with fingerprints taken on
 both sides; it ends when the other process has checked every tensor and can read it. The peers: one gloo broadcast per parameter over
 loopback into tensors that are there already, as NCCL broadcasts of one parameter each are elsewhere; `ray.put` of the list, read by an
-actor, by Ray's own way of sending tensors. `unverified` is ours without any fingerprint: `share_of_verification` is what is left.
+actor, by Ray's own way of sending tensors. `unverified` is ours without any fingerprint, copied as numpy copies: `share_of_verification` is
+what is left. Every process computes with one thread, as `launch` shares out the cores of a machine.
 """
 
 import multiprocessing
@@ -64,13 +65,20 @@ class Receiver:
         """Open the file."""
         self.mapping = Mapping(path)
 
+    def begin(self) -> None:
+        """A new update."""
+        assert self.mapping is not None
+        self.mapping.begin()
+
     def update(self, info: dict[str, Any], check: bool) -> None:
         """Find what a region holds, and check it."""
         assert self.mapping is not None
         unchanged = set(info["unchanged"])
+        if info["ahead"] and check:
+            self.mapping.ahead(*info["ahead"])
         for (name, tensor), sent in zip(self.mapping.tensors(SimpleNamespace(**info)), info["fingerprints"], strict=True):
             self.held[name] = tensor
-            assert not check or name in unchanged or fingerprint(tensor) == sent, name
+            assert not check or name in unchanged or self.mapping.fingerprint(tensor) == sent, name
 
     def join(self, port: int) -> None:
         """Meet the sender over gloo, with room for everything."""
@@ -124,6 +132,7 @@ class GpuReceiver:
 
 def serve(pipe: Connection, receiver: type[Receiver] | type[GpuReceiver]) -> None:
     """Do what is asked, and say when it is done."""
+    torch.set_num_threads(1)  # as the sender's: two cores, two processes
     here = receiver()
     while (asked := pipe.recv()) is not None:
         method, *given = asked
@@ -148,7 +157,8 @@ class Engine:
         self.ask("init", init_info["path"])
 
     def start_weight_update(self) -> None:
-        """Nothing to prepare."""
+        """Begin."""
+        self.ask("begin")
 
     def update_weights(self, update_info: Any) -> None:
         """One region."""
@@ -202,6 +212,7 @@ def holder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_half_a_billion_parameters(
     benchmark: BenchmarkFixture, engines: tuple[Engine, Engine], holder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes().items()}
     ours_engine, gloo_engine = engines
@@ -212,7 +223,7 @@ def test_half_a_billion_parameters(
     def ours() -> dict[str, str]:
         return sending.send_weights()
 
-    def copied(tensor: Tensor, target: Tensor) -> str:
+    def copied(tensor: Tensor, target: Tensor, *_: object) -> str:
         np.copyto(target.numpy(), tensor.view(-1).view(torch.uint8).numpy())
         return ""
 

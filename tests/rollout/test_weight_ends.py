@@ -7,9 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from hone.rollout.errors import EngineError, EngineLost
 from hone.rollout.weight_sync import compiled_sums, source, trainer
 from hone.rollout.weight_sync.protocol import FanOut
-from hone.rollout.weight_sync.shared_memory import SharedMemoryTrainer
-from hone.rollout.weight_sync.source import FingerprintedSource, fingerprint
+from hone.rollout.weight_sync.shared_memory import Mapping, SharedMemoryTrainer
+from hone.rollout.weight_sync.source import PIECE, FingerprintedSource, copied, fingerprint
 
 # vllm, while it is imported, scripts a function by torch's old way.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -50,7 +51,7 @@ def test_the_bytes_count_and_not_how_they_lie_in_memory() -> None:
     assert fingerprint(odd[1:]) == fingerprint(odd[1:].clone())
 
 
-@pytest.mark.parametrize("words", [0, 1, 16_383, 16_384, 16_385, 70_000])
+@pytest.mark.parametrize("words", [1, 1_023, 1_024, 1_025, 70_000, 300_000])
 def test_compiled_sums_are_plain_ones(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba", reason="compiled sums need numba (hone-algos[fast])")
     data = torch.randint(-(2**62), 2**62, (words,), generator=torch.Generator().manual_seed(words)).view(torch.uint8)[: 8 * words - 3]
@@ -58,7 +59,9 @@ def test_compiled_sums_are_plain_ones(words: int, monkeypatch: pytest.MonkeyPatc
     plain = fingerprint(data)
     monkeypatch.setattr(source, "COMPILED_WORDS", 1)
     monkeypatch.setattr(compiled_sums, "in_threads", lambda *a, run=compiled_sums.in_threads, **b: asked.append(1) or run(*a, **b))
-    assert fingerprint(data) == plain and bool(asked) == (words > 16_384)
+    assert fingerprint(data) == plain and asked
+    target = torch.zeros(data.numel(), dtype=torch.uint8)
+    assert copied(data, target) == plain and torch.equal(target, data)
 
 
 @given(size=st.integers(1, 40_000), at=st.integers(0), bit=st.integers(0, 31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
@@ -131,6 +134,66 @@ def test_the_file_is_private_unlinked_reused_and_holds_the_bytes() -> None:
     assert client.calls == ["start", "update", "finish"] * 2
     sending.close()
     os.close(client.opened)
+
+
+@dataclass
+class Reading:
+    """A client that maps the file and takes fingerprints as an engine does; `damage` is done to the memory at a call."""
+
+    damage: Callable[[Any, int], None] = lambda _info, _file: None
+    mapping: Mapping | None = None
+    found: dict[str, str] = field(default_factory=dict)
+    heard: list[dict[str, Any]] = field(default_factory=list)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.file = os.open(init_info["path"], os.O_RDWR)
+        self.mapping = Mapping(init_info["path"])
+
+    def start_weight_update(self) -> None:
+        assert self.mapping is not None
+        self.mapping.begin()
+
+    def update_weights(self, update_info: Any) -> None:
+        assert self.mapping is not None
+        self.heard.append(update_info)
+        self.damage(update_info, self.file)
+        if update_info["ahead"]:
+            self.mapping.ahead(*update_info["ahead"])
+        for name, tensor in self.mapping.tensors(SimpleNamespace(**update_info)):
+            self.found[name] = self.mapping.fingerprint(tensor)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        pass
+
+
+LARGE = {"small": torch.arange(1_000.0), "large": torch.arange(70_001.0), "after": torch.arange(7.0)}
+
+
+def test_a_tensor_larger_than_a_region_is_checked_as_it_grows() -> None:
+    client = Reading()
+    sending = SharedMemoryTrainer(client=client, source=FingerprintedSource(LARGE.items()), rank=0, region_bytes=8 * PIECE)
+    for _ in range(3):
+        client.found, client.heard = {}, []
+        assert sending.send_weights() == client.found == {name: fingerprint(tensor) for name, tensor in LARGE.items()}
+        ready = [info["ahead"][1] for info in client.heard if info["ahead"]]
+        assert ready == list(range(8 * PIECE, LARGE["large"].nbytes, 8 * PIECE))
+    sending.close()
+
+
+@pytest.mark.parametrize("at", [5, 8 * PIECE + 3, 4 * 70_000])
+def test_damage_anywhere_in_a_large_tensor_is_seen(at: int) -> None:
+    def damage(info: Any, file: int) -> None:
+        if "large" in client.found or not (info["ahead"] or "large" in info["names"]):
+            return
+        begin, ready = info["ahead"] or (info["offsets"][info["names"].index("large")], LARGE["large"].nbytes)
+        if ready - 8 * PIECE <= at < ready:
+            os.pwrite(file, bytes([os.pread(file, 1, begin + at)[0] ^ 1]), begin + at)
+
+    client = Reading(damage)
+    sending = SharedMemoryTrainer(client=client, source=FingerprintedSource(LARGE.items()), rank=0, region_bytes=8 * PIECE)
+    sent = sending.send_weights()
+    assert [name for name in sent if client.found[name] != sent[name]] == ["large"]
+    sending.close()
 
 
 def test_other_ranks_gather_and_do_nothing_else() -> None:

@@ -35,6 +35,10 @@ class CheckedReceiver(WeightTransferEngine[Any, Any]):
         """The tensors of one announcement, the fingerprints of all it should hold, and the names of those that are as they were."""
         raise NotImplementedError
 
+    def fingerprint(self, tensor: Tensor) -> str:
+        """Of one of the tensors read."""
+        return fingerprint(tensor)
+
     def start_weight_update(self) -> None:
         """Begin an update with nothing received, and nothing left of one that failed."""
         self.received, self._waiting, self._unchanged = {}, {}, set[str]()
@@ -47,7 +51,7 @@ class CheckedReceiver(WeightTransferEngine[Any, Any]):
     def receive_weights(self, update_info: Any) -> None:
         """Check and keep; ValueError names the tensors whose bytes are not what was sent. The model is as it was."""
         weights, expected, unchanged = self.read(update_info)
-        found = {name: self._held.get(name, "missing") if name in unchanged else fingerprint(tensor) for name, tensor in weights}
+        found = {name: self._held.get(name, "missing") if name in unchanged else self.fingerprint(tensor) for name, tensor in weights}
         altered = [name for name in expected if found.get(name) != expected[name]]
         if altered:
             raise ValueError(f"{len(altered)} of {len(expected)} tensors that came are not what was sent: {', '.join(altered[:8])}")
@@ -137,7 +141,8 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     """What a region of the file holds: names, dtypes (torch's names), shapes, byte offsets and fingerprints, in one order.
 
-    `unchanged` are the names among them that are what the last update brought.
+    `unchanged` are the names among them that are what the last update brought. Or, before that, how far a tensor larger than a
+    region is written: `ahead` is where it begins and how many of its bytes are there.
     """
 
     names: list[str]
@@ -146,6 +151,7 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     offsets: list[int]
     fingerprints: list[str]
     unchanged: list[str] = field(default_factory=list)
+    ahead: list[int] = field(default_factory=list)
 
 
 class SharedMemoryReceiver(CheckedReceiver):
@@ -160,12 +166,27 @@ class SharedMemoryReceiver(CheckedReceiver):
         self.shutdown()
         self._mapping, self._held = Mapping(init_info.path), {}
 
+    def start_weight_update(self) -> None:
+        """Begin an update with nothing received or taken ahead."""
+        super().start_weight_update()
+        self._open().begin()
+
     def read(self, update_info: SharedMemoryUpdateInfo) -> tuple[Sequence[tuple[str, Tensor]], dict[str, str], set[str]]:
         """The tensors, as views of the mapped file; they are copied when they are loaded."""
+        mapping = self._open()
+        expected = dict(zip(update_info.names, update_info.fingerprints, strict=True))
+        if update_info.ahead:
+            mapping.ahead(*update_info.ahead)
+        return mapping.tensors(update_info), expected, set(update_info.unchanged)
+
+    def fingerprint(self, tensor: Tensor) -> str:
+        """Of one of the tensors read, a part of it perhaps before."""
+        return self._open().fingerprint(tensor)
+
+    def _open(self) -> Mapping:
         if self._mapping is None:
             raise RuntimeError("weights were sent before the handshake; call init_weight_transfer_engine first")
-        expected = dict(zip(update_info.names, update_info.fingerprints, strict=True))
-        return self._mapping.tensors(update_info), expected, set(update_info.unchanged)
+        return self._mapping
 
     def shutdown(self) -> None:
         """Let go of the file."""

@@ -1,7 +1,8 @@
 """Weights through shared memory, for engines on the same machine without a GPU: the learner's end, and how the other end reads.
 
 Flow: source -> regions of one file in shared memory (tensors end to end, 64-byte aligned) -> every engine maps it and loads.
-While the learner fills a region, the engines check the one before. Imports no vllm: the learner's process need not pay for that.
+While the learner fills a region, the engines check the one before; a larger tensor is checked as it grows.
+Imports no vllm: the learner's process need not pay for that.
 """
 
 import errno
@@ -20,12 +21,16 @@ from torch import Tensor
 
 from hone.rollout.errors import EngineError
 from hone.rollout.weight_sync.protocol import Client
-from hone.rollout.weight_sync.source import FingerprintedSource, copied, fingerprint
+from hone.rollout.weight_sync.source import FingerprintedSource, RunningFingerprint, bytes_of, copied, fingerprint
 
 MEMORY = "/dev/shm"
 REGION_BYTES = 1 << 26
 """What is announced to the engines in one call: enough that calls cost nothing, little enough that the last check is short."""
 _ALIGNMENT = 64
+
+
+def _update() -> dict[str, list[Any]]:
+    return {key: [] for key in ("names", "dtype_names", "shapes", "offsets", "fingerprints", "unchanged", "ahead")}
 
 
 @dataclass
@@ -35,9 +40,7 @@ class _Region:
     start: int
     memory: UInt8[Tensor, " B"]
     used: int = 0
-    update: dict[str, list[Any]] = field(
-        default_factory=lambda: {key: [] for key in ("names", "dtype_names", "shapes", "offsets", "fingerprints", "unchanged")}
-    )
+    update: dict[str, list[Any]] = field(default_factory=_update)
 
     @property
     def size(self) -> int:
@@ -104,7 +107,13 @@ class SharedMemoryTrainer:
                 region.update["unchanged"].append(name)
             else:
                 self._reserve(region.start + end)
-                digest = copied(tensor, region.memory[offset:end])
+                begin = region.start + offset
+                digest = copied(
+                    tensor,
+                    region.memory[offset:end],
+                    self._region_bytes,
+                    lambda ready, begin=begin: announce(_update() | {"ahead": [begin, ready]}),
+                )
             sent[name] = digest
             entry = (name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), region.start + offset, digest)
             for key, value in zip(("names", "dtype_names", "shapes", "offsets", "fingerprints"), entry, strict=True):
@@ -156,15 +165,42 @@ class Mapping:
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         self._memory: mmap.mmap | None = None
+        self._ahead: tuple[int, int, RunningFingerprint] | None = None
+
+    def begin(self) -> None:
+        """A new update: nothing is taken of any tensor."""
+        self._ahead = None
+
+    def ahead(self, offset: int, ready: int) -> None:
+        """Take the fingerprint of a large tensor as far as it is written: its first `ready` bytes, a multiple of `source.PIECE`."""
+        memory = self._mapped()
+        address = _view(memory, torch.uint8, [ready], offset).data_ptr()
+        if self._ahead is None or self._ahead[0] != address:
+            self._ahead = address, 0, RunningFingerprint()
+        _, done, running = self._ahead
+        running.add(_view(memory, torch.uint8, [ready - done], offset + done))
+        self._ahead = address, ready, running
+
+    def fingerprint(self, tensor: Tensor) -> str:
+        """Of one of `tensors`: what is left of it is read, if a part was taken ahead."""
+        if self._ahead is None or self._ahead[0] != tensor.data_ptr():
+            return fingerprint(tensor)
+        (_, done, running), self._ahead = self._ahead, None
+        running.add(bytes_of(tensor)[done:])
+        return running.of(tensor)
 
     def tensors(self, update: Any) -> list[tuple[str, Tensor]]:
         """The tensors of one region by name, as views; whoever loads them copies them."""
+        memory = self._mapped()
+        layout = zip(update.names, update.dtype_names, update.shapes, update.offsets, strict=True)
+        return [(name, _view(memory, getattr(torch, dtype), shape, offset)) for name, dtype, shape, offset in layout]
+
+    def _mapped(self) -> mmap.mmap:
         size = os.fstat(self._file).st_size
         if self._memory is None or len(self._memory) < size:
             # A private mapping costs nothing until it is written, which nobody does; torch insists on a writable buffer.
-            self._memory = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
-        layout = zip(update.names, update.dtype_names, update.shapes, update.offsets, strict=True)
-        return [(name, _view(self._memory, getattr(torch, dtype), shape, offset)) for name, dtype, shape, offset in layout]
+            self._memory, self._ahead = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY), None
+        return self._memory
 
     def close(self) -> None:
         """Let go of the file."""

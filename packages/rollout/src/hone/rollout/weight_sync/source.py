@@ -6,7 +6,8 @@ Flow: learner's gathered parameters -> FingerprintedSource -> a trainer (shared_
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -17,12 +18,17 @@ from torch import Tensor
 from hone.algos.kernels import PLAIN_VARIABLE
 from hone.rollout.errors import StaleWeights
 
-# Words summed into one entry of a fingerprint; 128 KiB of data, so the products stay in a core's cache.
-_WORDS = 1 << 14
+# Words summed into one entry of a fingerprint: 8 KiB, so that they and their multipliers stay in a core's first cache. With longer
+# chunks the multipliers come from the second, and a pass over weights takes half as long again; with shorter ones the digest of sums does.
+_WORDS = 1 << 10
+PIECE = 8 * _WORDS
+"""Bytes that a piece of a running fingerprint is a multiple of."""
 # Bytes handled at a time: on the CPU what the last-level cache holds, on a GPU what keeps it busy without a second copy of the model.
 _CPU_SLICE, _GPU_SLICE = 1 << 20, 1 << 26
 COMPILED_WORDS = 1 << 20
-"""Words of a tensor from which compiled loops sum them on a CPU: below, a millisecond; compiling takes half a second."""
+"""Words of a tensor from which compiled loops sum them on a CPU: below, a millisecond; compiling takes half a second. Compiled loops
+that are there already sum every tensor."""
+_COMPILED = "hone.rollout.weight_sync.compiled_sums"
 
 _LAYOUT = "a policy's tensors do not change during a run, so its weights are being read wrongly"
 
@@ -36,55 +42,87 @@ def _multipliers(device: torch.device) -> Tensor:
     return mixed | 1
 
 
+class RunningFingerprint:
+    """A fingerprint that is taken piece by piece: every piece of the bytes but the last is a multiple of `PIECE` long."""
+
+    def __init__(self) -> None:
+        self._sums, self._last = list[Tensor](), b""
+
+    def add(self, data: UInt8[Tensor, " B"], target: UInt8[Tensor, " B"] | None = None) -> None:
+        """Take the next bytes (their address a multiple of 8), and copy them to `target` on the way."""
+        words = data[: data.numel() // 8 * 8]
+        sums = _sums(
+            words.view(torch.int64), _multipliers(data.device), None if target is None else target[: words.numel()].view(torch.int64)
+        )
+        self._sums.append(sums)
+        if words.numel() < data.numel():
+            self._last = data[words.numel() :].cpu().numpy().tobytes()
+            if target is not None:
+                target[words.numel() :].copy_(data[words.numel() :])
+
+    def of(self, tensor: Tensor) -> str:
+        """That of the tensor whose bytes the pieces were."""
+        digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
+        for sums in self._sums:
+            digest.update(sums.cpu().numpy().data)
+        digest.update(self._last)
+        return digest.hexdigest()
+
+
 def fingerprint(tensor: Tensor) -> str:
     """64-bit digest [hex] of a tensor's dtype, shape and bytes; the same on every device.
 
-    h = blake2b(dtype, shape, s_0, s_1, ...), s_c = sum_i w_i x_{c,i} mod 2^64 over the 64-bit words x of chunk c with
+    h = blake2b(dtype, shape, s_0, s_1, ..., last bytes), s_c = sum_i w_i x_{c,i} mod 2^64 over the 64-bit words x of chunk c with
     odd multipliers w. Integer sums do not depend on their order, so threads and GPUs agree to the bit. It guards against
     accidents (a lost, stale, swapped or transposed tensor), not against an adversary.
     """
-    return _digest(tensor, _bytes(tensor), None)
+    running = RunningFingerprint()
+    running.add(bytes_of(tensor))
+    return running.of(tensor)
 
 
-def copied(tensor: Tensor, target: UInt8[Tensor, " B"]) -> str:
-    """The tensor's fingerprint, its bytes copied to `target` (on the CPU) on the way: they are read from memory once for both."""
-    data = _bytes(tensor).cpu()
+def copied(tensor: Tensor, target: UInt8[Tensor, " B"], piece: int | None = None, tell: Callable[[int], None] | None = None) -> str:
+    """The tensor's fingerprint, its bytes copied to `target` (on the CPU) on the way: they are read from memory once for both.
+
+    `tell` hears how many bytes stand in `target` after every `piece` [bytes, a multiple of `PIECE`] but the last.
+    """
+    data = bytes_of(tensor).cpu()
     if target.storage_offset() % 8:
         raise ValueError(f"weights are copied to addresses that 8 divides, not to byte {target.storage_offset()}")
-    return _digest(tensor, data, target)
+    running = RunningFingerprint()
+    for begin in range(0, data.numel(), piece or max(1, data.numel())):
+        if begin and tell is not None:
+            tell(begin)
+        end = min(data.numel(), begin + (piece or data.numel()))
+        running.add(data[begin:end], target[begin:end])
+    return running.of(tensor)
 
 
-def _bytes(tensor: Tensor) -> UInt8[Tensor, " B"]:
+def bytes_of(tensor: Tensor) -> UInt8[Tensor, " B"]:
+    """A tensor's bytes in order, at an address that 8 divides: its own memory where that will do."""
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return data.clone() if data.storage_offset() % 8 else data
 
 
-def _digest(tensor: Tensor, data: UInt8[Tensor, " B"], target: UInt8[Tensor, " B"] | None) -> str:
-    words = data[: data.numel() // 8 * 8].view(torch.int64)
-    multipliers = _multipliers(data.device)
-    whole = words.numel() // _WORDS * _WORDS
-    sums = [_sums(words[:whole], multipliers, None if target is None else target[: whole * 8].view(torch.int64))] if whole else []
-    rest = words[whole:]
-    sums.append((rest * multipliers[: rest.numel()]).sum().view(1))
-    if target is not None:
-        target[whole * 8 :].copy_(data[whole * 8 :])
-    digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=8)
-    digest.update(torch.cat(sums).cpu().numpy().data)
-    digest.update(data[words.numel() * 8 :].cpu().numpy().data)
-    return digest.hexdigest()
-
-
 def _sums(words: Int64[Tensor, " W"], multipliers: Int64[Tensor, " c"], target: Int64[Tensor, " W"] | None) -> Int64[Tensor, " C"]:
-    """Of every chunk, copied to `target` where there is one; whole numbers, so compiled loops and plain torch agree to the bit."""
-    plain = words.is_cuda or words.numel() < COMPILED_WORDS or os.environ.get(PLAIN_VARIABLE) or find_spec("numba") is None
-    if not plain:
+    """Of every chunk, the last perhaps short, copied to `target` where there is one; whole numbers, so compiled loops agree to the bit."""
+    if not words.is_cuda and _compiled(words.numel()):
         from hone.rollout.weight_sync.compiled_sums import sums_of_chunks
 
         return sums_of_chunks(words, multipliers, target)
     if target is not None:
         target.copy_(words)
     step = (_GPU_SLICE if words.is_cuda else _CPU_SLICE) // 8 // _WORDS
-    return torch.cat([(rows * multipliers).sum(1) for rows in words.view(-1, _WORDS).split(step)])
+    whole = words.numel() // _WORDS * _WORDS
+    sums = [(rows * multipliers).sum(1) for rows in words[:whole].view(-1, _WORDS).split(step)]
+    rest = words[whole:]
+    return torch.cat([*sums, (rest * multipliers[: rest.numel()]).sum(0, keepdim=True)]) if rest.numel() else torch.cat(sums or [rest])
+
+
+def _compiled(words: int) -> bool:
+    if os.environ.get(PLAIN_VARIABLE):
+        return False
+    return _COMPILED in sys.modules or (words >= COMPILED_WORDS and find_spec("numba") is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
