@@ -16,8 +16,8 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 
 def test_the_first_two_blocks_are_the_two_commands() -> None:
     assert BLOCKS[0].split("\n")[:-1] == ["pip install uv", "uv run launch ppo"]
-    assert BLOCKS[1] == "uv run pytest\n"
-    assert "uv run pytest" in (ROOT / ".ci" / "run").read_text()
+    assert BLOCKS[1] == "uv run pytest -n 2\n"
+    assert "uv run pytest -n 2" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_every_link_leads_somewhere() -> None:
