@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,7 @@ settings.load_profile("hone")
 prepare_environment()  # before any test imports Ray, which looks at its environment once
 
 
+_HERE = Path(__file__).parent
 HEAVY = (
     *("golden/test_curves", "golden/test_offline_curves"),
     *(f"launch/test_{name}" for name in ("adapter_run", "agent_run", "async_run", "called_agent_run", "chat", "cluster_resume")),
@@ -26,14 +28,31 @@ HEAVY = (
 """Files whose tests start engines, several ranks, or a crowd: with `-n` one worker runs them all in turn, and the others the rest."""
 
 
+def _is_heavy(path: Path) -> bool:
+    return path.with_suffix("").relative_to(_HERE).as_posix() in HEAVY
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Heavy files first, and every file to one worker, since its tests share what is slow to make."""
-    here = Path(__file__).parent
-    heavy = {here / f"{name}.py" for name in HEAVY}
-    assert all(file.exists() for file in heavy), sorted(file for file in heavy if not file.exists())
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("heavy" if item.path in heavy else item.path.relative_to(here).as_posix()))
-    items.sort(key=lambda item: item.path not in heavy)
+    """Heavy files first."""
+    assert not (lost := [name for name in HEAVY if not (_HERE / f"{name}.py").exists()]), lost
+    items.sort(key=lambda item: not (item.path.is_relative_to(_HERE) and _is_heavy(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Every file to one worker, since its tests share what is slow to make; all heavy files to one.
+
+    A scheduler of ours because pytest-xdist's own groups do nothing with pytest 9.2 (it writes them into an attribute that pytest has
+    ceased to read).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::", 1)[0]
+            return "heavy" if _is_heavy(config.rootpath / path) else path
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
