@@ -83,26 +83,6 @@ def test_a_reward_model_gives_the_same_scores_in_plain_transformers(hone_cache: 
     assert (model.config.mean, model.config.std) == pytest.approx((float(every.mean()), float(every.std())), rel=1e-5)
 
 
-def test_the_reference_is_asked_once_and_remembered(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("HONE_CACHE", str(tmp_path / "cache"))
-    record("dpo", tmp_path)
-    first = capsys.readouterr().out
-    # Another loss over the same rows and the same reference.
-    assert main([*words("ipo", tmp_path), "--run.dir", str(tmp_path / "ipo")]) == 0
-    second = capsys.readouterr().out
-    assert "starting reference" in first and "starting reference" not in second
-    (file,) = (tmp_path / "cache" / "reference").iterdir()
-    file.unlink()
-    assert main([*words("dpo", tmp_path), "--run.dir", str(tmp_path / "again")]) == 0
-    assert "starting reference" in capsys.readouterr().out
-    assert steps_of(tmp_path / "again") == steps_of(tmp_path / "dpo")
-    # Other rows, or another model, are another question.
-    assert main([*words("dpo", tmp_path), "--data.max-samples", "54", "--run.dir", str(tmp_path / "fewer")]) == 0
-    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 2
-
-
 def test_the_best_model_is_kept_beside_the_last(hone_cache: Path, tmp_path: Path) -> None:
     # A rate that ruins the model after the first evaluation: the last is not the best.
     line = [

@@ -5,7 +5,7 @@ from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hone.datasets.errors import BadRow, bad_rows_error, shown
-from hone.datasets.exchanges import Encoder, cut, filled
+from hone.datasets.exchanges import Encoder, Piece, cut, filled
 from hone.datasets.labelled import AnyRow, Exchange, ExchangeRow, JudgedRow, PairRow, Sample, Sampled, StepsRow, TextRow, TokenRow
 from hone.datasets.lazy import Span
 from hone.datasets.offline_config import LabelledData
@@ -50,10 +50,13 @@ class RowEncoder:
             )
             yield from _parted(samples)
 
+    def piece_ids(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """The tokens of each document, or piece of one."""
+        return together((self._encoder.document(piece) for piece in pieces), self._tokenizer)
+
     def _texts(self, rows: Sequence[TextRow]) -> Iterator[tuple[str, int, list[int]]]:
         for part in _parted(rows):
-            ids = together((self._encoder.document(row.text) for row in part), self._tokenizer)
-            yield from ((row.uid, row.line, own) for row, own in zip(part, ids, strict=True))
+            yield from ((row.uid, row.line, own) for row, own in zip(part, self.piece_ids([Piece(row.text) for row in part]), strict=True))
 
     def _made(self, row: AnyRow, dataset: int) -> Work[Made | BadRow]:
         if isinstance(row, StepsRow):

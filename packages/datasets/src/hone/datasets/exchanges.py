@@ -9,7 +9,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from hone.datasets.chat import SLOT
 from hone.datasets.errors import BadRow, TokenizerError, shown
@@ -31,6 +31,14 @@ class Encoded:
 
     rows: tuple[TokenRow, ...]
     apart: bool = False
+
+
+class Piece(NamedTuple):
+    """A document, or some of one; whether it begins, and ends, with it."""
+
+    text: str
+    begins: bool = True
+    ends: bool = True
 
 
 class Encoder:
@@ -86,10 +94,12 @@ class Encoder:
             )
         return Encoded(rows=(_row(ids, [(len(exchange.prompt), len(ids))]),))
 
-    def document(self, text: str) -> Work[list[int]]:
-        """A document's tokens, its end included."""
-        (ids,) = yield [Text(text, special=True)]
-        return ids if ids and ids[-1] == self._eos else [*ids, self._eos]
+    def document(self, piece: Piece) -> Work[list[int]]:
+        """A document's tokens, or those of a piece of it; its end is marked."""
+        (ids,) = yield [Text(piece.text, special=piece.begins)]
+        if ids and ids[-1] == self._eos:
+            return ids if piece.ends else ids[:-1]
+        return [*ids, self._eos] if piece.ends else ids
 
     def _plain(self, exchange: Exchange, line: int) -> Work[Encoded | BadRow]:
         assert isinstance(exchange.prompt, str) and isinstance(exchange.answer, str), "messages are refused without a chat template"

@@ -84,11 +84,15 @@ AnyRow = TextRow | ExchangeRow | PairRow | JudgedRow | StepsRow
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSet(Generic[Labelled]):
-    """The validated rows of one source, or of several datasets end to end: `sizes` are those of each, `weights` its share of the draws."""
+    """The validated rows of one source, or of several datasets end to end: `sizes` are those of each, `weights` its share of the draws.
+
+    `characters` are those of every document, where the rows are documents.
+    """
 
     name: str
     fingerprint: str
     rows: Sequence[Labelled]
+    characters: Sequence[int] = ()
     sizes: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
 

@@ -50,11 +50,9 @@ def cached_table(batches: "Callable[[], Iterator[pa.RecordBatch]]", schema: "pa.
 
     if key is None:
         return pa.Table.from_batches(list(batches()), schema=schema)
-    import tokenizers
-    import transformers
 
     version, *rest = key
-    made_from = json.dumps([version, transformers.__version__, tokenizers.__version__, *rest])
+    made_from = json.dumps([version, *libraries(), *rest])
     name = hashlib.blake2b(made_from.encode(), digest_size=16).hexdigest()
 
     def write(target: Path) -> None:
@@ -64,6 +62,14 @@ def cached_table(batches: "Callable[[], Iterator[pa.RecordBatch]]", schema: "pa.
 
     with pa.memory_map(str(cache.made(f"tokens-{name}.arrow", write))) as source:
         return pa.ipc.open_file(source).read_all()
+
+
+def libraries() -> tuple[str, str]:
+    """The versions of what makes ids of texts."""
+    import tokenizers
+    import transformers
+
+    return transformers.__version__, tokenizers.__version__
 
 
 class TokenRecords(Lazy[PromptRecord]):

@@ -216,7 +216,7 @@ class IterativeDPOConfig(LoopConfig):
     def training(self, model: str | None, *, rows: str | None, directory: str | None, resume: str | None = None) -> OfflineConfig:
         """See `LoopConfig`."""
         data = PairData(dataset=rows, max_len=self.data.max_len)
-        ref = ReferenceConfig(model_name_or_path=self.ref.model_name_or_path)
+        ref = ReferenceConfig(model_name_or_path=self.ref.model_name_or_path, when=self.ref.when)
         return DPOConfig(algo=self.algo, loss=self.loss, data=data, ref=ref, **self._shared(model, directory, resume))
 
 

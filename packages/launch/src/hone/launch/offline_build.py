@@ -1,22 +1,22 @@
 """From a settled configuration and prepared rows to the parts of the loop: plan -> the reference's answers -> the model's ranks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import transformers
 
-from hone.datasets.labelled import Drawable, TokenRow
-from hone.datasets.lazy import Joined, Lazy, Span
+from hone.datasets.drawn_samples import Drawn
 from hone.datasets.mismatched import Mismatched
 from hone.launch.observe.progress import READY
-from hone.launch.offline_config import KDConfig, OfflineConfig
+from hone.launch.offline_config import ComparedConfig, KDConfig, OfflineConfig
 from hone.launch.offline_data import OfflineData
 from hone.launch.offline_groups import OfflinePlan, Ranks, reference_of
-from hone.launch.offline_parts import MODEL, OfflineAssembly, Table
+from hone.launch.offline_parts import MODEL, REFERENCE, OfflineAssembly, Table
 from hone.launch.plan import vocabulary
-from hone.launch.reference import remembered
+from hone.launch.reference import ROWS_PER_CALL, Asked, Memory, key
 
 Tables = tuple[Table, Table | None]
 
@@ -43,7 +43,15 @@ def make_plan(
         logs=logs,
         scratch=scratch,
         on_start=on_start,
+        reference_stays=_reference_stays(config, data),
     )
+
+
+def _reference_stays(config: OfflineConfig, data: OfflineData) -> bool:
+    """Whether the reference lives beside the model and is asked for the rows of a step as they are drawn."""
+    if not isinstance(config, ComparedConfig) or "ref_logp" not in config.algo.needs:
+        return False
+    return config.ref.when == "drawn" or (config.ref.when == "auto" and isinstance(data.samples.samples, Drawn))
 
 
 def tables_of(plan: OfflinePlan, data: OfflineData, ranks: Ranks, *, memory: Path) -> Tables:
@@ -52,43 +60,39 @@ def tables_of(plan: OfflinePlan, data: OfflineData, ranks: Ranks, *, memory: Pat
     every = [one.samples for one in (data.samples, data.held_out) if one is not None]
     if "ref_logp" not in config.algo.needs:
         return _two([Table(samples=samples) for samples in every])
-    # Each prompt with another's answer, where an anchor is measured on them.
-    joined = [Mismatched(samples, config.data.max_len) if "anchor" in config.algo.needs else () for samples in every]
-    each = len(every[0][0].rows)
-    asked = [part for samples, others in zip(every, joined, strict=True) for part in (RowsOf(samples, each), others)]
-    answers = remembered(
-        Joined(asked),
-        model=plan.models["reference"],
-        ds=config.ds,
-        directory=memory,
-        reference=partial(reference_of, plan, ranks),
-        on_progress=lambda done, of: plan.on_start("reference", f"{done} of {of} rows"),
-    )
-    ends = list(accumulate(map(len, asked)))
-    spans = [Span(answers, start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    return _two(
-        [
-            Table(samples=samples, ref_logp=own, rows_each=each, mismatched=others, mismatched_ref_logp=of_others)
-            for samples, others, own, of_others in zip(every, joined, spans[::2], spans[1::2], strict=True)
-        ]
-    )
+    key_of = partial(key, model=plan.models[REFERENCE], ds=config.ds)
+    tables: list[Table] = []
+    for samples in every:
+        each = len(samples[0].rows)
+        said = Memory(memory, key_of(samples.fingerprint), rows=each * len(samples))
+        table = Table(samples=samples, said=said, rows_each=each)
+        if "anchor" in config.algo.needs:  # each prompt with another's answer
+            others = Mismatched(samples, config.data.max_len)
+            of_others = Memory(memory, key_of(f"{samples.fingerprint} {config.data.max_len}"), rows=len(samples))
+            table = replace(table, mismatched=others, said_of_mismatched=of_others)
+        tables.append(table)
+    if not plan.reference_stays:
+        _ask_all(tables, partial(reference_of, plan, ranks), lambda done, of: plan.on_start(REFERENCE, f"{done} of {of} rows"))
+    return _two(tables)
 
 
-class RowsOf(Lazy[TokenRow]):
-    """The rows of tokens of all samples, of which each has as many."""
-
-    def __init__(self, samples: Drawable, each: int) -> None:
-        self._samples, self._each = samples, each
-
-    def __len__(self) -> int:
-        return self._each * len(self._samples)
-
-    def _at(self, index: int) -> TokenRow:
-        return self._samples[index // self._each].rows[index % self._each]
-
-    def __iter__(self) -> Iterator[TokenRow]:
-        """Every row in order."""
-        return (row for sample in self._samples for row in sample.rows)
+def _ask_all(
+    tables: Sequence[Table], reference: Callable[[], AbstractContextManager[Asked]], on_progress: Callable[[int, int], None]
+) -> None:
+    """Ask for all rows that the reference was not asked for yet; it is brought up only where there are any."""
+    if all(table.known for table in tables):
+        return
+    done, total = 0, sum(len(table.samples) for table in tables)
+    with reference() as asked:
+        for table in tables:
+            for start in range(0, len(table.samples), ROWS_PER_CALL):
+                places = range(start, min(start + ROWS_PER_CALL, len(table.samples)))
+                table.rows([table.samples[place] for place in places], places, asked)
+                if table.mismatched is not None:
+                    table.others(places, asked)
+                before, done = done, done + len(places)
+                if 4 * done // total > 4 * before // total:  # a word a quarter is enough
+                    on_progress(done, total)
 
 
 def assemble(

@@ -69,10 +69,13 @@ class OfflineCkptConfig(CkptConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """The frozen model that answers are compared with; asked once for every row, before training, and remembered on disk."""
+    """The frozen model that answers are compared with; asked once for every row, and remembered on disk."""
 
     model_name_or_path: str | None = None
     """A Hugging Face model directory or hub id; without one, the model as it was at the start."""
+    when: Literal["auto", "before", "drawn"] = "auto"
+    """before: asked for every row before training, and gone by then; drawn: lives beside the model, in the same ranks, and is asked for
+    the rows of a step as they are drawn; auto: before, and for more than 100,000 rows drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +149,7 @@ class ComparedConfig(OfflineConfig):
     """Programs with a reference model."""
 
     ref: ReferenceConfig = field(default_factory=ReferenceConfig)
-    """The frozen model that answers are compared with; asked once for every row, before training, and remembered on disk."""
+    """The frozen model that answers are compared with; asked once for every row, and remembered on disk."""
 
     @property
     def unused(self) -> frozenset[str]:

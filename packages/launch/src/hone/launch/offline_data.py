@@ -20,7 +20,7 @@ from hone.datasets.schemas import stamps
 from hone.datasets.step_rows import steps_rows
 from hone.datasets.stream import StreamState
 from hone.datasets.tasks import labelled_arithmetic as builtin_rows
-from hone.launch.offline_config import OfflineConfig
+from hone.launch.offline_config import ComparedConfig, OfflineConfig
 
 if TYPE_CHECKING:
     import transformers
@@ -88,6 +88,7 @@ def _read_rows(
         name=", ".join(one.name for one in sets),
         fingerprint=hashlib.blake2b(" ".join(one.fingerprint for one in sets).encode(), digest_size=16).hexdigest(),
         rows=Joined([one.rows for one in sets]),
+        characters=Joined([one.characters for one in sets]),
         sizes=tuple(len(one.rows) for one in sets),
         weights=weights,
     )
@@ -117,14 +118,17 @@ def prepare(config: OfflineConfig, *, model: str, state: StreamState | None = No
     if config.eval.dataset is not None:
         held_out = read_rows(config, config.eval.dataset, split=config.eval.split, at_most=config.eval.max_samples, flag="--eval.dataset")
     tokenizer = load_tokenizer(model)
-    # A reference is asked for all rows before the first is learnt from.
-    how = {"tokenizer_hash": tokenizer_hash(tokenizer), "upfront": "ref_logp" in config.algo.needs}
-    samples = samples_of(rows, tokenizer, data, **how)
+    hashed = tokenizer_hash(tokenizer)
+    # A reference that is gone before training is asked for all rows before the first is learnt from.
+    upfront = isinstance(config, ComparedConfig) and "ref_logp" in config.algo.needs and config.ref.when == "before"
+    samples = samples_of(rows, tokenizer, data, tokenizer_hash=hashed, upfront=upfront)
+    # What is held out is measured whole.
+    measured = None if held_out is None else samples_of(held_out, tokenizer, data, tokenizer_hash=hashed, upfront=True)
     stream = SampleStream(samples, batch_size=config.train.batch_size, seed=seed, epochs=config.train.max_epochs, state=state)
     return OfflineData(
         name=samples.name,
         samples=samples,
-        held_out=None if held_out is None else samples_of(held_out, tokenizer, data, **how),
+        held_out=measured,
         stream=stream,
         tokenizer=tokenizer,
     )

@@ -11,7 +11,7 @@ import torch
 from hone.launch.local import LocalGroup
 from hone.launch.observe.progress import READY
 from hone.launch.offline_config import OfflineConfig
-from hone.launch.offline_parts import MODEL, TEACHER, OfflineGroup
+from hone.launch.offline_parts import MODEL, REFERENCE, TEACHER, OfflineGroup
 from hone.learner.config import RefConfig
 from hone.learner.learner import Learner
 from hone.learner.roles import RoleSpec
@@ -22,7 +22,8 @@ class OfflinePlan:
     """What the parts of a run are built from, settled before anything is started.
 
     `models` maps role -> model directory or hub id; `optimiser_steps` is the length of the learning-rate schedule; `hidden_size` and
-    `vocabulary` are those of the model that is trained; `on_start(role, state)` hears of what is being brought up.
+    `vocabulary` are those of the model that is trained; `on_start(role, state)` hears of what is being brought up; `reference_stays`
+    says that the reference lives beside the model.
     """
 
     config: OfflineConfig
@@ -33,6 +34,7 @@ class OfflinePlan:
     logs: Path
     scratch: Path
     on_start: Callable[[str, str], None]
+    reference_stays: bool = False
 
     def cut(self) -> dict[str, int | None]:
         """How rows are cut into micro-batches: what `packing.shards` takes."""
@@ -40,7 +42,7 @@ class OfflinePlan:
         return {"max_tokens": train.max_tokens_per_gpu, "max_rows": train.micro_batch_size, "hidden_size": self.hidden_size}
 
     def roles(self) -> dict[str, RoleSpec]:
-        """The model that is trained, and a teacher beside it where there is one."""
+        """The model that is trained, and beside it a teacher where there is one, and the reference where it stays."""
         config = self.config
         trained = RoleSpec(
             kind=config.trained_kind,
@@ -49,7 +51,8 @@ class OfflinePlan:
             total_steps=self.optimiser_steps,
             ema_beta=config.train.ema_beta if config.train.enable_ema else None,
         )
-        return {MODEL: trained} | ({TEACHER: self.frozen(TEACHER)} if TEACHER in self.models else {})
+        beside = [TEACHER] * (TEACHER in self.models) + [REFERENCE] * self.reference_stays
+        return {MODEL: trained, **{role: self.frozen(role) for role in beside}}
 
     def frozen(self, role: str) -> RoleSpec:
         """A model that only answers, of the size and in the places of the one that is trained."""
@@ -114,10 +117,10 @@ def ranks_of(plan: OfflinePlan) -> Ranks:
 @contextmanager
 def reference_of(plan: OfflinePlan, ranks: Ranks) -> Iterator[OfflineGroup]:
     """The reference model, for as long as the block runs."""
-    plan.on_start("reference", "loading the model")
-    group = ranks.group("reference", {"reference": plan.frozen("reference")})
+    plan.on_start(REFERENCE, "loading the model")
+    group = ranks.group(REFERENCE, {REFERENCE: plan.frozen(REFERENCE)})
     try:
         yield group
     finally:
         group.close()
-    plan.on_start("reference", READY)
+    plan.on_start(REFERENCE, READY)

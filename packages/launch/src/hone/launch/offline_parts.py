@@ -18,14 +18,16 @@ from hone.algos.kl import k1
 from hone.algos.kto import anchor_sums
 from hone.algos.offline import Demonstrations, Judgements, Offline, Taught, with_anchor
 from hone.algos.pairs import row_logp
-from hone.datasets.labelled import Drawable, Sample, TokenRow
+from hone.datasets.labelled import Drawable, Sample
+from hone.datasets.mismatched import Mismatched
 from hone.launch.labels import LABELLERS, packed
 from hone.launch.parts import RoleGroup
 from hone.launch.phases import Phases
+from hone.launch.reference import Asked, Memory
 from hone.learner.roles import StepResult
 
-MODEL, TEACHER = "model", "teacher"
-"""The roles: the model that is trained, and in distillation the one it learns from."""
+MODEL, TEACHER, REFERENCE = "model", "teacher", "reference"
+"""The roles: the model that is trained, in distillation the one it learns from, and where answers are compared the one they are with."""
 PAIRS_FOR_STATISTICS = 500
 
 
@@ -56,29 +58,38 @@ class OfflineGroup(RoleGroup, Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
-    """Samples, and what the reference said of them, if it was asked: `ref_logp[i]` of the i-th row of tokens of all samples together.
+    """Samples and, where the loss compares, what the reference says of them: `said` of the rows of tokens of all samples together.
 
     Each sample has `rows_each` rows then. `mismatched` are KTO's rows of a prompt and another's answer, one for each sample, with the
-    reference's words on them.
+    reference's words on them in `said_of_mismatched`.
     """
 
     samples: Drawable
-    ref_logp: Sequence[Tensor] | None = None
+    said: Memory | None = None
     rows_each: int = 1
-    mismatched: Sequence[TokenRow] = ()
-    mismatched_ref_logp: Sequence[Tensor] = ()
+    mismatched: Mismatched | None = None
+    said_of_mismatched: Memory | None = None
 
-    def rows(self, samples: Sequence[Sample], places: Sequence[int]) -> Packed:
-        """The rows of these samples, which are those at `places`, end to end."""
-        ref = None
-        if self.ref_logp is not None:
-            ref = [self.ref_logp[self.rows_each * place + row] for place in places for row in range(self.rows_each)]
-        return packed([row for sample in samples for row in sample.rows], ref)
+    @property
+    def known(self) -> bool:
+        """Whether the reference has answered for every row."""
+        return all(one is None or one.whole for one in (self.said, self.said_of_mismatched))
 
-    def others(self, places: Sequence[int]) -> Packed:
+    def rows(self, samples: Sequence[Sample], places: Sequence[int], asked: Asked) -> Packed:
+        """The rows of these samples, which are those at `places`, end to end; `asked` is a reference for those not asked for yet."""
+        rows = [row for sample in samples for row in sample.rows]
+        if self.said is None:
+            return packed(rows)
+        numbers = [self.rows_each * place + row for place in places for row in range(self.rows_each)]
+        return packed(rows, self.said.of(rows, numbers, asked))
+
+    def others(self, places: Sequence[int], asked: Asked) -> Packed:
         """The mismatched rows of the samples at `places`; at least two, for a mean of one is no anchor."""
-        wanted = places if len(places) > 1 else [places[0], (places[0] + 1) % len(self.samples)]
-        return packed([self.mismatched[place] for place in wanted], [self.mismatched_ref_logp[place] for place in wanted])
+        assert self.mismatched is not None and self.said_of_mismatched is not None, "no anchor is measured here"
+        self.mismatched.ready(places)
+        wanted = places if len(places) > 1 else [places[0], self.mismatched.other(places[0])]
+        rows = [self.mismatched[place] for place in wanted]
+        return packed(rows, self.said_of_mismatched.of(rows, wanted, asked))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -144,7 +155,7 @@ class OfflineAssembly:
         """A reward model's mean and deviation over the rows held out, else over the first rows it learnt from."""
         table = self.held_out or self.table
         samples = list(islice(table.samples, PAIRS_FOR_STATISTICS))
-        rows = table.rows(samples, range(len(samples)))
+        rows = table.rows(samples, range(len(samples)), self.group)
         self.group.keep_statistics(MODEL, self.group.scores(MODEL, rows))
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -178,12 +189,12 @@ class OfflineAssembly:
 
     def _labelled(self, table: Table, places: Sequence[int]) -> Packed:
         samples = [table.samples[place] for place in places]
-        return LABELLERS[self.verb](table.rows(samples, places), samples, self.algo)
+        return LABELLERS[self.verb](table.rows(samples, places, self.group), samples, self.algo)
 
     def _completed(self, rows: Packed, table: Table, places: Sequence[int]) -> Packed:
         """The rows with what depends on the models: KTO's anchor under the policy as it stands, a teacher's distributions."""
         if isinstance(rows, Judgements):
-            others = table.others(places)
+            others = table.others(places, self.group)
             log_ratios = k1(self.group.logp(MODEL, others), others.require("ref_logp"))
             found = row_logp(log_ratios, others.action_mask, others.cu_seqlens)
             return with_anchor(rows, anchor_sums(found, torch.ones(others.rows, dtype=torch.bool)))

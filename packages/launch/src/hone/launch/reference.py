@@ -1,31 +1,30 @@
-"""What the reference model says of every row, asked once before training and remembered on disk for the next run.
+"""What the reference model says of every row, asked once and remembered on disk for later epochs and the next run.
 
-The memory is a file named by a hash of all that decides the numbers: rows, model, number format. So DPO and KTO hold no second
-model while they train, and a second run with the same data holds none at all.
+The memory is two files named by a hash of all that decides the numbers: rows, model, number format. A run asks for all rows before
+training, and holds no second model while it trains, or for those of each step as they are drawn.
 """
 
+import fcntl
 import hashlib
 import os
-import tempfile
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from itertools import accumulate
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hone.algos.batch import Packed
 from hone.datasets.labelled import TokenRow
-from hone.datasets.lazy import Lazy
+from hone.datasets.token_table import libraries
 from hone.launch.labels import packed
 from hone.learner.config import DeepSpeedConfig
 from hone.learner.model_files import resolve
 
 ROWS_PER_CALL = 256
+NUMBER_BYTES, PLACE_BYTES = 4, 8
 
 
 @runtime_checkable
@@ -37,64 +36,74 @@ class Asked(Protocol):
         ...
 
 
-def remembered(
-    rows: Sequence[TokenRow],
-    *,
-    model: str,
-    ds: DeepSpeedConfig,
-    directory: Path,
-    reference: Callable[[], AbstractContextManager[Asked]],
-    on_progress: Callable[[int, int], None],
-) -> "Answers":
-    """The reference's log-probabilities [nats] of each row's tokens, zero where they are not trained on.
+class Memory:
+    """The reference's log-probabilities [nats] of each of `rows` numbered rows of tokens, zero where they are not trained on.
 
-    From `directory` if it has them; else `reference` is brought up, asked, and its answers are kept there.
+    `NAME.logp` has them as fp32 in the order in which they were asked for, `NAME.places` where in it those of each row end [bytes], 0
+    for a row that was not asked for. Runs may share a memory, and one that is killed leaves what it knew.
     """
-    file = directory / f"{key(rows, model=model, ds=ds)}.safetensors"
-    lengths = array("q", (len(row.tokens) for row in rows))
-    if not file.exists():
-        with reference() as asked:
-            parts = list(_answers(rows, asked, on_progress))
+
+    def __init__(self, directory: Path, name: str, *, rows: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=directory)
-        os.close(handle)
-        save_file({"logp": torch.cat(parts)}, partial)
-        Path(partial).replace(file)
-    return Answers(load_file(file)["logp"], lengths)
-
-
-class Answers(Lazy[Tensor]):
-    """What was said of each row, in one tensor that is mapped from its file."""
-
-    def __init__(self, logp: Tensor, lengths: "array[int]") -> None:
-        self._logp, self._ends = logp, array("q", accumulate(lengths))
+        self._logp, self._places = (self._opened(directory / f"{name}.{kind}") for kind in ("logp", "places"))
+        os.ftruncate(self._places, PLACE_BYTES * rows)
+        self._rows = rows
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return self._rows
 
-    def _at(self, index: int) -> Tensor:
-        return self._logp[self._ends[index - 1] if index else 0 : self._ends[index]]
+    @property
+    def whole(self) -> bool:
+        """Whether every row was asked for."""
+        return bool(np.frombuffer(os.pread(self._places, PLACE_BYTES * self._rows, 0), dtype="<i8").all())
+
+    def of(self, rows: Sequence[TokenRow], numbers: Sequence[int], asked: Asked) -> list[Tensor]:
+        """What was said of these rows, which have these numbers; those not asked for yet are asked for, and kept."""
+        own = dict(zip(numbers, rows, strict=True))
+        missing = [number for number in own if not self._end(number)]
+        for start in range(0, len(missing), ROWS_PER_CALL):
+            part = missing[start : start + ROWS_PER_CALL]
+            said = asked.logp("reference", packed([own[number] for number in part])).float()
+            self._keep(part, said, [len(own[number].tokens) for number in part])
+        return [self._read(number, len(row.tokens)) for number, row in zip(numbers, rows, strict=True)]
+
+    def _opened(self, file: Path) -> int:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, handle)
+        return handle
+
+    def _end(self, number: int) -> int:
+        return int.from_bytes(os.pread(self._places, PLACE_BYTES, PLACE_BYTES * number), "little")
+
+    def _read(self, number: int, length: int) -> Tensor:
+        wanted = NUMBER_BYTES * length
+        found = os.pread(self._logp, wanted, self._end(number) - wanted)
+        return torch.frombuffer(bytearray(found), dtype=torch.float32)
+
+    def _keep(self, numbers: Sequence[int], logp: Tensor, lengths: Sequence[int]) -> None:
+        content = logp.contiguous().numpy().tobytes()
+        # One run at a time, and the numbers before their places: a place never leads to what is not there.
+        fcntl.flock(self._logp, fcntl.LOCK_EX)
+        try:
+            end = os.lseek(self._logp, 0, os.SEEK_END)
+            written = 0
+            while written < len(content):
+                written += os.pwrite(self._logp, content[written:], end + written)
+            os.fdatasync(self._logp)
+            for number, length in zip(numbers, lengths, strict=True):
+                end += NUMBER_BYTES * length
+                os.pwrite(self._places, end.to_bytes(PLACE_BYTES, "little"), PLACE_BYTES * number)
+        finally:
+            fcntl.flock(self._logp, fcntl.LOCK_UN)
 
 
-def _answers(rows: Sequence[TokenRow], asked: Asked, on_progress: Callable[[int, int], None]) -> Iterator[Tensor]:
-    for start in range(0, len(rows), ROWS_PER_CALL):
-        yield asked.logp("reference", packed(rows[start : start + ROWS_PER_CALL])).float()
-        done = min(start + ROWS_PER_CALL, len(rows))
-        if 4 * done // len(rows) > 4 * start // len(rows):  # a word a quarter is enough
-            on_progress(done, len(rows))
-
-
-def key(rows: Sequence[TokenRow], *, model: str, ds: DeepSpeedConfig) -> str:
-    """A name for the answers: of the rows and their marks, of the model's files as they are now, of its number format."""
+def key(rows: str, *, model: str, ds: DeepSpeedConfig) -> str:
+    """A name for the answers: of what `rows` says of the rows, of what made ids of them, of the model's files as they are now."""
     digest = hashlib.blake2b(digest_size=16)
     directory = Path(resolve(model))
-    digest.update(repr((1, str(directory.absolute()), ds.param_dtype, ds.load_in_4bit)).encode())
+    digest.update(repr((2, rows, libraries(), str(directory.absolute()), ds.param_dtype, ds.load_in_4bit)).encode())
     for file in sorted(directory.iterdir()):
         if file.suffix in (".safetensors", ".json"):
             state = file.stat()
             digest.update(repr((file.name, state.st_size, state.st_mtime_ns)).encode())
-    for row in rows:
-        digest.update(len(row.tokens).to_bytes(4, "little"))
-        digest.update(row.tokens.tobytes())
-        digest.update(row.trained)
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from hone.launch.offline_build import assemble, make_plan, tables_of
 from hone.launch.offline_config import OfflineConfig
 from hone.launch.offline_data import OfflineData, prepare, settled
 from hone.launch.offline_groups import ranks_of
-from hone.launch.offline_parts import MODEL, TEACHER, OfflineAssembly
+from hone.launch.offline_parts import MODEL, REFERENCE, TEACHER, OfflineAssembly
 from hone.launch.plan import in_full
 from hone.launch.programs.best import Best
 from hone.launch.programs.conduct import Stage, began, built_in, conduct
@@ -98,7 +98,7 @@ class Session:
             )
             ranks = ranks_of(plan)
             stack.callback(ranks.close)
-            tables = tables_of(plan, self._data, ranks, memory=cache_directory() / "reference")
+            tables = tables_of(plan, self._data, ranks, memory=cache_directory() / REFERENCE)
             parts = assemble(plan, self._data, ranks, tables, on_phase=self._display.phase)
             stack.push(partial(self._keeper.close, parts))
             if self._resumed is not None:
@@ -192,7 +192,7 @@ def _models(config: OfflineConfig, console: Console) -> dict[str, str]:
     asked = config.model.model_name_or_path
     models = {MODEL: str(built_in(console)) if asked is None else in_full(asked)}
     for name, other in config.others.items():
-        role = TEACHER if name.startswith("teacher.") else "reference"
+        role = TEACHER if name.startswith("teacher.") else REFERENCE
         if other is not None:
             models[role] = in_full(other)
         elif role == TEACHER:
@@ -211,7 +211,7 @@ def _take_up(config: OfflineConfig, models: Mapping[str, str]) -> Resumed:
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         num_episodes=config.train.max_epochs,
-        models={role: model for role, model in models.items() if role != "reference"},
+        models={role: model for role, model in models.items() if role != REFERENCE},
         step=step,
         batch_flag="--train.batch-size",
     )
