@@ -1,8 +1,10 @@
 """Ten steps of every program over labelled rows, as text: whole runs of the command on a small random model and the built-in rows."""
 
+import json
 import sys
 from pathlib import Path
 
+from hone.datasets.tasks.labelled_arithmetic import pairs
 from hone.launch.builtin import BuiltinModel, write_untrained
 from hone.launch.cli import main as launch
 from hone.launch.observe.run_directory import read_metrics
@@ -13,6 +15,8 @@ PAIRED = ("train/loss", "train/accuracy", "train/reward_margin", "train/grad_nor
 CURVES = {
     "sft": (["sft"], ("train/loss", "train/grad_norm")),
     "rm": (["rm"], PAIRED),
+    "rm_margin": (["rm"], PAIRED),
+    "log_exp": (["rm", "--loss", "log_exp"], PAIRED),
     "prm": (["prm"], ("train/loss", "train/accuracy", "train/grad_norm")),
     "dpo": (["dpo"], PAIRED),
     "cdpo": (["dpo", "--loss", "cdpo"], PAIRED),
@@ -41,7 +45,18 @@ def words(name: str, directory: Path) -> list[str]:
     teacher = ["--teacher.model-name-or-path", str(small(directory / "teacher", seed=1))] if name == "kd" else []
     separator = ["--data.step-separator", " "] if name == "prm" else []
     model = ["--model.model-name-or-path", str(small(directory / "model"))]
-    return [*command, *SHARED, *SIZES, *LEARNING, *model, *teacher, *separator]
+    # The one loss knows margins, and the other does not: over the same pairs they are told apart.
+    margins = with_margins(directory) if name in ("rm_margin", "log_exp") else []
+    return [*command, *SHARED, *SIZES, *LEARNING, *model, *teacher, *separator, *margins]
+
+
+def with_margins(directory: Path) -> list[str]:
+    """Options for pairs of the built-in task that say by how much the one is better, to learn from and to be measured."""
+    files = {"--data.dataset": (3, 60), "--eval.dataset": (4, 12)}
+    for name, (seed, count) in files.items():
+        rows = [{**row.columns, "margin": place % 4 / 2} for place, row in enumerate(pairs(seed, count).rows)]
+        (directory / f"{name[2:]}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [word for name in files for word in (name, str(directory / f"{name[2:]}.jsonl"))]
 
 
 def record(name: str, directory: Path) -> list[dict[str, int | float]]:

@@ -1,6 +1,7 @@
 """Whole runs over labelled rows in this process: what is learnt, what is written, what goes on after a stop, what loads elsewhere."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hone.launch.cli import main
 from hone.launch.observe.metrics import check_names
 from hone.launch.observe.run_directory import read_events, read_metrics
 from tests.golden.offline_curves import record, words
+from tests.launch.conftest import write_rows
 
 TIMES = ("timing/", "perf/")
 
@@ -122,3 +124,41 @@ def test_a_language_model_can_say_whether_steps_are_good(hone_cache: Path, tmp_p
     steps = read_metrics(tmp_path / "run")[0]
     assert steps[0]["train/prm_loss"] == pytest.approx(0.69, abs=0.2)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model") is not None
+
+
+def test_margins_that_the_loss_does_not_know_are_told_and_not_read(hone_cache: Path, tmp_path: Path) -> None:
+    line = [*words("log_exp", tmp_path), "--train.max-steps", "1"]
+    file = tmp_path / "data.dataset.jsonl"
+    file.write_text(file.read_text().replace('"margin": 0.5', '"margin": "half"'))
+    assert main([*line, "--run.dir", str(tmp_path / "run")]) == 0
+    (told,) = [event["note"] for event in read_events(tmp_path / "run")[0] if event["kind"] == "rows_noted"]
+    assert told == "the column 'margin' is not read: --loss log_exp knows no margins, --loss sigmoid does"
+    assert main([*words("rm_margin", tmp_path), "--run.dir", str(tmp_path / "other"), "--train.max-steps", "1"]) == 0
+    assert not [event for event in read_events(tmp_path / "other")[0] if event["kind"] == "rows_noted"]
+
+
+@pytest.mark.parametrize("weights", [None, "0.8,0.2", "0.25,0.75"])
+def test_two_datasets_are_learnt_from_by_their_weights(weights: str | None, hone_cache: Path, tmp_path: Path) -> None:
+    # An answer of the first has two tokens with its end, one of the second six: the tokens of a step tell how many it has of each.
+    files = [
+        write_rows(tmp_path / f"{answer}.jsonl", [{"prompt": f"{row}+0=", "completion": answer} for row in range(120)])
+        for answer in ("1", "12345")
+    ]
+    line = [*words("sft", tmp_path), "--eval.dataset", str(files[0]), "--train.batch-size", "20", "--data.max-samples", "120"]
+    line += ["--data.dataset", ",".join(map(str, files)), *(["--data.dataset-probs", weights] if weights else [])]
+    assert main([*line, "--run.dir", str(tmp_path / "run")]) == 0
+    tokens = [int(step["train/tokens"]) for step in read_metrics(tmp_path / "run")[0]]
+    seconds = [(count - 2 * 20) / 4 for count in tokens]
+    assert all(one == int(one) and 0 <= one <= 20 for one in seconds) and len(set(seconds)) > 1
+    share = 0.5 if weights is None else float(weights.partition(",")[2])
+    assert abs(sum(seconds) / 200 - share) < 3 * math.sqrt(share * (1 - share) / 200)
+
+
+@pytest.mark.parametrize(("weights", "told"), [("0.7,0.2", "sums to 0.9, not to 1"), ("1", "has 1 weights for 2 datasets")])
+def test_weights_that_cannot_be_meant_end_with_three(
+    weights: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], hone_cache: Path
+) -> None:
+    files = [write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "1+1=", "completion": "2"}] * 6) for name in "ab"]
+    line = [*words("sft", tmp_path), "--eval.dataset", str(files[0]), "--data.dataset", ",".join(map(str, files))]
+    assert main([*line, "--data.dataset-probs", weights, "--run.dir", str(tmp_path / "run")]) == 3
+    assert told in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()

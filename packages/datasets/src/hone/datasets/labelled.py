@@ -86,12 +86,13 @@ AnyRow = TextRow | ExchangeRow | PairRow | JudgedRow | StepsRow
 class LabelledSet(Generic[Labelled]):
     """The validated rows of one source, or of several datasets end to end: `sizes` are those of each, `weights` its share of the draws.
 
-    `characters` are those of every document, where the rows are documents.
+    `columns` are those of the data; `characters` are those of every document, where the rows are documents.
     """
 
     name: str
     fingerprint: str
     rows: Sequence[Labelled]
+    columns: tuple[str, ...] = ()
     characters: Sequence[int] = ()
     sizes: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()

@@ -20,7 +20,8 @@ Read = Callable[[Row, str], Iterator[BadRow | AnyLabelled]]
 CONVERSATIONS = ("messages", "conversations")
 PROMPTS = ("prompt", "question", "input", "problem", "instruction", "query")
 ANSWERS = ("completion", "response", "output", "answer", "solution", "chosen")
-LABELS = ("label", "labels", "margin")
+MARGIN = "margin"
+LABELS = ("label", "labels", MARGIN)
 TEXTS = ("text", "content", "document")
 FAULTY = "give the rows {}, or delete them"
 
@@ -83,8 +84,8 @@ def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
     columns = source.columns
     prompt_key = config.prompt_key or next((name for name in PROMPTS if name in columns), None)
     margin_key = config.margin_key if isinstance(config, MarginPairData) else None
-    if isinstance(config, MarginPairData) and margin_key is None and "margin" in columns:
-        margin_key = "margin"
+    if isinstance(config, MarginPairData) and margin_key is None and MARGIN in columns:
+        margin_key = MARGIN
 
     def read(row: Row, uid: str) -> Iterator[BadRow | PairRow]:
         bad: list[BadRow] = []
@@ -290,7 +291,7 @@ def validated(
             bad += [found for found in read(row, "") if isinstance(found, BadRow)]
     if bad:
         raise bad_rows_error(source.name, bad, rows=len(source.rows) + len(source.bad))
-    return LabelledSet(name=source.name, fingerprint=source.fingerprint, rows=Validated(source, read))
+    return LabelledSet(name=source.name, fingerprint=source.fingerprint, rows=Validated(source, read), columns=source.columns)
 
 
 def plain(*keys: str) -> Callable[[Mapping[str, object]], bool]:

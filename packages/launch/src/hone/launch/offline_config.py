@@ -4,7 +4,7 @@ Where OpenRLHF's offline programs have a knob, it has their name: `--model.*`, `
 `--model.` as well (`--adam.lr` is understood).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from hone.algos.algorithms.distillation import Distillation
@@ -119,6 +119,11 @@ class OfflineConfig:
         return self.kind
 
     @property
+    def reading(self) -> LabelledData:
+        """What rows are read by: `data`, without what the loss has no use for."""
+        return self.data
+
+    @property
     def groups(self) -> list[str]:
         """Groups of settings of the models that have ranks of their own, the trained one first."""
         return ["model"]
@@ -196,6 +201,13 @@ class RMConfig(OfflineConfig):
     """sigmoid: -log sigmoid(chosen - rejected - margin); log_exp: log(1 + exp(rejected - chosen)), which knows no margins."""
     data: MarginPairData = field(default_factory=MarginPairData)
     """Pairs of answers, and how they are rendered."""
+
+    @property
+    def reading(self) -> LabelledData:
+        """Pairs without margins, where the loss knows none."""
+        if self.loss == "sigmoid":
+            return self.data
+        return PairData(**{one.name: getattr(self.data, one.name) for one in fields(PairData)})
 
     @property
     def unused(self) -> frozenset[str]:

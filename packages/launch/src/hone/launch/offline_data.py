@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hone.datasets.chat import template_problems
 from hone.datasets.errors import DataError
 from hone.datasets.labelled import LabelledSet, Samples
-from hone.datasets.layouts import exchange_rows, judged_rows, pair_rows, text_rows
+from hone.datasets.layouts import MARGIN, exchange_rows, judged_rows, pair_rows, text_rows
 from hone.datasets.lazy import Joined
 from hone.datasets.offline_config import LabelledData, SFTData
 from hone.datasets.reading import joined, open_datasets, probabilities
@@ -20,7 +20,7 @@ from hone.datasets.schemas import stamps
 from hone.datasets.step_rows import steps_rows
 from hone.datasets.stream import StreamState
 from hone.datasets.tasks import labelled_arithmetic as builtin_rows
-from hone.launch.offline_config import ComparedConfig, OfflineConfig
+from hone.launch.offline_config import ComparedConfig, OfflineConfig, RMConfig
 
 if TYPE_CHECKING:
     import transformers
@@ -64,7 +64,7 @@ def read_rows(config: OfflineConfig, path: str, *, split: str, at_most: int, fla
 
     Asked again for the same settings and unchanged files, it gives the same answer without reading.
     """
-    return _read_rows(config.verb, config.data, path, split, at_most, flag, stamps(path))
+    return _read_rows(config.verb, config.reading, path, split, at_most, flag, stamps(path))
 
 
 @functools.lru_cache(maxsize=2)
@@ -88,6 +88,7 @@ def _read_rows(
         name=", ".join(one.name for one in sets),
         fingerprint=hashlib.blake2b(" ".join(one.fingerprint for one in sets).encode(), digest_size=16).hexdigest(),
         rows=Joined([one.rows for one in sets]),
+        columns=tuple(dict.fromkeys(name for one in sets for name in one.columns)),
         characters=Joined([one.characters for one in sets]),
         sizes=tuple(len(one.rows) for one in sets),
         weights=weights,
@@ -107,7 +108,7 @@ def prepare(config: OfflineConfig, *, model: str, state: StreamState | None = No
     """
     from hone.datasets.tokenizer import load_tokenizer, tokenizer_hash
 
-    data, seed = config.data, config.train.seed
+    data, seed = config.reading, config.train.seed
     check_template(data)
     read, built_in = READERS[config.verb]
     if data.dataset is None:
@@ -122,6 +123,9 @@ def prepare(config: OfflineConfig, *, model: str, state: StreamState | None = No
     # A reference that is gone before training is asked for all rows before the first is learnt from.
     upfront = isinstance(config, ComparedConfig) and "ref_logp" in config.algo.needs and config.ref.when == "before"
     samples = samples_of(rows, tokenizer, data, tokenizer_hash=hashed, upfront=upfront)
+    if isinstance(config, RMConfig) and config.loss == "log_exp" and MARGIN in rows.columns:
+        told = f"the column {MARGIN!r} is not read: --loss log_exp knows no margins, --loss sigmoid does"
+        samples = replace(samples, notes=(*samples.notes, told))
     # What is held out is measured whole.
     measured = None if held_out is None else samples_of(held_out, tokenizer, data, tokenizer_hash=hashed, upfront=True)
     stream = SampleStream(samples, batch_size=config.train.batch_size, seed=seed, epochs=config.train.max_epochs, state=state)
