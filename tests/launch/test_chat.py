@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,41 @@ def test_the_built_in_model_completes_each_line_alone(
     answers, notes = said(monkeypatch, capsys, ["3+4=", "3+4=", "1+1="], *GREEDY)
     one, again, other = answers.splitlines()
     assert one == again and {one.lstrip("-"), other.lstrip("-")} == {"7", "2"}
-    assert "this model has no chat template, so each line is completed as it stands, and nothing is remembered" in notes
+    assert "this model has no chat template, so what is typed and answered is one text, until an answer ends it" in notes
+
+
+def test_without_a_template_a_line_goes_on_with_the_text_until_an_answer_ends_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked, answered = list[list[int]](), list[list[int]]()
+    plain = engines.InThisProcess.stream
+
+    def stream(self: engines.InThisProcess, question: engines.Asked) -> Generator[Sequence[int], None, None]:
+        asked.append(list(question.tokens))
+        answered.append([])
+        for some in plain(self, question):
+            answered[-1] += some
+            yield some
+
+    monkeypatch.setattr(engines.InThisProcess, "stream", stream)
+    tokenizer, file = AutoTokenizer.from_pretrained(model), tmp_path / "texts.jsonl"
+    # Behind a digit this model has much to say, and behind a letter nothing but its end.
+    lines = ["add 1", " and 2", "/again", f"/save {file}", " done", f"/save {file}", "add 3", "/reset", "add 1", "/system x"]
+    words = [str(model), "--engine", "transformers", "--raw", "--rollout.temperature", "0", "--rollout.max-new-tokens", "2"]
+    answers, notes = said(monkeypatch, capsys, lines, *words, "--system", "be brief")
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    one, two, again, done, three, fresh = answered
+    assert two == again and done == [tokenizer.eos_token_id] and min(map(len, (one, two, three, fresh))) == 2
+    before = [*ids("add 1"), *one, *ids(" and 2")]
+    whole = [*before, *two, *ids(" done")]
+    assert asked == [ids("add 1"), before, before, whole, ids("add 3"), ids("add 1")]
+    assert answers == "".join(tokenizer.decode(drawn, skip_special_tokens=True) + "\n" for drawn in answered)
+    texts = [tokenizer.decode(found) for found in ([*before, *two], whole)]
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [{"text": text} for text in texts]
+    assert "the text is in" in notes and "--system has no effect" in notes and "there is no system message without" in notes
 
 
 def test_what_was_said_is_remembered_until_it_is_forgotten(

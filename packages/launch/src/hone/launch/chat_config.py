@@ -46,7 +46,8 @@ class ChatConfig(UsingConfig):
     system: str | None = None
     """The system message the conversation begins with."""
     raw: bool = False
-    """Have every line completed as it stands, without a chat template and without what was said before, as base models want it."""
+    """Talk without a chat template, as base models want it: what is typed and answered is one text, which each line goes on with where it
+    stands, its white space included; an answer that came to its end, or /reset, has the next line begin another."""
     data: ChatDataConfig = field(default_factory=ChatDataConfig)
     """How the conversation is rendered."""
     rollout: ChatSamplingConfig = field(default_factory=ChatSamplingConfig)

@@ -1,8 +1,8 @@
-"""A conversation as the model is shown it: messages under a chat template or, without one, each line alone."""
+"""A conversation as the model is shown it: messages under a chat template or, without one, a text that is gone on with."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import transformers
@@ -11,40 +11,109 @@ UNFINISHED = "\ufffd"
 """What decoding gives for the bytes of half a character."""
 
 
-@dataclass(kw_only=True)
-class Talk:
-    """What was said so far, and how it is rendered; `raw` has no memory."""
+@runtime_checkable
+class Talk(Protocol):
+    """What was said so far, and how it is rendered."""
 
     tokenizer: "transformers.PreTrainedTokenizerBase"
-    raw: bool
+
+    def ask(self, text: str) -> list[int]:
+        """The ids the model is to go on from when `text` is said; nothing is remembered yet. Raises jinja's and the template's errors."""
+        ...
+
+    def keep(self, text: str, asked: Sequence[int], answer: str, drawn: Sequence[int], *, ended: bool) -> None:
+        """Remember what was said (and the ids of all that was asked with) and answered (and its ids, its end left out where it has one)."""
+        ...
+
+    def take_back(self) -> None:
+        """Forget the last exchange, if there is one."""
+        ...
+
+    def forget(self) -> None:
+        """Forget all that was said."""
+        ...
+
+    def row(self) -> dict[str, Any] | None:
+        """It as a row to learn from; None where nothing was said."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Conversation:
+    """A `Talk` in messages, rendered by the tokenizer's chat template."""
+
+    tokenizer: "transformers.PreTrainedTokenizerBase"
     given: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def ask(self, text: str) -> list[int]:
-        """The ids the model is to go on from when `text` is said; nothing is remembered yet. Raises jinja's and the template's errors."""
-        if self.raw:
-            return list(self.tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])  # pyright: ignore[reportArgumentType] - of one text
+        """See `Talk`."""
         rendered = self.tokenizer.apply_chat_template(
-            [*self.shown(), {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **self.given
+            [*self._shown(), {"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **self.given
         )
-        return list(self.tokenizer(rendered, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])  # pyright: ignore[reportArgumentType] - of one text
+        return ids_of(self.tokenizer, str(rendered), special=False)
 
-    def keep(self, text: str, answer: str) -> None:
-        """Remember what was said and answered."""
+    def keep(self, text: str, asked: Sequence[int], answer: str, drawn: Sequence[int], *, ended: bool) -> None:
+        """See `Talk`."""
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
-    def take_back(self) -> str | None:
-        """Forget the last exchange; what was said in it, or None where there is none."""
-        if not self.messages:
-            return None
-        text = self.messages[-2]["content"]
+    def take_back(self) -> None:
+        """See `Talk`."""
         del self.messages[-2:]
-        return text
 
-    def shown(self) -> list[dict[str, str]]:
+    def forget(self) -> None:
+        """See `Talk`; the system message stays."""
+        self.messages.clear()
+
+    def row(self) -> dict[str, Any] | None:
+        """See `Talk`."""
+        return {"messages": self._shown()} if self.messages else None
+
+    def _shown(self) -> list[dict[str, str]]:
         """The messages, the system's first."""
         return [*([{"role": "system", "content": self.system}] if self.system is not None else []), *self.messages]
+
+
+@dataclass(kw_only=True)
+class OpenText:
+    """A `Talk` that is one text, as base models know it: each line goes on where the answer before it stopped.
+
+    An answer that came to its end closes the text, and the next line begins another one: behind an end token no model was taught to go
+    on. The ids that were drawn are gone on from as they were drawn.
+    """
+
+    tokenizer: "transformers.PreTrainedTokenizerBase"
+    ids: list[int] = field(default_factory=list)
+    before: list[int] = field(default_factory=list)
+    over: bool = False
+
+    def ask(self, text: str) -> list[int]:
+        """See `Talk`."""
+        said = [] if self.over else self.ids
+        return [*said, *ids_of(self.tokenizer, text, special=not said)]
+
+    def keep(self, text: str, asked: Sequence[int], answer: str, drawn: Sequence[int], *, ended: bool) -> None:
+        """See `Talk`."""
+        self.before = [] if self.over else self.ids
+        self.ids, self.over = [*asked, *drawn], ended
+
+    def take_back(self) -> None:
+        """See `Talk`."""
+        self.ids, self.over = self.before, False
+
+    def forget(self) -> None:
+        """See `Talk`."""
+        self.ids, self.before, self.over = [], [], False
+
+    def row(self) -> dict[str, Any] | None:
+        """See `Talk`."""
+        return {"text": self.tokenizer.decode(self.ids, skip_special_tokens=True)} if self.ids else None
+
+
+def ids_of(tokenizer: "transformers.PreTrainedTokenizerBase", text: str, *, special: bool) -> list[int]:
+    """The ids of one text; `special` says whether the tokenizer's BOS (and whatever else it puts there) belongs to it."""
+    return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])  # pyright: ignore[reportArgumentType] - of one text
 
 
 class Words:

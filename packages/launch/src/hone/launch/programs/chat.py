@@ -17,7 +17,7 @@ from hone.datasets.tokenizer import load_tokenizer
 from hone.launch.answering import model_of
 from hone.launch.chat.engines import Asked, ChatEngine, InThisProcess, Served
 from hone.launch.chat.screen import Screen
-from hone.launch.chat.talk import Talk, Words, streamed
+from hone.launch.chat.talk import Conversation, OpenText, Talk, Words, streamed
 from hone.launch.chat_config import ChatConfig
 from hone.launch.names import closest
 from hone.launch.observe.files import append_line
@@ -33,7 +33,7 @@ HELP = {
     "/system TEXT": "the system message from now on; without a text, show it; `none` takes it away",
     "/again": "another answer to what was said last",
     "/set NAME VALUE": "temperature, top-p, max-new-tokens or seed; without them, show all",
-    "/save FILE": "add the conversation to a file, as a row that `launch sft --data.apply-chat-template` reads",
+    "/save FILE": "add the conversation to a file, as a row for `launch sft --data.apply-chat-template` (a text: --data.pretrain-mode)",
     "/quit": "end; so does Ctrl-D",
 }
 
@@ -44,23 +44,26 @@ def run(config: ChatConfig, sources: Mapping[str, str]) -> int:
     model = model_of(config, console)
     tokenizer = load_tokenizer(model)
     vocabulary({"policy": model}, tokenizer)
-    named, given = config.data.tokenizer_chat_template, config.data.chat_template_kwargs
-    rendering = DataConfig(tokenizer_chat_template=named, chat_template_kwargs=given)
+    data = config.data
+    rendering = DataConfig(tokenizer_chat_template=data.tokenizer_chat_template, chat_template_kwargs=data.chat_template_kwargs)
     use_template(tokenizer, rendering)
-    longest = config.data.max_len or _positions(model)
+    longest = data.max_len or _positions(model)
     raw = config.raw or tokenizer.chat_template is None
-    talk = Talk(tokenizer=tokenizer, raw=raw, given=template_kwargs(rendering), system=None if raw else config.system)
+    given = template_kwargs(rendering)
+    talk = OpenText(tokenizer=tokenizer) if raw else Conversation(tokenizer=tokenizer, given=given, system=config.system)
     with Descendants():
         screen.note(f"loading {model}")
         ends = stop_ids(model, tokenizer)
         with closing(_engine(config, model, longest=longest, ends=ends)) as engine:
-            how = "each line is completed as it stands" if raw else "with its chat template"
+            how = "each line goes on with the text, until an answer ends it" if raw else "with its chat template"
             screen.head({"model": model, "engine": config.engine, "talks": how, "context": f"{longest} tokens"})
             if raw and not config.raw:
                 screen.note(
-                    "this model has no chat template, so each line is completed as it stands, and nothing is remembered; "
+                    "this model has no chat template, so what is typed and answered is one text, until an answer ends it; "
                     "--data.tokenizer-chat-template names one\n"
                 )
+            if raw and config.system is not None:
+                screen.note("there is no system message without a chat template: --system has no effect\n", "yellow")
             if screen.watched:
                 screen.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends\n")
             Chat(config, talk, engine, screen, longest=longest, ends=ends).go_on()
@@ -148,8 +151,8 @@ class Chat:
         limit = f"cut at {most} tokens: " + ("/set max-new-tokens allows more" if most < room else "the context is full")
         self._screen.end(f"stopped, {rate}" if stopped else f"{limit}, {rate}" if cut else rate, needed=stopped or cut)
         self._last = text
-        if not self._talk.raw:
-            self._talk.keep(text, "".join(said))
+        ended = bool(drawn) and drawn[-1] in self._ends
+        self._talk.keep(text, tokens, "".join(said), drawn[:-1] if ended else drawn, ended=ended)
 
     def _help(self, rest: str) -> None:
         widest = max(map(len, HELP))
@@ -157,12 +160,13 @@ class Chat:
             self._screen.note(f"  {name:<{widest}}  {meaning}")
 
     def _reset(self, rest: str) -> None:
-        self._talk.messages.clear()
+        self._talk.forget()
         self._last = None
-        self._screen.note("forgotten; the system message stays" if self._talk.system else "forgotten")
+        stays = isinstance(self._talk, Conversation) and self._talk.system
+        self._screen.note("forgotten; the system message stays" if stays else "forgotten")
 
     def _system(self, rest: str) -> None:
-        if self._talk.raw:
+        if not isinstance(self._talk, Conversation):
             self._screen.note("there is no system message without a chat template", "yellow")
             return
         if rest:
@@ -194,16 +198,16 @@ class Chat:
         self._screen.note(", ".join(f"{one} {getattr(self._sampling, one.replace('-', '_')):g}" for one in known))
 
     def _save(self, rest: str) -> None:
-        if not self._talk.messages:
-            self._screen.note("there is nothing to save" + (": without a chat template nothing is remembered" * self._talk.raw), "yellow")
+        if (row := self._talk.row()) is None:
+            self._screen.note("there is nothing to save", "yellow")
             return
         path = Path(rest or f"chat-{datetime.now():%Y%m%d-%H%M%S}.jsonl").expanduser()
         try:
-            append_line(path, {"messages": self._talk.shown()})
+            append_line(path, row)
         except OSError as error:
             self._screen.note(f"{path} cannot be written: {error.strerror}", "yellow")
             return
-        self._screen.note(f"{len(self._talk.messages)} messages are in {path}")
+        self._screen.note(f"{len(row['messages'])} messages are in {path}" if "messages" in row else f"the text is in {path}")
 
 
 def _kept(ids: Iterator[Sequence[int]], drawn: list[int]) -> Iterator[Sequence[int]]:

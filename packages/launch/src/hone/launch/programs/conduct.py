@@ -23,6 +23,7 @@ from rich.console import Console
 from hone.launch.builtin import BuiltinModel, builtin_model, cache_directory
 from hone.launch.errors import INTERRUPTED, PREEMPTED, exit_code
 from hone.launch.interrupt import Interrupt
+from hone.launch.machine import visible_gpus
 from hone.launch.observe.display import Display, make_display
 from hone.launch.observe.files import replace_text
 from hone.launch.observe.peak_memory import PeakMemory
@@ -96,6 +97,8 @@ def built_in(console: Console, recipe: BuiltinModel | None = None, *, what: str 
     """A built-in model, made now (with a progress bar) if this is the first run."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if not visible_gpus():  # else DeepSpeed, which transformers looks into as it writes a model, tells stdout that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if not console.is_terminal and not any(cache_directory().glob("arithmetic-*")):
         console.print(f"making the built-in {what} (first run only, up to a minute)")
     columns = (
