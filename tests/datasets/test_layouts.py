@@ -6,12 +6,14 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from hone.datasets.errors import DataError
 from hone.datasets.exchanges import cut, filled
-from hone.datasets.labelled import LabelledSet, Sample, TokenRow
+from hone.datasets.labelled import Exchange, ExchangeRow, LabelledSet, Sample, TokenRow
 from hone.datasets.layouts import exchange_rows, judged_rows, pair_rows, text_rows
 from hone.datasets.mismatched import Mismatched, prompt_of
 from hone.datasets.offline_config import JudgedData, LabelledData, MarginPairData, PairData, SFTData, StepData
@@ -189,6 +191,7 @@ def test_a_mismatched_row_is_a_prompt_with_the_next_other_prompts_answer(tokeniz
         Mismatched(samples_of(LabelledSet(name="one", fingerprint="", rows=[judged.rows[0]] * 2), tokenizer, config).samples, 64)
 
 
+TALKS = PairData(apply_chat_template=True)
 FAULTS: list[tuple[Any, LabelledData, dict[str, Any], str]] = [
     (exchange_rows, SFTData(), {"prompt": "", "completion": "2"}, "prompt 'prompt' is empty"),
     (exchange_rows, SFTData(), {"prompt": "1", "completion": None}, "answer 'completion' is empty"),
@@ -203,6 +206,12 @@ FAULTS: list[tuple[Any, LabelledData, dict[str, Any], str]] = [
     (pair_rows, PairData(), {"chosen": "1 ", "rejected": "1 2"}, "nothing says where the prompt ends"),
     (pair_rows, PairData(), {"prompt": "1", "chosen": "2"}, "no column 'rejected'"),
     (pair_rows, MarginPairData(), {"prompt": "1", "chosen": "2", "rejected": "3", "margin": "much"}, "margin 'margin' is no number"),
+    (pair_rows, MarginPairData(margin_key="by"), {"prompt": "1", "chosen": "2", "rejected": "3"}, "no column 'by'"),
+    (pair_rows, PairData(), {"promt": "1", "chosen": "2", "rejected": "3"}, "with --data.prompt-key; did you mean 'promt'?"),
+    (pair_rows, PairData(), {"chosen": "1 2", "rejected": "11 2"}, "begin with no prompt that both share"),
+    (pair_rows, TALKS, {"chosen": [ASKED, SAID], "rejected": [{**ASKED, "content": "9"}, SAID]}, "begin with no prompt that both share"),
+    (exchange_rows, SFTData(apply_chat_template=True), {"messages": [ASKED, {**SAID, "content": " "}]}, "an empty assistant message"),
+    (steps_rows, StepData(steps_key="steps"), {"prompt": "1", "labels": [True]}, "no column 'steps'"),
     (judged_rows, JudgedData(), {"prompt": "1", "completion": "2", "label": "good"}, "neither true nor false"),
     (judged_rows, JudgedData(), {"prompt": "1", "completion": "2"}, "no column 'label'"),
     (steps_rows, StepData(), {"prompt": "1", "completions": [], "labels": []}, "no list of texts"),
@@ -220,6 +229,30 @@ def test_a_faulty_row_is_told_with_its_line(read: Any, config: Any, row: dict[st
     assert told in str(refusal.value)
     if "\n" in str(refusal.value):
         assert "rows.jsonl:1" in str(refusal.value)
+
+
+def test_a_margin_beyond_all_numbers_is_none(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "1", "chosen": "2", "rejected": "3", "margin": 1e999}\n')
+    with pytest.raises(DataError, match=r"margin 'margin' is no number \(1 row\).*\n.*rows\.jsonl:1: inf"):
+        pair_rows(read_file(str(file), max_samples=9), MarginPairData())
+
+
+def test_an_assistant_that_only_thinks_or_calls_says_enough(tmp_path: Path) -> None:
+    config = SFTData(apply_chat_template=True)
+    quiet = {**SAID, "content": "", "reasoning_content": "two"}
+    (found,) = exchange_rows(source(tmp_path, {"messages": [ASKED, quiet]}), config).rows
+    assert isinstance(found.exchange, Exchange) and found.exchange.answer == (ASKED, quiet)
+
+
+def test_what_a_table_adds_to_messages_is_no_part_of_them(tmp_path: Path) -> None:
+    # Every struct of a column has all keys: those that this message has not are null.
+    table = pa.table({"messages": [[ASKED, {**SAID, "reasoning_content": "two"}]]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    rows = exchange_rows(read_file(str(tmp_path / "rows.parquet"), max_samples=9), SFTData(apply_chat_template=True)).rows
+    (found,) = rows
+    assert isinstance(found, ExchangeRow) and isinstance(found.exchange, Exchange)
+    assert found.exchange.answer == (ASKED, {**SAID, "reasoning_content": "two"})
 
 
 def test_the_order_is_fixed_by_the_seed_and_goes_on_from_a_few_numbers(tokenizer: PreTrainedTokenizerBase) -> None:

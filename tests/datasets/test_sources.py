@@ -112,6 +112,11 @@ def test_another_format_is_recognised(write: Write, content: bytes, message: str
         read_file(write(content), max_samples=ALL)
 
 
+def test_a_single_line_that_is_no_row_is_told_as_a_line(write: Write) -> None:
+    source = read_file(write(b'{"a": NaN}\n'), max_samples=ALL)
+    assert [(row.line, row.what) for row in source.bad] == [(1, "invalid JSON")]
+
+
 def test_a_json_list_is_read_with_the_lines_its_objects_begin_on(write: Write) -> None:
     content = '\ufeff[\n {"a": 1},\n\n {"a":\n 2}, {"a": 3}\n]\n'
     source = read_file(write(content), max_samples=ALL)

@@ -110,6 +110,24 @@ def test_a_student_learns_from_a_teacher_of_another_size(
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--data.dataset-split trian", "--data.dataset-split 'trian'"),
+        ("--data.dataset-split train[5:]", "--data.dataset-split 'train[5:]' is empty"),
+        ("--eval.dataset {rows} --eval.split test", "--eval.split 'test'"),
+    ],
+)
+def test_a_split_that_is_not_there_is_told_by_the_flag_that_asked_for_it(
+    words: str, told: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": "2"}])
+    line = ["sft", "--model.model-name-or-path", str(model), "--data.dataset", str(file), *words.format(rows=file).split()]
+    assert main([*line, "--recipe", "laptop", "--run.dir", str(tmp_path / "run")]) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert told in said and f"at {told.partition(' ')[0]} " in said
+
+
+@pytest.mark.parametrize(
     ("verb", "rows", "told"),
     [
         ("sft", [{"prompt": "1"}], "no column of answers"),

@@ -1,5 +1,6 @@
 """Validation: rows of a source into labelled rows, by the columns that OpenRLHF, TRL and verl use; all faults in one error."""
 
+import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -96,7 +97,9 @@ def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
         margin = 0.0
         if margin_key is not None:
             value = row.columns.get(margin_key)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if margin_key not in row.columns:
+                bad.append(missing_column(margin_key, row.line, columns, row.columns, flag="--data.margin-key", usual=(MARGIN,)))
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 bad.append(
                     BadRow(what=f"margin {margin_key!r} is no number", remedy=FAULTY.format("one"), line=row.line, detail=shown(value))
                 )
@@ -106,6 +109,11 @@ def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
             sides = _sides(row.columns, prompt_key, config)
             if isinstance(sides, str):
                 bad.append(BadRow(what=sides, remedy="delete the rows, or mend the answers", line=row.line))
+            elif not sides[0].prompt:
+                listed = ", ".join(map(repr, columns))
+                near = next((found for name in PROMPTS if (found := did_you_mean(name, columns))), "")
+                remedy = f"columns found: {listed}; name that of the prompt with --data.prompt-key{near}"
+                bad.append(BadRow(what="the answers begin with no prompt that both share", remedy=remedy, line=row.line))
             else:
                 yield PairRow(uid=uid, line=row.line, chosen=sides[0], rejected=sides[1], margin=margin)
         yield from bad
@@ -211,7 +219,12 @@ def text_faults(row: Row, key: str, source: Source, *, flag: str, what: str) -> 
         return
     value = row.columns[key]
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-        yield BadRow(what=f"{what} {key!r} is empty", remedy=FAULTY.format(f"a {what}"), line=row.line, detail=shown(value))
+        yield BadRow(
+            what=f"{what} {key!r} is empty",
+            remedy=FAULTY.format(f"{'an' if what == 'answer' else 'a'} {what}"),
+            line=row.line,
+            detail=shown(value),
+        )
     elif not isinstance(value, str):
         yield BadRow(
             what=f"{what} {key!r} is neither text nor messages",
@@ -245,11 +258,13 @@ def side(value: object) -> str | tuple[Message, ...]:
 def _named(messages: Sequence[object]) -> list[Message]:
     """Messages under the usual keys; ShareGPT's `from` and `value` are taken, too."""
     roles = {"human": "user", "gpt": "assistant"}
+    # A table gives every message the keys of all, and those that are null are no part of this one.
+    own = [{key: part for key, part in one.items() if part is not None} if isinstance(one, Mapping) else one for one in messages]
     return [
         {"role": roles.get(str(one["from"]), str(one["from"])), "content": one["value"]}
         if isinstance(one, Mapping) and {"from", "value"} <= one.keys()
         else one
-        for one in messages
+        for one in own
     ]  # pyright: ignore[reportReturnType] - what is no message is refused by `message_faults`
 
 

@@ -61,12 +61,14 @@ def probabilities(text: str | None, count: int, *, flag: str = "--data.prompt-pr
     return weights
 
 
-def open_datasets(text: str, *, split: str = "train", max_samples: int = ALL, flag: str = FLAG) -> tuple[Dataset, ...]:
-    """Every dataset of a list, with the first `max_samples` rows of its `split` each.
+def open_datasets(
+    text: str, *, split: str = "train", max_samples: int = ALL, flag: str = FLAG, split_flag: str = SPLIT_FLAG
+) -> tuple[Dataset, ...]:
+    """Every dataset of a list, with the first `max_samples` rows of its `split` each; the flags are where they were asked for.
 
     Raises DataError: a path or name that leads nowhere, another format, a damaged file, an unknown split, no rows.
     """
-    part = read_split(split, flag=SPLIT_FLAG)
+    part = read_split(split, flag=split_flag)
     names = dataset_names(text)
     if not all(names):
         raise DataError(f"{flag} {text!r} has an empty name; write names separated by single commas")
@@ -96,7 +98,7 @@ def joined(dataset: Dataset) -> Source:
 def _open(name: str, part: Split, *, max_samples: int, flag: str) -> Dataset:
     if name.startswith(reasoning.PREFIX):
         if part.name != "train":
-            raise unknown_split(part.name, ["train"], shown=name, flag=SPLIT_FLAG)
+            raise unknown_split(part.name, ["train"], shown=name, flag=part.flag)
         task = reasoning.source(name, max_samples=max_samples)
         return Dataset(name=name, sources=_cut((task,), *part.bounds(len(task.rows))))
     path = Path(name).expanduser()
@@ -108,13 +110,13 @@ def _open(name: str, part: Split, *, max_samples: int, flag: str) -> Dataset:
         sources = tuple(replace(read_file(str(file), max_samples=needed, flag=flag), name=f"{shown}/{file.name}") for file in files)
     else:
         if part.name != "train" and path.exists():
-            raise unknown_split(part.name, ["train"], shown=f"{name} (a file alone)", flag=SPLIT_FLAG)
+            raise unknown_split(part.name, ["train"], shown=f"{name} (a file alone)", flag=part.flag)
         sources = (read_file(name, max_samples=needed, flag=flag),)
     rows = sum(len(source.rows) for source in sources)
     start, stop = part.bounds(rows)
     cut = _cut(sources, start, min(stop, start + max_samples))
     if not any(len(source.rows) or source.bad for source in cut):
-        raise DataError(f"{SPLIT_FLAG} {part.text!r} is empty: {name} has {rows} rows; ask for another part")
+        raise DataError(f"{part.flag} {part.text!r} is empty: {name} has {rows} rows; ask for another part")
     return Dataset(name=name, sources=cut)
 
 
@@ -128,7 +130,7 @@ def _of_hub(name: str) -> HubName | None:
 def _folder(name: str, path: Path, part: Split, needed: int, *, flag: str) -> tuple[Source, ...]:
     if splits := saved_splits(path):
         if part.name not in splits:
-            raise unknown_split(part.name, list(splits), shown=name, flag=SPLIT_FLAG)
+            raise unknown_split(part.name, list(splits), shown=name, flag=part.flag)
         return (read_saved(name, splits[part.name], max_samples=needed),)
     inside = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
     if not any(file.endswith(SUFFIXES) for file in inside):
@@ -138,7 +140,7 @@ def _folder(name: str, path: Path, part: Split, needed: int, *, flag: str) -> tu
     card = (metadata_load(path / "README.md") or {}) if "README.md" in inside else {}
     files = split_files(inside, card, config=None, shown=name)
     if part.name not in files:
-        raise unknown_split(part.name, list(files), shown=name, flag=SPLIT_FLAG)
+        raise unknown_split(part.name, list(files), shown=name, flag=part.flag)
     return tuple(read_file(str(path / file), max_samples=needed, flag=flag) for file in files[part.name])
 
 

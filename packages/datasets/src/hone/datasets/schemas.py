@@ -266,8 +266,9 @@ def message_faults(messages: Sequence[object], line: int, *, may_end_with_assist
         elif "content" in message and not isinstance(content, str):
             yield BadRow(what="content is not text", remedy=shape, line=line, detail=f"{where} has content {shown(content)}")
         elif isinstance(content, str):
-            if role == "user" and not content.strip():
-                yield BadRow(what="an empty user message", remedy="give it text, or delete the rows", line=line, detail=where)
+            # The assistant may think, or call a tool, and say nothing.
+            if not content.strip() and (role == "user" or (role == "assistant" and message.keys() <= {"role", "content"})):
+                yield BadRow(what=f"an empty {role} message", remedy="give it text, or delete the rows", line=line, detail=where)
             yield from surrogate_faults(content, line)
     if roles.count("system") > 1:
         places = ", ".join(str(index) for index, role in enumerate(roles) if role == "system")

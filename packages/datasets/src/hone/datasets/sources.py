@@ -64,8 +64,11 @@ def _nested(first: bytes) -> bool:
 
 def _refuse_document(path: str, file: Path) -> None:
     """A file whose first line is no row may be one JSON object over many lines; say so instead of listing its lines."""
+    content = file.read_bytes().removeprefix(UTF8_MARK).strip()
+    if b"\n" not in content:
+        return
     try:
-        document = json.loads(file.read_bytes().removeprefix(UTF8_MARK))
+        document = json.loads(content)
     except (ValueError, RecursionError):
         return
     if isinstance(document, dict):

@@ -21,10 +21,14 @@ _SHARD = re.compile(r"(?:.*/)?([\w.]+?)-\d{5}-of-\d{5}\.\w+")
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A named part of a dataset, and the rows [start, stop) of it: a number, a share of all ("10%"), or the end (None)."""
+    """A named part of a dataset, and the rows [start, stop) of it: a number, a share of all ("10%"), or the end (None).
+
+    `flag` is where it was asked for.
+    """
 
     text: str
     name: str
+    flag: str
     start: str | None = None
     stop: str | None = None
 
@@ -48,7 +52,7 @@ def read_split(text: str, *, flag: str) -> Split:
     for bound in match.groups()[1:]:
         if bound is not None and bound.endswith("%") and not 0 <= abs(float(bound[:-1])) <= 100:
             raise DataError(f"{flag} {text!r} asks for {bound}; a share lies between 0% and 100%")
-    return Split(text=text, name=match[1], start=match[2], stop=match[3])
+    return Split(text=text, name=match[1], flag=flag, start=match[2], stop=match[3])
 
 
 def split_files(names: Sequence[str], card: Mapping[str, object], *, config: str | None, shown: str) -> dict[str, list[str]]:

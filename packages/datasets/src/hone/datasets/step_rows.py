@@ -45,7 +45,9 @@ def steps_rows(source: Source, config: StepData) -> LabelledSet[StepsRow]:
                 )
         elif not bad and steps_key is not None:
             found = row.columns.get(steps_key)
-            if not isinstance(found, list) or not found or not all(isinstance(step, str) and step.strip() for step in found):
+            if steps_key not in row.columns:
+                bad.append(missing_column(steps_key, row.line, source.columns, row.columns, flag="--data.steps-key", usual=STEPS))
+            elif not isinstance(found, list) or not found or not all(isinstance(step, str) and step.strip() for step in found):
                 bad.append(
                     BadRow(
                         what=f"steps {steps_key!r} are no list of texts", remedy=FAULTY.format("steps"), line=row.line, detail=shown(found)

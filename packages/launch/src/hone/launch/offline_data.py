@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import transformers
 
 BUILT_IN_ROWS = 10_000
-DATA_FLAG = "--data.dataset"
+DATA_FLAG, EVAL_FLAG = "--data.dataset", "--eval.dataset"
+SPLIT_FLAGS = {DATA_FLAG: "--data.dataset-split", EVAL_FLAG: "--eval.split"}
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed, so that the built-in task's rows for evaluation are drawn apart from those that are learnt."""
 
@@ -71,7 +72,7 @@ def read_rows(config: OfflineConfig, path: str, *, split: str, at_most: int, fla
 def _read_rows(
     verb: str, config: LabelledData, path: str, split: str, at_most: int, flag: str, stamped: tuple[object, ...]
 ) -> LabelledSet[Any]:
-    datasets = open_datasets(path, split=split, max_samples=at_most, flag=flag)
+    datasets = open_datasets(path, split=split, max_samples=at_most, flag=flag, split_flag=SPLIT_FLAGS[flag])
     weights = probabilities(config.dataset_probs if flag == DATA_FLAG else None, len(datasets), flag="--data.dataset-probs")
     sets: list[LabelledSet[Any]] = []
     errors: list[DataError] = []
@@ -117,7 +118,7 @@ def prepare(config: OfflineConfig, *, model: str, state: StreamState | None = No
     else:
         rows, held_out = read_rows(config, data.dataset, split=data.dataset_split, at_most=data.max_samples, flag=DATA_FLAG), None
     if config.eval.dataset is not None:
-        held_out = read_rows(config, config.eval.dataset, split=config.eval.split, at_most=config.eval.max_samples, flag="--eval.dataset")
+        held_out = read_rows(config, config.eval.dataset, split=config.eval.split, at_most=config.eval.max_samples, flag=EVAL_FLAG)
     tokenizer = load_tokenizer(model)
     hashed = tokenizer_hash(tokenizer)
     # A reference that is gone before training is asked for all rows before the first is learnt from.

@@ -175,7 +175,7 @@ def prompts(resolved: Resolved) -> Iterator[Problem]:
 def named_setting(error: DataError, otherwise: str) -> tuple[str, ...]:
     """The setting that an error speaks of first, where it begins with a flag."""
     first = str(error).partition(" ")[0]
-    return (first.removeprefix("--").replace("-", "_") if first.startswith("--data.") else otherwise,)
+    return (first.removeprefix("--").replace("-", "_") if first.startswith(("--data.", "--eval.")) else otherwise,)
 
 
 def _agent(config: PolicyGradientConfig) -> Iterator[Problem]:
