@@ -2,7 +2,7 @@
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -55,18 +55,25 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 # A loss over log-probabilities, over scores with the statistics, over logits beside a teacher, and one with an anchor.
-@pytest.mark.parametrize("name", ["dpo", "rm", "kd", "kto"])
-def test_two_ranks_that_share_every_parameter_draw_the_same_curve(name: str, ray: None, hone_cache: Path, tmp_path: Path) -> None:
+# And two whose reference lives beside the model on the ranks.
+@pytest.mark.parametrize(
+    ("name", "when"), [("dpo", "before"), ("dpo", "drawn"), ("rm", ""), ("kd", ""), ("kto", "before"), ("kto", "drawn")]
+)
+def test_two_ranks_that_share_every_parameter_draw_the_same_curve(
+    name: str, when: str, ray: None, hone_cache: Path, tmp_path: Path
+) -> None:
     one = curve(name, tmp_path, LocalRanks, zero_stage=0, ranks=1)
-    two = curve(name, tmp_path, RayRanks, zero_stage=3, ranks=2)
+    two = curve(name, tmp_path, RayRanks, zero_stage=3, ranks=2, options=["--ref.when", when] if when else [])
     for mine, theirs in zip(one, two, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=5e-6)
 
 
-def curve(name: str, directory: Path, kind: type[LocalRanks] | type[RayRanks], *, zero_stage: int, ranks: int) -> list[dict[str, float]]:
+def curve(
+    name: str, directory: Path, kind: type[LocalRanks] | type[RayRanks], *, zero_stage: int, ranks: int, options: Sequence[str] = ()
+) -> list[dict[str, float]]:
     """Three steps, the last one evaluated; then a reward model's statistics."""
-    verb, *options = words(name, directory)
-    config: OfflineConfig = resolve(verb, options, gpus=0).config
+    verb, *own = words(name, directory)
+    config: OfflineConfig = resolve(verb, [*own, *options], gpus=0).config
     config = dataclasses.replace(
         config,
         ds=dataclasses.replace(config.ds, zero_stage=zero_stage),

@@ -85,6 +85,7 @@ TALK = '{"input": [{"role": "user", "content": "x"}]}\n'
         ("rows.jsonl", b"\x1f\x8b\x08", "", "rows.jsonl is a gzip file"),
         ("rows.jsonl", ROWS.encode(), "", "did you mean 'question'?"),
         ("rows.jsonl", ROWS.encode(), "--data.input-key qestion", "did you mean 'question'?"),
+        ("rows.jsonl", b'{"promt": "a"}\n', "", "did you mean 'promt'?"),
         ("rows.jsonl", b'{"input": "a"}\n{"input": null}\n{"input": " "}\n{"input": []}\n', "", "prompt 'input' is empty (3 rows)"),
         ("rows.jsonl", TALK.replace("user", "usr").encode(), "--data.apply-chat-template", "has role 'usr'; did you mean 'user'?"),
         ("rows.jsonl", TALK.encode(), "", "chat messages without a chat template (1 row)"),

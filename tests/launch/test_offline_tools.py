@@ -1,9 +1,12 @@
 """What is done with trained models from the command line: adapters merged, rows scored; and the page that tells of all of it."""
 
+import datetime
 import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -11,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hone.launch.cli import main
 from hone.launch.observe.run_directory import read_metrics
 from tests.golden.offline_curves import words
-from tests.launch.conftest import save_model
+from tests.launch.conftest import save_model, write_rows
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "finetune.md").read_text()
@@ -63,6 +66,34 @@ def test_a_function_scores_a_file(tmp_path: Path) -> None:
     line = ["score", "--function", str(ROOT / "examples" / "reward.py"), str(rows), str(tmp_path / "out.jsonl"), "--label-key", "answer"]
     assert main(line) == 0
     assert [json.loads(line)["score"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1.0, 0.1]
+
+
+def test_columns_that_are_no_json_are_kept_as_text_and_folders_are_made(tmp_path: Path) -> None:
+    day = datetime.date(2026, 11, 22)
+    pq.write_table(pa.table({"prompt": ["1+1="], "completion": ["2"], "answer": ["2"], "day": [day]}), tmp_path / "rows.parquet")
+    out = tmp_path / "new" / "folder" / "out.jsonl"
+    line = ["score", "--function", str(ROOT / "examples" / "reward.py"), str(tmp_path / "rows.parquet"), str(out), "--label-key", "answer"]
+    assert main(line) == 0
+    assert json.loads(out.read_text()) == {"prompt": "1+1=", "completion": "2", "answer": "2", "day": "2026-11-22", "score": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("row", "more", "told"),
+    [
+        ({"prompt": "1"}, "", "name one with --answer-key"),
+        ({"promt": "1", "response": "2"}, "", "name one with --input-key; did you mean 'promt'?"),
+        ({"prompt": "1", "response": "2"}, "--answer-key respons", "name one with --answer-key; did you mean 'response'?"),
+        ({"prompt": [{"role": "user", "content": "1"}], "response": "2"}, "", "turn on --apply-chat-template"),
+    ],
+)
+def test_what_score_is_missing_is_told_in_its_own_options(
+    row: dict[str, object], more: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [row])
+    line = ["score", "--function", str(ROOT / "examples" / "reward.py"), str(rows), str(tmp_path / "out.jsonl"), *more.split()]
+    assert main(line) == 3
+    said = capsys.readouterr().err
+    assert told in said and "--data." not in said
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if " launch score " not in command and command.count(" ") > 3])

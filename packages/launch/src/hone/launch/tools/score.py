@@ -18,6 +18,8 @@ USAGE = (
     "[--max-len N] [--batch-size N] [--param-dtype fp32|bf16|fp16], or launch score --function FILE.py ROWS OUT ..."
 )
 OPTIONS = ("--input-key", "--answer-key", "--label-key", "--max-len", "--batch-size", "--param-dtype", "--function")
+FLAGS = {"--data.input-key": "--input-key", "--data.output-key": "--answer-key", "--data.apply-chat-template": "--apply-chat-template"}
+"""What a program's options are called here."""
 SWITCHES = ("--apply-chat-template", "--normalize")
 
 Batches = Iterator[list[float]]
@@ -40,14 +42,21 @@ def run(words: Sequence[str]) -> int:
     from hone.datasets.reading import open_one
 
     source = open_one(asked["ROWS"], flag="ROWS")
-    rows = exchange_rows(source, config)
+    try:
+        rows = exchange_rows(source, config)
+    except DataError as error:  # which speaks of the options of a whole program
+        text = str(error)
+        for theirs, ours in FLAGS.items():
+            text = text.replace(theirs, ours)
+        raise DataError(text) from error
     score = _by_function if by_function else _by_model
     written, total = 0, 0.0
     partial = Path(f"{asked['OUT']}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("w", encoding="utf-8") as out:
         for scores in score(asked, config, source, rows, size):
             for place, value in enumerate(scores, start=written):
-                out.write(json.dumps({**source.rows[place].columns, "score": value}, ensure_ascii=False) + "\n")
+                out.write(json.dumps({**source.rows[place].columns, "score": value}, ensure_ascii=False, default=str) + "\n")
             written, total = written + len(scores), total + math.fsum(scores)
     partial.replace(asked["OUT"])
     print(f"{written} rows with their scores are in {asked['OUT']}, mean {total / written:.4f}")
