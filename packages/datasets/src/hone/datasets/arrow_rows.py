@@ -56,7 +56,7 @@ def read_parquet(path: str, file: Path, *, max_samples: int) -> Source:
             _room(path, size)
             converted = cache.made(f"{fingerprint}.arrow", lambda target: _convert(parquet, target))
             return _source(path, _mapped(converted), fingerprint, max_samples)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is a damaged Parquet file: {_first_line(error)}; copy or download it again") from error
 
 
@@ -92,18 +92,19 @@ def _arrow(path: str, files: Sequence[Path], max_samples: int) -> Source:
         near = did_you_mean(missing[0], (child.name for child in files[0].parent.iterdir()))
         raise DataError(f"{path} lacks {len(missing)} of its {len(files)} data files: {missing[0]!r}{near}; copy the whole folder again")
     try:
-        tables = [_mapped(file) for file in files]
-        table = pa.concat_tables(tables)
-    except (pa.ArrowInvalid, OSError) as error:
+        return _source(path, pa.concat_tables([_mapped(file) for file in files]), _fingerprint(files), max_samples)
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is a damaged Arrow file: {_first_line(error)}; copy or save it again") from error
-    return _source(path, table, _fingerprint(files), max_samples)
 
 
 def _source(path: str, table: "pa.Table", fingerprint: str, max_samples: int) -> Source:
     if not table.num_rows:
         raise DataError(f"{path} has no rows (its columns: {', '.join(map(repr, table.column_names)) or 'none'})")
-    rows = TableRows(table.slice(0, max_samples))
-    return Source(name=path, fingerprint=fingerprint, rows=rows, seen=tuple(table.column_names))
+    used = table.slice(0, max_samples)
+    # Arrow takes a file at its word: an offset that leads nowhere would end the process, and half a character fail far from here.
+    used.validate(full=True)
+    used.slice(0, 1).to_pylist()  # which names of columns may hinder
+    return Source(name=path, fingerprint=fingerprint, rows=TableRows(used), seen=tuple(table.column_names))
 
 
 def _mapped(file: Path) -> "pa.Table":
