@@ -176,6 +176,16 @@ def test_a_prompt_goes_with_the_next_other_prompts_answer_whenever_that_is_looke
         assert calls[0] < 90 and before_call >= 0  # most were made in one go
 
 
+@pytest.mark.parametrize("upfront", [True, False])
+def test_answers_that_are_all_judged_alike_are_told(upfront: bool, tmp_path: Path) -> None:
+    config, tokenizer = JudgedData(max_len=16), build_tokenizer()
+    for label, told in ((1, "every answer is judged good"), (0, "every answer is judged bad")):
+        rows = [{"prompt": f"{row}+1=", "completion": "1", "label": label} for row in range(60)]
+        (note,) = samples_of(judged_rows(written(tmp_path / "rows.jsonl", rows), config), tokenizer, config, upfront=upfront).notes
+        assert told in note and "--data.label-key" in note
+    assert samples_of(judged(tmp_path, 60), tokenizer, config, upfront=upfront).notes == ()
+
+
 def test_what_is_held_of_drawn_samples_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawn_samples, "KEPT", 10)
     samples = samples_of(judged(tmp_path, 300), build_tokenizer(), JudgedData(max_len=16)).samples

@@ -13,7 +13,7 @@ from hone.datasets.encoded_rows import RowEncoder
 from hone.datasets.errors import BadRow, DataError, bad_rows_error
 from hone.datasets.exchanges import Piece
 from hone.datasets.labelled import LabelledSet, Samples, TextRow
-from hone.datasets.offline_config import LabelledData
+from hone.datasets.offline_config import JudgedData, LabelledData
 from hone.datasets.sample_table import TabledSamples, dropped_of, table_of
 from hone.datasets.token_table import CACHED_ROWS
 from hone.datasets.tokenise import DROPPED_SHARE, SAMPLED_ROWS, UPFRONT_ROWS
@@ -78,7 +78,10 @@ def _refuse(name: str, table: "pa.Table") -> None:
 def _notes(table: "pa.Table", config: LabelledData) -> tuple[str, ...]:
     """What the user should know of the rows that are used all the same."""
     cut, apart = (int(table[name].to_numpy().sum()) for name in ("cut", "apart"))
+    good = table["desirable"].filter(table["dropped"].is_null()).unique().to_pylist() if isinstance(config, JudgedData) else []
     told = {
+        f"every answer is judged {'good' if True in good else 'bad'}, so there are none to tell apart; "
+        "--data.label-key names another column": len(good) == 1,
         f"{cut} answers are cut at --data.max-len {config.max_len} and are taught without their end": cut,
         f"{apart} answers are tokenised apart from their prompts, for the tokenizer joins the two: end the prompts with white "
         "space no more, or begin the answers with it": apart,
