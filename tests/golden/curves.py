@@ -28,6 +28,7 @@ STEPS = 10
 COLUMNS = {
     "ppo": ("rollout/reward_mean", "train/policy_loss", "train/critic_loss", "train/kl", "train/entropy", "train/actor_grad_norm"),
     "grpo": ("rollout/reward_mean", "train/policy_loss", "train/kl", "train/entropy", "train/actor_grad_norm"),
+    "on_policy_distill": ("train/policy_loss", "train/ppo_kl", "train/entropy", "train/actor_grad_norm"),
 }
 
 
@@ -67,6 +68,11 @@ def plan(verb: str, directory: Path, *, zero_stage: int = 0, ranks: int = 1) -> 
     if not model.exists():
         write_untrained(BuiltinModel(hidden_size=32, heads=2, key_value_heads=1, max_position_embeddings=64), model)
     config = configuration(verb, zero_stage=zero_stage, ranks=ranks)
+    if verb == "on_policy_distill":
+        teacher = directory / "teacher"
+        if not teacher.exists():
+            write_untrained(BuiltinModel(hidden_size=48, heads=2, key_value_heads=1, max_position_embeddings=64, seed=1), teacher)
+        config = dataclasses.replace(config, ref=dataclasses.replace(config.ref, model_name_or_path=str(teacher)))
     prompts = prepare(config.data, model=str(model), batch_size=6, num_episodes=1, seed=3, max_new_tokens=6)
     return make_plan(
         config,
