@@ -210,7 +210,7 @@ def missing_column(key: str, line: int, columns: Sequence[str], found: Mapping[s
         own = ", ".join(repr(name) for name in found) or "none"
         return BadRow(what=f"no column {key!r}", remedy="add it to the rows, or delete them", line=line, detail=f"columns found: {own}")
     nearest = did_you_mean(key, columns) or next((f"; did you mean {name!r}?" for name in usual if name in columns), "")
-    nearest = nearest or next((found for name in usual if (found := did_you_mean(name, columns))), "")
+    nearest = nearest or next((near for name in usual if (near := did_you_mean(name, columns))), "")
     listed = ", ".join(repr(name) for name in columns) or "none"
     return BadRow(what=f"no column {key!r}", remedy=f"columns found: {listed}; name one with {flag}{nearest}", line=line)
 
