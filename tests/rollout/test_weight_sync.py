@@ -219,6 +219,18 @@ def test_an_engine_that_waits_for_its_requests_is_not_lost_for_it() -> None:
     assert asyncio.run(sync([engine], version=4, send=engine.send, pause="wait", **settings)).version == 4
 
 
+def test_an_engine_that_never_comes_to_the_end_of_its_requests_is_lost() -> None:
+    engine, never = Recorded(), asyncio.Event()
+
+    async def silent(mode: str) -> None:
+        await never.wait()
+
+    setattr(engine, "pause", silent)  # noqa: B010 - a method of a dataclass
+    settings: dict[str, Any] = {"canary": [1, 2], "tolerance": 1e-3, "previous": {}, "timeout_s": 0.05, "drain_s": 0.1}
+    with pytest.raises(EngineLost, match=r"within 0.05 s \(--vllm.sync-timeout-s\) and 0.1 s for its requests \(--rollout.timeout-s\)"):
+        asyncio.run(sync([engine], version=4, send=engine.send, pause="wait", **settings))
+
+
 def test_a_time_limit_of_the_engines_own_is_not_mistaken_for_the_deadline() -> None:
     engine = Recorded()
 

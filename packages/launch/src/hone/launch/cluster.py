@@ -112,6 +112,7 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
         tolerance=tolerance(way.engine_dtype, config.vllm.sync_tolerance),
         seed=config.train.seed,
         timeout_s=way.timeout_s,
+        drain_s=config.rollout.timeout_s,
         shown=plan.canary_images,
         pause="keep" if config.train.partial_rollout_enable else "wait",
         wake=wake,

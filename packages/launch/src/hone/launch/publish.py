@@ -103,6 +103,7 @@ class Publisher:
         tolerance: float,
         seed: int,
         timeout_s: float,
+        drain_s: float = 1800.0,
         shown: Prompt | None = None,
         pause: PauseMode = "keep",
         wake: Callable[[Sequence[Any], Tag], Awaitable[None]] = _awake,
@@ -112,7 +113,7 @@ class Publisher:
         self._served, self._policy, self._send, self._connect, self._runner = served, policy, send, connect, runner
         self._tokens = canary_tokens(vocabulary, seed, CANARY_TOKENS) if shown is None else list(shown.tokens)
         self._images = () if shown is None else shown.images
-        self._tolerance, self._timeout_s = tolerance, timeout_s
+        self._tolerance, self._timeout_s, self._drain_s = tolerance, timeout_s, drain_s
         self._previous: dict[str, Canary] = {}
         self._connected: Sequence[ServedEngine] = ()
         self._version = 0
@@ -172,9 +173,12 @@ class Publisher:
                 await self._wake(engines, "kv_cache")
                 return Sent(fingerprints=fingerprints, canary_logp=logp[1:].tolist())
 
-            settings = {"canary": self._tokens, "images": self._images, "tolerance": self._tolerance, "previous": self._previous}
+            settings: dict[str, Any] = {
+                **{"canary": self._tokens, "images": self._images, "tolerance": self._tolerance, "previous": self._previous},
+                **{"pause": self._pause, "timeout_s": self._timeout_s, "drain_s": self._drain_s},
+            }
             try:
-                return await sync(engines, version=self._version, send=send, pause=self._pause, timeout_s=self._timeout_s, **settings)
+                return await sync(engines, version=self._version, send=send, **settings)
             finally:
                 await asyncio.gather(answering, return_exceptions=True)  # a thread cannot be cancelled, and the ranks answer in order
 

@@ -176,7 +176,7 @@ class RemoteEngine:
         """Return when the engine serves; raises EngineError when it could not start."""
         try:
             ray.get(self.handle.check_health.remote(), timeout=STARTING_S)
-            self._core = ray.get(self.handle.pids.remote())
+            self._core = ray.get(self.handle.pids.remote(), timeout=STARTING_S)
         except ray.exceptions.RayTaskError as error:
             raise unwrapped(error) from error
         except ray.exceptions.GetTimeoutError as error:

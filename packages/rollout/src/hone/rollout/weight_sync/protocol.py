@@ -165,12 +165,14 @@ async def sync(
     images: Sequence[Attachment] = (),
     pause: PauseMode = "keep",
     timeout_s: float = 600.0,
+    drain_s: float = 1800.0,
 ) -> Synced:
     """Bring every engine to `version` and prove it; raises StaleWeights or EngineError.
 
     `send` runs the trainer on every learner rank. `canary` are token ids, `images` what stands in them, `tolerance` [nats]. When
     sending fails the engines stay paused: one of them may hold a mixture of two versions, and nothing may be sampled from that.
-    An engine that does not answer one of the phases within `timeout_s` is lost (EngineLost); `send` keeps deadlines of its own.
+    An engine that does not answer one of the phases within `timeout_s` is lost (EngineLost); `send` keeps deadlines of its own. Where
+    pausing waits for the requests in flight (`pause="wait"`), it has their own deadline besides: `drain_s`.
     """
     seconds: dict[str, float] = {}
     began = time.perf_counter()
@@ -178,13 +180,12 @@ async def sync(
     def lap(part: str) -> None:
         seconds[part] = time.perf_counter() - began - sum(seconds.values())
 
-    async def each(phase: str, call: Callable[[ServedEngine], Awaitable[Answer]]) -> list[Answer]:
-        return await asyncio.gather(*(_within(timeout_s, engine.name, f"{phase} version {version}", call(engine)) for engine in engines))
+    async def each(phase: str, call: Callable[[ServedEngine], Awaitable[Answer]], more_s: float = 0.0) -> list[Answer]:
+        calls = (_within(timeout_s, more_s, engine.name, f"{phase} version {version}", call(engine)) for engine in engines)
+        return await asyncio.gather(*calls)
 
-    if pause == "wait":  # for requests in flight, which have deadlines of their own
-        await asyncio.gather(*(engine.pause(pause) for engine in engines))
-    else:
-        await each("pausing for", lambda engine: engine.pause(pause))
+    draining = drain_s if pause == "wait" else 0.0
+    await each("pausing for", lambda engine: engine.pause(pause), draining)
     lap("pause")
     sent = await send()
     lap("send")
@@ -197,16 +198,17 @@ async def sync(
     return Synced(version=version, canaries=canaries, gap=gap, seconds=seconds)
 
 
-async def _within(timeout_s: float, engine: str, phase: str, answer: Awaitable[Answer]) -> Answer:
-    """The answer, or EngineLost when it takes longer."""
-    deadline = asyncio.timeout(timeout_s)
+async def _within(timeout_s: float, more_s: float, engine: str, phase: str, answer: Awaitable[Answer]) -> Answer:
+    """The answer, or EngineLost when it takes longer than both together."""
+    deadline = asyncio.timeout(timeout_s + more_s)
     try:
         async with deadline:
             return await answer
     except TimeoutError:
         if not deadline.expired():
             raise
-        what = f"did not answer within {timeout_s:g} s (--vllm.sync-timeout-s): the controller waits for it, {phase} of the weights"
+        limits = f"{timeout_s:g} s (--vllm.sync-timeout-s)" + f" and {more_s:g} s for its requests (--rollout.timeout-s)" * bool(more_s)
+        what = f"did not answer within {limits}: the controller waits for it, {phase} of the weights"
         raise EngineLost(engine, what) from None
 
 
