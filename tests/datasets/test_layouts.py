@@ -106,9 +106,25 @@ def test_pairs_of_conversations_share_their_beginning(tmp_path: Path) -> None:
         {"chosen": [ASKED, SAID], "rejected": [ASKED, other]},
         {"prompt": [ASKED], "chosen": [ASKED, SAID], "rejected": [ASKED, other]},
         {"prompt": [ASKED], "chosen": [SAID], "rejected": [other]},
+        {"prompt": "1+1=", "chosen": [ASKED, SAID], "rejected": [ASKED, other]},  # UltraFeedback
+        {"prompt": " 1+1=\n", "chosen": [ASKED, SAID], "rejected": [ASKED, other]},
     ):
         (sample,) = samples_of(pair_rows(source(tmp_path, row), config), tokenizer, config).samples
         assert learnt(sample, tokenizer) == [("1+1=2<eos>", "2<eos>"), ("1+1=-2<eos>", "-2<eos>")]
+
+
+def test_a_prompt_before_a_whole_conversation_is_asked_once(tmp_path: Path) -> None:
+    tokenizer, config = build_tokenizer(), JudgedData(apply_chat_template=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    system = {"role": "system", "content": "0"}
+    for prompt, said, text in (("1+1=", [ASKED, SAID], "1+1=2<eos>"), ("1+1=", [system, ASKED, SAID], "01+1=2<eos>")):
+        rows = source(tmp_path, {"prompt": prompt, "completion": said, "label": True})
+        (sample,) = samples_of(judged_rows(rows, config), tokenizer, config).samples
+        assert learnt(sample, tokenizer) == [(text, "2<eos>")]
+    for said, what in (([ASKED, SAID], "does not begin with the row's prompt"), ([{**ASKED, "content": "2+2="}], "says nothing")):
+        rows = source(tmp_path, {"prompt": "2+2=", "completion": said, "label": True})
+        with pytest.raises(DataError, match=what):
+            judged_rows(rows, config)
 
 
 def test_margins_are_read_where_there_are_any(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hone.datasets.lazy import Lazy
 from hone.datasets.offline_config import DemonstrationData, JudgedData, LabelledData, MarginPairData, PairData
 from hone.datasets.records import FINGERPRINT_DIGITS, Message, Row, Source
 from hone.datasets.schemas import message_faults, missing_column, surrogate_faults
+from hone.datasets.turns import answered
 
 AnyLabelled = TypeVar("AnyLabelled", bound=AnyRow)
 Read = Callable[[Row, str], Iterator[BadRow | AnyLabelled]]
@@ -106,9 +107,9 @@ def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
             else:
                 margin = float(value)
         if not bad:
-            sides = _sides(row.columns, prompt_key, config)
-            if isinstance(sides, str):
-                bad.append(BadRow(what=sides, remedy="delete the rows, or mend the answers", line=row.line))
+            sides = _sides(row, prompt_key, config)
+            if isinstance(sides, BadRow):
+                bad.append(sides)
             elif not sides[0].prompt:
                 listed = ", ".join(map(repr, columns))
                 near = next((found for name in PROMPTS if (found := did_you_mean(name, columns))), "")
@@ -125,18 +126,23 @@ def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
     )
 
 
-def _sides(columns: Mapping[str, object], prompt_key: str | None, config: PairData) -> tuple[Exchange, Exchange] | str:
-    chosen, rejected = side(columns[config.chosen_key]), side(columns[config.rejected_key])
+def _sides(row: Row, prompt_key: str | None, config: PairData) -> tuple[Exchange, Exchange] | BadRow:
+    chosen, rejected = side(row.columns[config.chosen_key]), side(row.columns[config.rejected_key])
+
+    def refused(what: str) -> BadRow:
+        return BadRow(what=what, remedy="delete the rows, or mend the answers", line=row.line)
+
     if chosen == rejected:
-        return "chosen and rejected are the same"
+        return refused("chosen and rejected are the same")
     if isinstance(chosen, str) != isinstance(rejected, str):
-        return "chosen is text and rejected messages, or the other way round"
+        return refused("chosen is text and rejected messages, or the other way round")
     if prompt_key is not None:
-        prompt = side(columns[prompt_key])
-        # Answers given as whole conversations hold the prompt already.
-        if not isinstance(prompt, str) and not isinstance(chosen, str) and chosen[: len(prompt)] == prompt:
-            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-        return Exchange(prompt=prompt, answer=chosen), Exchange(prompt=prompt, answer=rejected)
+        good, other = (answered(side(row.columns[prompt_key]), answer, row.line) for answer in (chosen, rejected))
+        if isinstance(good, BadRow):
+            return good
+        if isinstance(other, BadRow):
+            return other
+        return (good, other) if good.prompt == other.prompt else refused("chosen and rejected answer different prompts")
     same = 0
     while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
         same += 1
@@ -144,7 +150,7 @@ def _sides(columns: Mapping[str, object], prompt_key: str | None, config: PairDa
         # Where both still say the same a word may be cut in two: back to the last white space.
         same = max((place + 1 for place in range(same) if chosen[place].isspace()), default=0)
     if same in (len(chosen), len(rejected)):
-        return "one answer is the beginning of the other, and nothing says where the prompt ends"
+        return refused("one answer is the beginning of the other, and nothing says where the prompt ends")
     return Exchange(prompt=chosen[:same], answer=chosen[same:]), Exchange(prompt=rejected[:same], answer=rejected[same:])
 
 
@@ -182,7 +188,7 @@ def exchange(row: Row, prompt_key: str, answer_key: str | None, source: Source, 
         return
     prompt = side(row.columns[prompt_key])
     if answer_key is not None:
-        yield Exchange(prompt=prompt, answer=side(row.columns[answer_key]))
+        yield answered(prompt, side(row.columns[answer_key]), row.line)
     elif isinstance(prompt, str):
         yield BadRow(
             what=f"conversation {prompt_key!r} is not a list of messages",
