@@ -139,3 +139,58 @@ def test_a_template_without_an_end_token_gets_one() -> None:
     )
     (row,), tokenizer = encoded(template, "<|im_end|>", Exchange(prompt=TALK[:1], answer=FIRST))
     assert trained(row, tokenizer) == f"{FIRST}<|im_end|>"
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [TURNS, TURNS + "<|im_start|>assistant\n"])
+@pytest.mark.parametrize("exchange", [Exchange(prompt=TALK[:1], answer=FIRST), Exchange(prompt=(), answer=TALK)])
+def test_a_template_that_renders_alike_whether_it_asks_or_not_is_refused_where_a_turns_mark_would_be_learnt(
+    template: str, exchange: Exchange
+) -> None:
+    found = Encoder(tokenizer_with(template, "<|im_end|>"), SFTData(apply_chat_template=True)).encode(exchange, line=4)
+    assert isinstance(found, BadRow) and found.line == 4
+    assert (
+        "ignores add_generation_prompt" in found.what and "assistant" in found.detail and "--data.tokenizer-chat-template" in found.remedy
+    )
+    asking = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (row,), tokenizer = encoded(asking, "<|im_end|>", exchange)
+    assert trained(row, tokenizer).startswith(FIRST + "<|im_end|>")
+
+
+def test_a_template_whose_answers_begin_behind_the_question_need_not_ask() -> None:
+    template = "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}<|im_end|>"
+    (row,), tokenizer = encoded(template + "{% endif %}{% endfor %}", "<|im_end|>", Exchange(prompt=(), answer=TALK))
+    assert trained(row, tokenizer) == f" {FIRST}<|im_end|> {SECOND}<|im_end|>"
+
+
+@published
+@pytest.mark.parametrize("name", ["smolvlm", "smolvlm_training", "idefics3", "idefics3_training"])
+def test_a_template_that_drops_texts_is_refused(name: str) -> None:
+    tokenizer = tokenizer_with((TEMPLATES / f"{name}.jinja").read_text(), "<end_of_utterance>")
+    found = Encoder(tokenizer, SFTData(apply_chat_template=True)).encode(Exchange(prompt=TALK[:1], answer=FIRST), line=9)
+    assert isinstance(found, BadRow) and found.line == 9 and found.what == "the chat template drops a message, or part of it"
+
+
+@pytest.mark.parametrize("tags", [True, False])
+def test_of_an_answer_the_thoughts_must_be_rendered_and_of_a_question_all(tags: bool) -> None:
+    said = "{{ m['content'].split('</think>')[-1] }}<|im_end|>"
+    marked = "{% generation %}" + said + "{% endgeneration %}" if tags else said
+    template = "{% for m in messages %}{% if m['role'] == 'assistant' %} " + marked + "{% elif m['role'] == 'user' %}{{ m['content'] }}"
+    encoder = Encoder(tokenizer_with(template + "{% endif %}{% endfor %}", "<|im_end|>"), SFTData(apply_chat_template=True))
+    thought = {"role": "assistant", "content": "<think>Four each.</think>" + FIRST}
+    reasoned = {"role": "assistant", "content": FIRST, "reasoning_content": "Four each."}
+    system = {"role": "system", "content": "Be short."}
+    for prompt, answer, place in ((TALK[:1], (thought,), 1), (TALK[:1], (reasoned,), 1), ((system, *TALK[:1]), (TALK[1],), 0)):
+        found = encoder.encode(Exchange(prompt=prompt, answer=answer), line=2)
+        assert isinstance(found, BadRow) and f"message {place} " in found.detail and "drops a message" in found.what
+    # What earlier answers thought is no part of what is learnt.
+    assert not isinstance(encoder.encode(Exchange(prompt=(TALK[0], thought, TALK[2]), answer=SECOND), line=2), BadRow)
+
+
+@published
+def test_white_space_of_thoughts_that_a_template_lays_out_anew_is_nothing_lost() -> None:
+    answer = Exchange(prompt=TALK[:1], answer=f"<think>Four each.</think>{FIRST}")
+    (row,), tokenizer = encoded((TEMPLATES / "qwen3.jinja").read_text(), "<|im_end|>", answer)
+    assert trained(row, tokenizer) == f"<think>\nFour each.\n</think>\n\n{FIRST}<|im_end|>"

@@ -61,7 +61,12 @@ def test_the_templates_that_come_with_the_project_pass_and_are_taken_by_name(nam
         ("'<|im_start|>assistant\\n'", "'<|im_start|>bot\\n'", "SFT = RL", "what stands before the answer differs"),
         ("{%- for message", "{{- bos_token + bos_token -}}{%- for message", "BOS", "2 of '<bos>'"),
         ("in messages", "in messages if message['role'] != 'system'", "system message", "dropped without a word"),
-        ("message['content'] + '<|im_end|>' -}}{%- endgen", "message['content'][:4] + '<|im_end|>' -}}{%- endgen", "mask", "is missing"),
+        (
+            "message['content'] + '<|im_end|>' -}}{%- endgen",
+            "message['content'][:4] + '<|im_end|>' -}}{%- endgen",
+            "mask",
+            "drops a message",
+        ),
     ],
 )
 def test_a_fault_planted_in_a_sound_template_is_found(planted: str, by: str, name: str, said: str | None) -> None:

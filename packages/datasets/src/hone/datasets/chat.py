@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 SLOT = "{}"
 # What a template does with a tool's answer is its own affair (some re-encode it); everything else must reach the policy.
-KEPT_ROLES = ("system", "user", "assistant")
+KEPT_ROLES = ("system", "developer", "user", "assistant")
+THOUGHTS = ("reasoning_content", "thinking")
 
 
 def template_problems(config: Templates) -> tuple[str, ...]:
@@ -133,24 +134,46 @@ def _apply(
 
 def _lost_messages(row: PromptRow, text: str) -> list[BadRow]:
     """Messages whose content does not stand in the rendered text: what the policy would never see."""
-    lost: list[BadRow] = []
-    texts = [(index, message, piece) for index, message in enumerate(_as_messages(row.prompt)) for piece in _texts(message["content"])]
-    for index, message, piece in texts:
-        content = piece.strip()
-        if message["role"] not in KEPT_ROLES or content in text:
-            continue
-        thoughts = "delete the <think> parts from the rows" if "<think>" in content else "move the text to a role that it keeps"
-        lost.append(
-            BadRow(
-                what="the chat template drops a message, or part of it",
-                remedy=f"{thoughts}, or use a template that renders all of it",
-                line=row.line,
-                detail=f"message {index} ({message['role']}) is {shown(content)}, rendered {shown(text)}",
-            )
-        )
-    return lost
+    messages = enumerate(_as_messages(row.prompt))
+    return [
+        lost
+        for place, message in messages
+        for piece in _texts(message["content"])
+        if (lost := _lost(message, piece, text, place, row.line))
+    ]
+
+
+def dropped(message: Message, text: str, *, place: int, answer: bool, line: int) -> BadRow | None:
+    """What of a message does not stand in the rendered text; of an `answer` its thoughts must, too, those of earlier ones need not.
+
+    A template may lay out an answer anew: white space counts for nothing.
+    """
+    if message["role"] == "assistant" and not answer:
+        return None
+    pieces = _texts(message["content"])
+    if answer:
+        pieces += [str(message[name]) for name in THOUGHTS if message.get(name)]
+    missing = [piece for piece in pieces if piece.strip() not in text]
+    bare = "".join(text.split()) if missing else ""
+    gone = (piece for piece in missing if "".join(piece.split()) not in bare)
+    return next((lost for piece in gone if (lost := _lost(message, piece, text, place, line))), None)
+
+
+def _lost(message: Message, piece: str, text: str, place: int, line: int) -> BadRow | None:
+    content = piece.strip()
+    if message["role"] not in KEPT_ROLES or content in text:
+        return None
+    thoughts = "delete the <think> parts from the rows" if "<think>" in content else "move the text to a role that it keeps"
+    return BadRow(
+        what="the chat template drops a message, or part of it",
+        remedy=f"{thoughts}, or use a template that renders all of it",
+        line=line,
+        detail=f"message {place} ({message['role']}) is {shown(content)}, rendered {shown(text)}",
+    )
 
 
 def _texts(content: object) -> list[str]:
     """What a message says: its content, or the text parts of it."""
+    if content is None:
+        return []
     return [str(part["text"]) for part in content if part["type"] == "text"] if isinstance(content, list) else [str(content)]

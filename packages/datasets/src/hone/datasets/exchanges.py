@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from hone.datasets.chat import SLOT
+from hone.datasets.chat import SLOT, dropped
 from hone.datasets.errors import BadRow, TokenizerError, shown
 from hone.datasets.labelled import Exchange, Sampled, TokenRow
 from hone.datasets.offline_config import LabelledData
@@ -57,6 +57,8 @@ class Encoder:
         self._special = frozenset(tokenizer.all_special_ids)
         template = tokenizer.chat_template
         self._tagged = config.apply_chat_template and isinstance(template, str) and TAGS.search(template) is not None
+        self._ignores: bool | None = None
+        self._names = tokenizer.all_special_tokens
 
     def encode(self, exchange: Exchange | Sampled, *, line: int) -> Encoded | BadRow:
         """The exchange's rows, uncut; what is wrong with it where the chat template does not take it."""
@@ -150,6 +152,10 @@ class Encoder:
                 line=line,
                 detail=f"{len(spans)} marked spans, {said} messages of the assistant",
             )
+        text = self.rendered(messages, prompting=False)
+        for place, message in enumerate(messages):
+            if lost := dropped(message, text, place=place, answer=place >= first, line=line):
+                return lost
         ids, spans = self._ended(ids, spans)
         return Encoded(rows=(_row(ids, spans[earlier:]),))
 
@@ -158,7 +164,11 @@ class Encoder:
         turns: list[tuple[int, list[int]]] = []
         places = [place for place, message in enumerate(messages) if place >= first and message["role"] == "assistant"]
         cuts = [(end, prompting) for place in places for end, prompting in ((place, True), (place + 1, False))]
-        ids = yield [Text(self.rendered(messages[:end], prompting=prompting), special=False) for end, prompting in cuts]
+        texts = [self.rendered(messages[:end], prompting=prompting) for end, prompting in cuts]
+        for place, asked, written in zip(places, texts[::2], texts[1::2], strict=True):
+            if bad := self._misplaced(messages[: place + 1], asked, written, line):
+                return bad
+        ids = yield [Text(text, special=False) for text in texts]
         for place, before, through in zip(places, ids[::2], ids[1::2], strict=True):
             if through[: len(before)] != before:
                 asked, written = (self._tokenizer.decode(ids[max(0, len(before) - 12) :]) for ids in (before, through))
@@ -176,6 +186,43 @@ class Encoder:
             return Encoded(rows=(_row(whole, [(start, len(through)) for start, through in turns]),))
         # A template that rewrites earlier turns (it drops their thoughts, say): each answer is learnt after what stands before it then.
         return Encoded(rows=tuple(_row(through, [(start, len(through))]) for start, through in turns))
+
+    def _misplaced(self, messages: Sequence[Message], asked: str, written: str, line: int) -> BadRow | None:
+        """What of a conversation does not reach the rendering, or what would be trained on that the assistant does not say."""
+        place, said = len(messages) - 1, messages[-1]
+        for number, message in enumerate(messages[:-1]):
+            if lost := dropped(message, asked, place=number, answer=False, line=line):
+                return lost
+        added = written.removeprefix(asked)
+        if lost := dropped(said, added, place=place, answer=True, line=line):
+            return lost
+        content = said["content"]
+        if (
+            not isinstance(content, str)
+            or not content.strip()
+            or said.keys() > {"role", "content"}
+            or not self._asks_alike(messages, asked)
+        ):
+            return None
+        around = "".join(added.partition(content.strip())[::2])
+        for name in self._names:
+            around = around.replace(name, "")
+        if content.strip() not in added or not around.strip():
+            return None  # as with Mistral's: an answer begins right behind what is asked
+        return BadRow(
+            what=f"the chat template of {self._tokenizer.name_or_path!r} ignores add_generation_prompt, so the mark of a turn would be "
+            "trained on with what is said",
+            remedy="let the template end with {% if add_generation_prompt %} and the beginning of an answer, put {% generation %} tags "
+            "into it, or name another with --data.tokenizer-chat-template",
+            line=line,
+            detail=f"message {place} is written {shown(added)}",
+        )
+
+    def _asks_alike(self, messages: Sequence[Message], asked: str) -> bool:
+        """Whether a conversation that asks for an answer is rendered as one that does not. One is looked at: templates tell all alike."""
+        if self._ignores is None:
+            self._ignores = self.rendered(messages[:-1], prompting=False) == asked
+        return self._ignores
 
     def _ended(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Spans that end with the end tokens behind what is said, and with nothing that a template puts behind those."""

@@ -19,7 +19,7 @@ from hone.datasets.token_table import cached_table
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = "samples 1"
+VERSION = "samples 2"
 """Of the columns and how they are made; another one makes every cached table anew."""
 
 
