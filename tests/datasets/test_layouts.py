@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from hone.datasets.errors import DataError
 from hone.datasets.exchanges import cut, filled
 from hone.datasets.labelled import Exchange, ExchangeRow, LabelledSet, Sample, TokenRow
-from hone.datasets.layouts import exchange_rows, judged_rows, pair_rows, text_rows
+from hone.datasets.layouts import exchange_rows, image_faults, judged_rows, pair_rows, text_rows
 from hone.datasets.mismatched import Mismatched, prompt_of
 from hone.datasets.offline_config import JudgedData, LabelledData, MarginPairData, PairData, SFTData, StepData
 from hone.datasets.records import Source
@@ -125,6 +125,41 @@ def test_a_prompt_before_a_whole_conversation_is_asked_once(tmp_path: Path) -> N
         rows = source(tmp_path, {"prompt": "2+2=", "completion": said, "label": True})
         with pytest.raises(DataError, match=what):
             judged_rows(rows, config)
+
+
+def test_messages_of_a_table_are_those_of_lines_at_any_depth(tmp_path: Path) -> None:
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    other = {"function": {"name": "halve", "arguments": {"b": 2}}}
+    talk = [
+        {"role": "developer", "content": "0"},
+        ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [call, other]},
+        {"role": "tool", "content": "2", "name": "add"},
+        SAID,
+    ]
+    lines = source(tmp_path, {"messages": talk})
+    pq.write_table(pa.Table.from_pylist([{"messages": talk}]), tmp_path / "rows.parquet")
+    table = read_file(str(tmp_path / "rows.parquet"), max_samples=1)
+    for one in (lines, table):
+        (row,) = exchange_rows(one, SFTData(apply_chat_template=True)).rows
+        assert isinstance(row.exchange, Exchange)
+        said = {"role": "assistant", "content": "", "tool_calls": [call, other]}
+        assert list(row.exchange.answer) == [talk[0], ASKED, said, talk[3], SAID]
+
+
+@pytest.mark.parametrize("content", [[{"type": "image"}, {"type": "text", "text": "1+1="}], [{"type": "image_url", "image_url": "a.png"}]])
+def test_parts_that_are_images_are_refused(content: object, tmp_path: Path) -> None:
+    rows = source(tmp_path, {"messages": [{**ASKED, "content": content}, SAID]})
+    with pytest.raises(DataError, match="images, which sft, rm, prm, dpo, kto and kd do not learn from") as caught:
+        exchange_rows(rows, SFTData(apply_chat_template=True))
+    assert "message 0" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["images", "image"])
+def test_columns_of_images_are_refused_where_a_row_has_one(name: str, tmp_path: Path) -> None:
+    image_faults(source(tmp_path, {"messages": [ASKED, SAID], name: []}, {"messages": [ASKED, SAID], name: None}))
+    with pytest.raises(DataError, match=f"column '{name}'"):
+        image_faults(source(tmp_path, {"messages": [ASKED, SAID], name: []}, {"messages": [ASKED, SAID], name: ["a.png"]}))
 
 
 def test_margins_are_read_where_there_are_any(tmp_path: Path) -> None:

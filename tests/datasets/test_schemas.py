@@ -108,7 +108,7 @@ def test_faulty_messages_are_named_by_row_and_index(write: Write, messages: list
 
 
 def test_the_allowed_roles_are_listed(write: Write) -> None:
-    assert "use one of system, user, assistant, tool" in message_of(write, {"input": [{"role": "bot", "content": "x"}]})
+    assert "use one of system, developer, user, assistant, tool" in message_of(write, {"input": [{"role": "bot", "content": "x"}]})
 
 
 def test_messages_without_the_template_say_how_to_turn_it_on(write: Write) -> None:

@@ -12,7 +12,7 @@ from hone.datasets.labelled import AnyRow, Exchange, ExchangeRow, JudgedRow, Lab
 from hone.datasets.lazy import Lazy
 from hone.datasets.offline_config import DemonstrationData, JudgedData, LabelledData, MarginPairData, PairData
 from hone.datasets.records import FINGERPRINT_DIGITS, Message, Row, Source
-from hone.datasets.schemas import message_faults, missing_column, surrogate_faults
+from hone.datasets.schemas import message_faults, missing_column, own_parts, surrogate_faults
 from hone.datasets.turns import answered
 
 AnyLabelled = TypeVar("AnyLabelled", bound=AnyRow)
@@ -22,6 +22,7 @@ Read = Callable[[Row, str], Iterator[BadRow | AnyLabelled]]
 CONVERSATIONS = ("messages", "conversations")
 PROMPTS = ("prompt", "question", "input", "problem", "instruction", "query")
 ANSWERS = ("completion", "response", "output", "answer", "solution", "chosen")
+IMAGES = ("images", "image")
 MARGIN = "margin"
 LABELS = ("label", "labels", MARGIN)
 TEXTS = ("text", "content", "document")
@@ -214,8 +215,31 @@ def side_faults(row: Row, key: str, source: Source, config: LabelledData, *, fla
             if config.apply_chat_template
             else [BadRow(what="chat messages without a chat template", remedy="turn on --data.apply-chat-template", line=row.line)]
         )
-        return [*bad, *message_faults(found, row.line, may_end_with_assistant=True)]
+        bad += message_faults(found, row.line, may_end_with_assistant=True)
+        return bad or [_no_images(row.line, f"message {place}") for place, one in enumerate(found) if _seen(one)]
     return list(text_faults(row, key, source, flag=flag, what=what))
+
+
+def image_faults(source: Source) -> None:
+    """Raises DataError for rows with a column of images, which no program over labelled rows learns from."""
+    named = [name for name in IMAGES if name in source.columns]
+    bad = [_no_images(row.line, f"column {name!r}") for row in source.rows if named for name in named if row.columns.get(name)]
+    if bad:
+        raise bad_rows_error(source.name, bad, rows=len(source.rows))
+
+
+def _seen(message: Message) -> bool:
+    content = message["content"]
+    return isinstance(content, list) and any(part["type"] != "text" for part in content)
+
+
+def _no_images(line: int, where: str) -> BadRow:
+    return BadRow(
+        what="images, which sft, rm, prm, dpo, kto and kd do not learn from",
+        remedy="take them out of the rows, or learn from them with rewards (launch grpo and its like)",
+        line=line,
+        detail=where,
+    )
 
 
 def text_faults(row: Row, key: str, source: Source, *, flag: str, what: str) -> Iterator[BadRow]:
@@ -264,8 +288,7 @@ def side(value: object) -> str | tuple[Message, ...]:
 def _named(messages: Sequence[object]) -> list[Message]:
     """Messages under the usual keys; ShareGPT's `from` and `value` are taken, too."""
     roles = {"human": "user", "gpt": "assistant"}
-    # A table gives every message the keys of all, and those that are null are no part of this one.
-    own = [{key: part for key, part in one.items() if part is not None} if isinstance(one, Mapping) else one for one in messages]
+    own = [own_parts(one) if isinstance(one, Mapping) else one for one in messages]
     return [
         {"role": roles.get(str(one["from"]), str(one["from"])), "content": one["value"]}
         if isinstance(one, Mapping) and {"from", "value"} <= one.keys()

@@ -16,7 +16,7 @@ from hone.datasets.prompt_layouts import MISSING, recognise, value_at
 from hone.datasets.reading import dataset_names, open_datasets, probabilities
 from hone.datasets.records import FINGERPRINT_DIGITS, Message, PromptRow, PromptSet, Row, Source
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 # Names prompts go by in published data sets: offered when a file has one of them and not the column asked for.
 USUAL_INPUTS = ("prompt", "question", "input", "problem", "instruction", "query", "messages")
 USUAL_LABELS = ("label", "answer", "solution", "ground_truth", "target", "output")
@@ -216,9 +216,23 @@ def missing_column(key: str, line: int, columns: Sequence[str], found: Mapping[s
 
 
 def _messages(value: object) -> tuple[Message, ...]:
-    """Messages of a row; a table gives every message the keys of all, and those that are null are no part of this one."""
     assert isinstance(value, Sequence)
-    return tuple({name: part for name, part in message.items() if part is not None} for message in value)
+    return tuple(own_parts(message) for message in value)
+
+
+def own_parts(message: Mapping[str, object]) -> Message:
+    """A message without what is null, at any depth: a table gives every message, part and call the keys of all.
+
+    Where the assistant calls a tool and says nothing, its content is an empty text.
+    """
+    own = {name: _own(part) for name, part in message.items() if part is not None}
+    return {"content": "", **own} if own.get("tool_calls") and "role" in own else own
+
+
+def _own(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _own(part) for name, part in value.items() if part is not None}
+    return [_own(part) for part in value] if isinstance(value, list) else value
 
 
 def stamps(text: str) -> tuple[object, ...]:
@@ -250,12 +264,13 @@ def message_faults(messages: Sequence[object], line: int, *, may_end_with_assist
         if not isinstance(message, Mapping):
             yield BadRow(what="a message is not an object", remedy=shape, line=line, detail=f"{where} is {shown(message)}")
             continue
-        missing = [name for name in ("role", "content") if name not in message]
+        missing = [name for name in ("role", "content") if name not in message and not (name == "content" and message.get("tool_calls"))]
         if missing:
             found = ", ".join(repr(name) for name in message) or "none"
             detail = f"{where} has no {' and no '.join(missing)}; keys found: {found}"
             yield BadRow(what="a message without role or content", remedy=shape, line=line, detail=detail)
         role, content = message.get("role"), message.get("content")
+        content = "" if content is None and message.get("tool_calls") else content
         roles.append(role)
         if "role" in message and role not in ROLES:
             nearest = did_you_mean(role, ROLES) if isinstance(role, str) else ""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hone.datasets.chat import template_problems
 from hone.datasets.errors import DataError
 from hone.datasets.labelled import LabelledSet, Samples
-from hone.datasets.layouts import MARGIN, exchange_rows, judged_rows, pair_rows, text_rows
+from hone.datasets.layouts import MARGIN, exchange_rows, image_faults, judged_rows, pair_rows, text_rows
 from hone.datasets.lazy import Joined
 from hone.datasets.offline_config import LabelledData, SFTData
 from hone.datasets.reading import joined, open_datasets, probabilities
@@ -78,7 +78,9 @@ def _read_rows(
     errors: list[DataError] = []
     for dataset in datasets:
         try:
-            sets.append(READERS[verb][0](joined(dataset), config))
+            source = joined(dataset)
+            image_faults(source)
+            sets.append(READERS[verb][0](source, config))
         except DataError as error:
             errors.append(error)
     if errors:
