@@ -18,6 +18,7 @@ from hone.datasets.offline_config import LabelledData
 from hone.datasets.records import Message
 from hone.datasets.templates import template_kwargs, use_template
 from hone.datasets.together import Text, Work, together
+from hone.datasets.tokenizer import unknown_id
 
 if TYPE_CHECKING:
     import transformers
@@ -114,7 +115,7 @@ class Encoder:
             before = before[:-1]
         apart = whole[: len(before)] != before
         answer = (yield [Text(exchange.answer, special=False)])[0] if apart else whole[len(before) :]
-        unknown = self._tokenizer.unk_token_id
+        unknown = unknown_id(self._tokenizer)
         if unknown is not None and unknown in (*before, *answer):
             return BadRow(
                 what=f"characters outside the vocabulary of {self._tokenizer.name_or_path!r}",

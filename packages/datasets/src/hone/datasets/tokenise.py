@@ -19,6 +19,7 @@ from hone.datasets.lazy import Lazy
 from hone.datasets.records import Dropped, PromptRecord, PromptRow, Prompts, PromptSet
 from hone.datasets.together import ids_of
 from hone.datasets.token_table import CACHED_ROWS, Encoded, TokenRecords, record, table_of
+from hone.datasets.tokenizer import unknown_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -111,7 +112,7 @@ class Encoder:
         special = not self._config.apply_chat_template
         ids = ids_of(texts, tokenizer, special=special)
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        unknown = None if tokenizer.unk_token is None else int(str(tokenizer.unk_token_id))
+        unknown = unknown_id(tokenizer)
         encoded = [
             Encoded(
                 text=text,

@@ -20,6 +20,13 @@ SEEING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Model types that images can be shown to: those of `hone.learner.vision.FAMILIES`, which trains them."""
 
 
+def unknown_id(tokenizer: "transformers.PreTrainedTokenizerBase") -> int | None:
+    """The id of characters outside the vocabulary; none where it is that of the beginning or the end, as with OPT and GPT-2."""
+    if tokenizer.unk_token_id in (None, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return None
+    return int(str(tokenizer.unk_token_id))
+
+
 def load_tokenizer(path: str) -> "transformers.PreTrainedTokenizerBase":
     """The tokenizer of a model directory, or of a hub id: from the local cache if it is there, else from the hub.
 
