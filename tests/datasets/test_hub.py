@@ -13,6 +13,7 @@ import pytest
 from hone.datasets.config import DataConfig
 from hone.datasets.errors import DataError
 from hone.datasets.hub import HubName, hub_name
+from hone.datasets.reading import open_datasets
 from hone.datasets.schemas import load_prompts
 
 SHA = {"main": "a" * 40, "v1": "b" * 40}
@@ -104,6 +105,8 @@ def test_what_the_hub_does_not_have_is_told_with_the_ways_out(hub: list[str]) ->
         DataError, match=r"'trian': hub dataset 'own/sums' has no such split, but 'test', 'train'; .*did you mean 'train'\?"
     ):
         prompts("own/sums", prompt_split="trian")
+    with pytest.raises(DataError, match=r"^--data.dataset-split 'trian'"):  # under the flag where it was asked for
+        open_datasets("own/sums", split="trian", split_flag="--data.dataset-split")
     with pytest.raises(DataError, match="has no configurations, and 'main' was asked for"):
         prompts("own/sums:main")
 

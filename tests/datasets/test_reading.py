@@ -131,8 +131,8 @@ def test_a_part_of_a_split_has_the_rows_asked_for_and_their_own_ids(kind: str, s
 def test_parts_and_the_maximum_go_together_and_an_empty_part_is_refused(tmp_path: Path) -> None:
     path = lay(tmp_path, "jsonl", ROWS)
     assert prompts(path, prompt_split="train[10:20]", max_samples=3) == [row["input"] for row in ROWS[10:13]]
-    with pytest.raises(DataError, match=r"--data\.prompt-split 'train\[7:7\]' is empty: .* has 7 rows; ask"):
-        prompts(path, prompt_split="train[7:7]")
+    with pytest.raises(DataError, match=r"--data\.prompt-split 'train\[40:50\]' is empty: .* has \d+ rows; ask"):
+        prompts(path, prompt_split="train[40:50]")
 
 
 def test_another_split_of_a_folder_and_of_a_saved_dataset(tmp_path: Path) -> None:
@@ -296,3 +296,17 @@ def test_a_table_that_was_damaged_anywhere_is_told_or_read(tmp_path: Path) -> No
     assert ended.returncode == 0, ended.stderr[-2000:]
     read, told = map(int, ended.stdout.split())
     assert read + told == 900 and min(read, told) > 50
+
+
+@pytest.mark.parametrize("text", ["train[3:2]", "train[3:3]", "train[20%:10%]"])
+def test_a_part_that_ends_before_it_begins_is_told_as_that(text: str, tmp_path: Path) -> None:
+    path = lay(tmp_path, "jsonl", [{"input": str(number)} for number in range(10)])
+    with pytest.raises(DataError, match=r"is empty: it ends where it begins, or before") as caught:
+        open_datasets(path, split=text, split_flag="--eval.split")
+    assert str(caught.value).startswith("--eval.split") and "rows" not in str(caught.value)
+
+
+def test_a_header_of_another_encoding_is_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes("input,r\u00e9ponse\n1,2\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"rows\.csv:1 is not UTF-8: .*; convert the file to UTF-8"):
+        open_datasets(str(tmp_path / "rows.csv"))

@@ -90,6 +90,8 @@ def _header(path: str, reader: Iterator[list[str]]) -> tuple[str, ...]:
         header = next(reader, [])
     except csv.Error as error:
         raise DataError(f"{path}:1 is no CSV header: {error}; the first row names the columns") from error
+    if any("\udc80" <= char <= "\udcff" for name in header for char in name):
+        raise DataError(f"{path}:1 is not UTF-8: {shown(header)}; convert the file to UTF-8 (iconv -f LATIN1 -t UTF-8)")
     if not header or any(not name.strip() for name in header) or len(set(header)) < len(header):
         raise DataError(f"{path}:1 is no CSV header: {shown(header)}; the first row names the columns, each with a name of its own")
     return tuple(header)

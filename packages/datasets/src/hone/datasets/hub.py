@@ -31,7 +31,7 @@ def hub_name(text: str) -> HubName | None:
     return None if match is None else HubName(**match.groupdict())
 
 
-def download(name: HubName, split: str, *, flag: str) -> tuple[str, list[Path]]:
+def download(name: HubName, split: str, *, flag: str, split_flag: str) -> tuple[str, list[Path]]:
     """A split's files, and the dataset's name with its commit. Raises DataError: not there, gated, no network, unknown split."""
     from huggingface_hub import HfApi, hf_hub_download, metadata_load
 
@@ -48,7 +48,7 @@ def download(name: HubName, split: str, *, flag: str) -> tuple[str, list[Path]]:
     card: Mapping[str, object] = (metadata_load(fetch(CARD)) or {}) if CARD in siblings else {}
     splits = split_files(siblings, card, config=name.config, shown=shown)
     if split not in splits:
-        raise unknown_split(split, list(splits), shown=shown, flag="--data.prompt-split")
+        raise unknown_split(split, list(splits), shown=shown, flag=split_flag)
     return f"{name.repository}@{info.sha[:12]}", [fetch(file) for file in splits[split]]
 
 

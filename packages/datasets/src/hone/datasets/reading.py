@@ -106,7 +106,7 @@ def _open(name: str, part: Split, *, max_samples: int, flag: str) -> Dataset:
     if path.is_dir():
         sources = _folder(name, path, part, needed, flag=flag)
     elif not path.exists() and (at_hub := _of_hub(name)) is not None:
-        shown, files = download(at_hub, part.name, flag=flag)
+        shown, files = download(at_hub, part.name, flag=flag, split_flag=part.flag)
         sources = tuple(replace(read_file(str(file), max_samples=needed, flag=flag), name=f"{shown}/{file.name}") for file in files)
     else:
         if part.name != "train" and path.exists():

@@ -52,7 +52,12 @@ def read_split(text: str, *, flag: str) -> Split:
     for bound in match.groups()[1:]:
         if bound is not None and bound.endswith("%") and not 0 <= abs(float(bound[:-1])) <= 100:
             raise DataError(f"{flag} {text!r} asks for {bound}; a share lies between 0% and 100%")
-    return Split(text=text, name=match[1], flag=flag, start=match[2], stop=match[3])
+    start, stop = match[2], match[3]
+    if start and stop and not start.startswith("-") and not stop.startswith("-") and start.endswith("%") == stop.endswith("%"):
+        ends = [float(bound.rstrip("%")) for bound in (start, stop)]
+        if ends[0] >= ends[1]:
+            raise DataError(f"{flag} {text!r} is empty: it ends where it begins, or before; write the lower bound first")
+    return Split(text=text, name=match[1], flag=flag, start=start, stop=stop)
 
 
 def split_files(names: Sequence[str], card: Mapping[str, object], *, config: str | None, shown: str) -> dict[str, list[str]]:

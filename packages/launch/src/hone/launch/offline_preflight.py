@@ -14,7 +14,7 @@ from hone.launch.errors import ENVIRONMENT, Problem, exit_code
 from hone.launch.fitting import unfit
 from hone.launch.model_directory import faults, stated
 from hone.launch.offline_config import OfflineConfig
-from hone.launch.offline_data import read_rows
+from hone.launch.offline_data import SPLIT_FLAGS, read_rows
 from hone.launch.preflight import head_stride, named_setting, run_directory
 from hone.launch.resolve import Resolved
 
@@ -66,7 +66,9 @@ def _rows(resolved: Resolved) -> Iterator[Problem]:
         at_most, split = (config.data.max_samples, config.data.dataset_split) if own else (config.eval.max_samples, config.eval.split)
         try:
             if unsure:
-                open_datasets(path, max_samples=1, flag=flag)  # by a stand-in, rows would be faulty that are not
+                open_datasets(
+                    path, split=split, max_samples=1, flag=flag, split_flag=SPLIT_FLAGS[flag]
+                )  # by a stand-in, rows would be faulty that are not
             else:
                 read_rows(config, path, split=split, at_most=at_most, flag=flag)
         except DataError as error:
