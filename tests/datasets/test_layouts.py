@@ -162,6 +162,44 @@ def test_columns_of_images_are_refused_where_a_row_has_one(name: str, tmp_path: 
         image_faults(source(tmp_path, {"messages": [ASKED, SAID], name: []}, {"messages": [ASKED, SAID], name: ["a.png"]}))
 
 
+def test_values_of_csv_are_read_as_what_they_say(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    said = {"True": True, "1": True, "false": False, "0": False}
+    file.write_text("prompt,completion,label\n" + "".join(f"1+1=,2,{word}\n" for word in said))
+    rows = judged_rows(read_file(str(file), max_samples=9), JudgedData()).rows
+    assert [row.desirable for row in rows] == list(said.values())
+    file.write_text("prompt,chosen,rejected,margin\n1,2,3,1.5\n1,2,4,-2\n")
+    assert [row.margin for row in pair_rows(read_file(str(file), max_samples=9), MarginPairData()).rows] == [1.5, -2.0]
+    file.write_text("prompt,chosen,rejected,margin\n1,2,3,nan\n")
+    with pytest.raises(DataError, match="is no number"):
+        pair_rows(read_file(str(file), max_samples=9), MarginPairData())
+
+
+def test_an_instruction_and_its_input_are_one_prompt(tmp_path: Path) -> None:
+    rows = source(
+        tmp_path,
+        {"instruction": "Add.", "input": "1+1", "output": "2", "label": True},
+        {"instruction": "Say one.", "input": "", "output": "1", "label": False},
+    )
+    asked = ["Add.\n\n1+1", "Say one."]
+    assert [row.exchange.prompt for row in exchange_rows(rows, SFTData()).rows] == asked  # pyright: ignore[reportAttributeAccessIssue]
+    assert [row.exchange.prompt for row in judged_rows(rows, JudgedData()).rows] == asked
+    named = exchange_rows(rows, SFTData(input_key="instruction")).rows
+    assert [row.exchange.prompt for row in named] == ["Add.", "Say one."]  # pyright: ignore[reportAttributeAccessIssue]
+    pairs = source(tmp_path, {"instruction": "Add.", "input": "1+1", "chosen": "2", "rejected": "3"})
+    assert [row.chosen.prompt for row in pair_rows(pairs, PairData()).rows] == asked[:1]  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(DataError, match="prompt 'input' is empty"):
+        exchange_rows(source(tmp_path, {"instruction": None, "input": "", "output": "2"}), SFTData())
+
+
+def test_an_unknown_token_that_is_also_the_end_tells_of_no_unknown_character(tmp_path: Path) -> None:
+    own, config = build_tokenizer(), SFTData()
+    own.unk_token = own.eos_token
+    rows = source(tmp_path, {"prompt": "1+1=", "completion": "2<eos>"})
+    (sample,) = samples_of(exchange_rows(rows, config), own, config).samples
+    assert learnt(sample, own) == [("1+1=2<eos>", "2<eos>")]
+
+
 def test_margins_are_read_where_there_are_any(tmp_path: Path) -> None:
     rows = source(
         tmp_path,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from hone.datasets import sampled
+from hone.datasets import alpaca, sampled
 from hone.datasets.errors import BadRow, DataError, bad_rows_error, did_you_mean, shown
 from hone.datasets.labelled import AnyRow, Exchange, ExchangeRow, JudgedRow, LabelledSet, PairRow, TextRow
 from hone.datasets.lazy import Lazy
@@ -25,6 +25,7 @@ ANSWERS = ("completion", "response", "output", "answer", "solution", "chosen")
 IMAGES = ("images", "image")
 MARGIN = "margin"
 LABELS = ("label", "labels", MARGIN)
+WRITTEN = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 TEXTS = ("text", "content", "document")
 FAULTY = "give the rows {}, or delete them"
 
@@ -53,6 +54,8 @@ def exchange_rows(source: Source, config: DemonstrationData) -> LabelledSet[Exch
     """Demonstrations: a column of the prompt and one of its answer, or one of a whole conversation; or ids as they were sampled."""
     if sampled.holds(source, sampled.ANSWERED):
         return validated(source, sampled.exchange_row)
+    if config.input_key is None:
+        source = alpaca.joined(source, (*CONVERSATIONS, *PROMPTS))
     prompt_key, answer_key = demonstration_columns(source, config)
 
     def read(row: Row, uid: str) -> Iterator[BadRow | ExchangeRow]:
@@ -64,6 +67,8 @@ def exchange_rows(source: Source, config: DemonstrationData) -> LabelledSet[Exch
 
 def judged_rows(source: Source, config: JudgedData) -> LabelledSet[JudgedRow]:
     """Answers and whether each is good."""
+    if config.input_key is None:
+        source = alpaca.joined(source, (*CONVERSATIONS, *PROMPTS))
     prompt_key, answer_key = demonstration_columns(source, config)
 
     def read(row: Row, uid: str) -> Iterator[BadRow | JudgedRow]:
@@ -84,6 +89,8 @@ def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
     """A chosen and a rejected answer to each prompt; where no column has the prompt, it is what both begin with. Or ids."""
     if sampled.holds(source, sampled.COMPARED):
         return validated(source, sampled.pair_row)
+    if config.prompt_key is None:
+        source = alpaca.joined(source, PROMPTS)
     columns = source.columns
     prompt_key = config.prompt_key or next((name for name in PROMPTS if name in columns), None)
     margin_key = config.margin_key if isinstance(config, MarginPairData) else None
@@ -98,7 +105,7 @@ def pair_rows(source: Source, config: PairData) -> LabelledSet[PairRow]:
             bad += side_faults(row, key, source, config, flag=flag, what="answer")
         margin = 0.0
         if margin_key is not None:
-            value = row.columns.get(margin_key)
+            value = _number(row.columns.get(margin_key))
             if margin_key not in row.columns:
                 bad.append(missing_column(margin_key, row.line, columns, row.columns, flag="--data.margin-key", usual=(MARGIN,)))
             elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -273,11 +280,21 @@ def verdict(row: Row, key: str, source: Source) -> bool | BadRow:
             key, row.line, source.columns, row.columns, flag="--data.label-key", usual=("label", "desirable", "is_correct")
         )
     value = row.columns[key]
+    if isinstance(value, str):  # as every value of a CSV file is
+        value = WRITTEN.get(value.strip().lower(), value)
     if isinstance(value, bool) or value in (0, 1):
         return bool(value)
     return BadRow(
         what=f"label {key!r} is neither true nor false", remedy="write true or false, or 1 or 0", line=row.line, detail=shown(value)
     )
+
+
+def _number(value: object) -> object:
+    """A number written as text, as every value of a CSV file is; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def side(value: object) -> str | tuple[Message, ...]:
