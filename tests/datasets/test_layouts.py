@@ -97,6 +97,11 @@ def test_pairs_with_and_without_a_prompt(row: dict[str, Any], tmp_path: Path, to
     assert [trained for _, trained in learnt(sample, tokenizer)] == ["2<eos>", "-2<eos>"]
 
 
+def test_a_word_that_both_answers_begin_with_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    (row,) = pair_rows(source(tmp_path, {"chosen": "1+1= 25", "rejected": "1+1= 26"}), PairData()).rows
+    assert row.chosen == Exchange(prompt="1+1= ", answer="25") and row.rejected == Exchange(prompt="1+1= ", answer="26")
+
+
 def test_pairs_of_conversations_share_their_beginning(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"

@@ -14,6 +14,7 @@ import math
 import random
 import subprocess
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,12 +28,13 @@ from transformers import PreTrainedTokenizerBase
 from hone.datasets import samples as samples_module
 from hone.datasets.encoded_rows import RowEncoder
 from hone.datasets.errors import DataError
-from hone.datasets.labelled import LabelledSet, Sample, Samples
+from hone.datasets.labelled import LabelledSet, Sample, Samples, TokenRow
 from hone.datasets.layouts import exchange_rows, judged_rows, pair_rows, text_rows
 from hone.datasets.lazy import Joined, Lazy
 from hone.datasets.offline_config import JudgedData, PairData, SFTData, StepData
 from hone.datasets.records import Dropped, Source
 from hone.datasets.rows_stream import SampleStream
+from hone.datasets.sample_table import Made, TabledSamples, table_of
 from hone.datasets.samples import DrawnSamples, samples_of
 from hone.datasets.sources import read_file
 from hone.datasets.step_rows import steps_rows
@@ -95,6 +97,35 @@ def test_ids_are_made_once_and_then_come_from_the_cache(
         for other, settings, hashed in others:
             with pytest.raises(TypeError):
                 samples_of(other, tokenizer, settings, tokenizer_hash=hashed)
+
+
+def test_another_template_makes_other_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HONE_CACHE", str(tmp_path))
+    own, config = build_tokenizer(), SFTData(max_len=64, apply_chat_template=True)
+    rows = exchange_rows(labelled_arithmetic.demonstrations(1, 1200), config)
+    found = []
+    for behind in ("", "="):
+        own.chat_template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'user' %}" + behind + "{% endif %}{% endfor %}"
+        samples = samples_of(rows, own, config, tokenizer_hash="t").samples
+        found.append((list(samples), samples.fingerprint))
+    assert len(list((tmp_path / "datasets").glob("*.arrow"))) == 2
+    assert len(found[1][0][0].rows[0].tokens) == len(found[0][0][0].rows[0].tokens) + 1 and found[0][1] != found[1][1]
+
+
+def test_the_fingerprint_tells_whatever_is_learnt_from() -> None:
+    plain = TokenRow(tokens=array("i", [1, 2, 3]), trained=b"\0\1\1")
+    one = Sample(uid="a", line=1, rows=(plain,), shares=(0.5, 1.0))
+    others = [
+        dataclasses.replace(one, rows=(dataclasses.replace(plain, tokens=array("i", [1, 2, 4])),)),
+        dataclasses.replace(one, rows=(dataclasses.replace(plain, trained=b"\0\0\1"),)),
+        dataclasses.replace(one, rows=(plain, plain)),
+        dataclasses.replace(one, shares=(0.25, 1.0)),
+        dataclasses.replace(one, margin=1.0),
+        dataclasses.replace(one, desirable=False),
+    ]
+    tables = [table_of(lambda made=made: iter([[Made(made=made)]]), key=None) for made in (one, *others)]
+    assert len({TabledSamples(table, data="d").fingerprint for table in tables}) == len(tables)
+    assert TabledSamples(tables[0], data="d").fingerprint == TabledSamples(tables[0], data="d").fingerprint
 
 
 def test_dropped_rows_and_notes_come_from_the_cache_too(

@@ -1,9 +1,13 @@
 """The template check: silent on published templates that are sound, and a line of its own for every fault planted in one."""
 
+from array import array
+
 import pytest
 
+from hone.datasets.exchanges import Encoder
+from hone.datasets.labelled import TokenRow
 from hone.datasets.offline_config import SFTData
-from hone.datasets.template_check import Check, checks
+from hone.datasets.template_check import Check, _Sample, checks
 from hone.datasets.templates import BUILTIN
 from tests.datasets.test_masks import APART, TEMPLATES, WHOLE, published, tokenizer_with
 
@@ -76,6 +80,21 @@ def test_a_fault_planted_in_a_sound_template_is_found(planted: str, by: str, nam
         assert told[name].told == "'<|im_end|>', the tokenizer's EOS, is trained on"
     else:
         assert name in bad(told) and said in told[name].told
+
+
+def test_an_end_that_is_not_the_tokenizers_own_is_told_with_what_must_list_it() -> None:
+    told = found(CHATML, "<|endoftext|>")["stop token"]
+    assert not told.bad and told.told.startswith("'<|im_end|>' is trained on, and the tokenizer's EOS is '<|endoftext|>'")
+    assert "generation_config must list" in told.told
+
+
+@pytest.mark.parametrize(("end", "is_bad"), [("<|im_end|>", False), ("<|endoftext|>", False), ("A", True)])
+def test_what_is_no_end_token_ends_no_generation(end: str, is_bad: bool) -> None:
+    tokenizer = tokenizer_with(CHATML, "<|im_end|>")
+    last = tokenizer.convert_tokens_to_ids(end)
+    assert isinstance(last, int)
+    sample = _Sample(tokenizer, Encoder(tokenizer, SFTData(apply_chat_template=True)))
+    assert sample.stop([TokenRow(tokens=array("i", [5, last]), trained=b"\0\1")]).bad == is_bad
 
 
 def test_a_template_that_refuses_conversations_is_one_bad_line() -> None:
