@@ -5,11 +5,21 @@ import json
 import re
 from pathlib import Path
 
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from hone.launch.cli import main
 from hone.launch.observe.run_directory import read_metrics
@@ -22,7 +32,10 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DO
 SHORT = ["--recipe", "laptop", "--train.max-steps", "1", "--train.batch-size", "2", "--data.max-len", "256"]
 
 
-@pytest.mark.parametrize(("name", "auto"), [("dpo", AutoModelForCausalLM), ("rm", AutoModelForSequenceClassification)])
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [("dpo", AutoModelForCausalLM), ("rm", AutoModelForSequenceClassification), ("prm", AutoModelForTokenClassification)],
+)
 def test_a_merged_adapter_is_the_model_that_the_run_wrote(name: str, auto: type, hone_cache: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "merged"
     assert main([*words(name, tmp_path), "--ds.lora.rank", "4", "--run.dir", str(run)]) == 0
@@ -32,7 +45,26 @@ def test_a_merged_adapter_is_the_model_that_the_run_wrote(name: str, auto: type,
     for weight, tensor in written.items():
         torch.testing.assert_close(merged[weight], tensor, atol=1e-6, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    with safe_open(run / "model" / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["model_type"] == AutoConfig.from_pretrained(out).model_type
     assert main(["merge-lora", str(tmp_path / "model"), str(run / "model" / "adapter"), str(out)]) == 2
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_adapter_does_not_go_into_another_architecture_of_the_same_shapes(
+    moved: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, other = (save_model(tmp_path / kind, tokenizer, kind=kind, tied=True) for kind in ("llama", "qwen3"))
+    adapter = tmp_path / "adapter"
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(right), peft.LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(adapter)
+    if moved:  # its own file tells, as every adapter's that is written here
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt", "model_type": "llama"})
+        right.rename(tmp_path / "elsewhere")
+    assert main(["merge-lora", str(other), str(adapter), str(tmp_path / "out")]) == 5
+    said = capsys.readouterr().err
+    assert "architecture llama" in said and "is qwen3; name the model it was trained on" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path, hone_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
