@@ -8,11 +8,10 @@ from datetime import datetime
 from pathlib import Path
 
 import transformers
-from jinja2 import TemplateError
 from rich.console import Console
 
 from hone.datasets.config import DataConfig
-from hone.datasets.templates import template_kwargs, use_template
+from hone.datasets.templates import template_errors, template_kwargs, use_template
 from hone.datasets.tokenizer import load_tokenizer
 from hone.launch.answering import model_of
 from hone.launch.chat.engines import Asked, ChatEngine, InThisProcess, Served
@@ -123,7 +122,7 @@ class Chat:
     def _answer(self, text: str) -> None:
         try:
             tokens = self._talk.ask(text)
-        except (TemplateError, TypeError, ValueError) as error:
+        except template_errors() as error:
             self._screen.note(f"the chat template refuses this conversation: {error}; /reset or /system none may help", "yellow")
             return
         room = self._longest - len(tokens)
