@@ -24,6 +24,7 @@ from hone.launch.plan import stop_ids, vocabulary
 from hone.launch.processes import Descendants
 from hone.launch.schema import from_text, settings
 from hone.learner.errors import ModelError
+from hone.learner.model_files import check_model
 from hone.learner.roles import DTYPES
 
 HELP = {
@@ -41,6 +42,7 @@ def run(config: ChatConfig, sources: Mapping[str, str]) -> int:
     """Talk until there is nothing more to answer; returns the exit code. Raises ModelError, TokenizerError, DataError and EngineError."""
     screen, console = Screen(), Console(stderr=True, highlight=False)
     model = model_of(config, console)
+    check_model(model)
     tokenizer = load_tokenizer(model)
     vocabulary({"policy": model}, tokenizer)
     data = config.data
