@@ -99,6 +99,34 @@ def test_a_truncated_table_is_named(kind: str, tmp_path: Path) -> None:
         prompts(str(path))
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"splits": "train", "_data_files": 3}', b"\xff"])
+@pytest.mark.parametrize(("kind", "name"), [("saved", "state.json"), ("saved with splits", "dataset_dict.json")])
+def test_a_saved_dataset_with_a_damaged_note_names_it(kind: str, name: str, content: str | bytes, tmp_path: Path) -> None:
+    path = Path(lay(tmp_path, kind, ROWS))
+    (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=rf"{name}.* (again|save it again)"):
+        prompts(str(path))
+
+
+@pytest.mark.parametrize(
+    ("card", "told"),
+    [
+        ("a: [1", "no YAML at its head: .*line 1, column 6.*; mend those lines"),
+        ("- a", "should be a dict; mend those lines"),
+        (
+            "configs:\n- config_name: default\n  data_files:\n  - path: x",
+            r"has \{'path': 'x'\} among its data files; write a split and a path",
+        ),
+        ("configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '*'\n  - x", "has 'x' among its data files"),
+    ],
+)
+def test_a_card_that_cannot_be_read_is_told(card: str, told: str, tmp_path: Path) -> None:
+    path = Path(lay(tmp_path, "folder", ROWS))
+    (path / "README.md").write_text(f"---\n{card}\n---\n# d\n")
+    with pytest.raises(DataError, match=rf"its card \(README\.md\) .*{told}"):
+        prompts(str(path))
+
+
 def test_a_saved_dataset_that_lacks_a_file_names_it(tmp_path: Path) -> None:
     path = Path(lay(tmp_path, "saved", ROWS))
     (path / "data-00001-of-00002.arrow").unlink()

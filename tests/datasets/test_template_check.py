@@ -4,9 +4,13 @@ from array import array
 
 import pytest
 
+from hone.datasets.chat import rendered
+from hone.datasets.config import DataConfig
+from hone.datasets.errors import BadRow
 from hone.datasets.exchanges import Encoder
-from hone.datasets.labelled import TokenRow
+from hone.datasets.labelled import Exchange, TokenRow
 from hone.datasets.offline_config import SFTData
+from hone.datasets.records import PromptRow
 from hone.datasets.template_check import Check, _Sample, checks
 from hone.datasets.templates import BUILTIN
 from tests.datasets.test_masks import APART, TEMPLATES, WHOLE, published, tokenizer_with
@@ -100,3 +104,18 @@ def test_what_is_no_end_token_ends_no_generation(end: str, is_bad: bool) -> None
 def test_a_template_that_refuses_conversations_is_one_bad_line() -> None:
     told = found("{{ raise_exception('no') }}")
     assert bad(told) == {"rendering"} and told["rendering"].told.endswith("no")
+
+
+@pytest.mark.parametrize(
+    "expression", ["1 / 0", "messages[99].content + 1", "'a' * -1 + messages[0].nothing.more", "{}['x'] + 1", "2.0 ** 9999"]
+)
+def test_an_expression_that_fails_is_the_templates_fault(expression: str) -> None:
+    template = CHATML.replace("{%- for", "{{ " + expression + " }}{%- for", 1)
+    told = found(template)
+    assert bad(told) == {"rendering"} and told["rendering"].told.startswith("the template refuses a plain conversation: ")
+    tokenizer = tokenizer_with(template, "<|im_end|>")
+    row = Encoder(tokenizer, SFTData(apply_chat_template=True)).encode(Exchange(prompt="a", answer="b"), line=3)
+    assert isinstance(row, BadRow) and row.line == 3
+    prompt = PromptRow(uid="1", line=3, prompt="a", label=None, columns={})
+    (bad_row,) = rendered([prompt], tokenizer, config=DataConfig(apply_chat_template=True))
+    assert isinstance(bad_row, BadRow) and bad_row.line == 3

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from hone.launch.builtin import builtin_model
 from hone.launch.cli import main
 from hone.launch.observe.metrics import check_names
 from hone.launch.observe.run_directory import read_events, read_metrics
@@ -162,3 +163,23 @@ def test_weights_that_cannot_be_meant_end_with_three(
     line = [*words("sft", tmp_path), "--eval.dataset", str(files[0]), "--data.dataset", ",".join(map(str, files))]
     assert main([*line, "--data.dataset-probs", weights, "--run.dir", str(tmp_path / "run")]) == 3
     assert told in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", ["sft", "grpo"])
+def test_a_run_that_learns_nothing_does_not_end_well(
+    verb: str, hone_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if verb == "grpo":
+        builtin_model()  # which is learnt, too
+    norms = [math.nan, math.nan, 1.0]
+    monkeypatch.setattr("hone.learner.engines.single.get_total_norm", lambda _: torch.tensor(norms.pop(0)))
+    rolling = ["--run.backend", "local", "--rollout.batch-size", "4", "--rollout.n-samples-per-prompt", "2", "--train.batch-size", "8"]
+    line = [verb, *rolling] if verb == "grpo" else words(verb, tmp_path)
+    # Two steps in a row may be left out, and with a third that is not, something was learnt.
+    for steps, code in (("2", 8), ("3", 0)):
+        norms[:] = [math.nan, math.nan, 1.0]
+        run = tmp_path / steps
+        assert main([*line, "--train.max-steps", steps, "--run.dir", str(run)]) == code
+        assert (run / "model").exists() == (code == 0)
+    assert "nothing was learnt" in capsys.readouterr().err
+    assert (tmp_path / "2" / "report.md").read_text().startswith(f"# hone {verb}: failed")

@@ -5,14 +5,25 @@ import json
 import re
 from pathlib import Path
 
+import peft
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from hone.launch.cli import main
 from hone.launch.observe.run_directory import read_metrics
+from hone.launch.tools.score import OPTIONS, SWITCHES
 from tests.golden.offline_curves import words
 from tests.launch.conftest import save_model, write_rows
 
@@ -22,7 +33,10 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DO
 SHORT = ["--recipe", "laptop", "--train.max-steps", "1", "--train.batch-size", "2", "--data.max-len", "256"]
 
 
-@pytest.mark.parametrize(("name", "auto"), [("dpo", AutoModelForCausalLM), ("rm", AutoModelForSequenceClassification)])
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [("dpo", AutoModelForCausalLM), ("rm", AutoModelForSequenceClassification), ("prm", AutoModelForTokenClassification)],
+)
 def test_a_merged_adapter_is_the_model_that_the_run_wrote(name: str, auto: type, hone_cache: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "merged"
     assert main([*words(name, tmp_path), "--ds.lora.rank", "4", "--run.dir", str(run)]) == 0
@@ -32,7 +46,26 @@ def test_a_merged_adapter_is_the_model_that_the_run_wrote(name: str, auto: type,
     for weight, tensor in written.items():
         torch.testing.assert_close(merged[weight], tensor, atol=1e-6, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    with safe_open(run / "model" / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
+        assert opened.metadata()["model_type"] == AutoConfig.from_pretrained(out).model_type
     assert main(["merge-lora", str(tmp_path / "model"), str(run / "model" / "adapter"), str(out)]) == 2
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_adapter_does_not_go_into_another_architecture_of_the_same_shapes(
+    moved: bool, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, other = (save_model(tmp_path / kind, tokenizer, kind=kind, tied=True) for kind in ("llama", "qwen3"))
+    adapter = tmp_path / "adapter"
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(right), peft.LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(adapter)
+    if moved:  # its own file tells, as every adapter's that is written here
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt", "model_type": "llama"})
+        right.rename(tmp_path / "elsewhere")
+    assert main(["merge-lora", str(other), str(adapter), str(tmp_path / "out")]) == 5
+    said = capsys.readouterr().err
+    assert "architecture llama" in said and "is qwen3; name the model it was trained on" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path, hone_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +108,49 @@ def test_columns_that_are_no_json_are_kept_as_text_and_folders_are_made(tmp_path
     line = ["score", "--function", str(ROOT / "examples" / "reward.py"), str(tmp_path / "rows.parquet"), str(out), "--label-key", "answer"]
     assert main(line) == 0
     assert json.loads(out.read_text()) == {"prompt": "1+1=", "completion": "2", "answer": "2", "day": "2026-11-22", "score": 1.0}
+
+
+def by_function(rows: Path, out: Path) -> list[str]:
+    return ["score", "--function", str(ROOT / "examples" / "reward.py"), str(rows), str(out), "--label-key", "answer"]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_scores_are_written_as_the_ending_says_whatever_the_columns_hold(name: str, tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / name
+    said = {"prompt": "1+1=", "completion": "2", "answer": "2"}
+    lines = [json.dumps({**said, "note": "a\ud800", "id": 1, "more": ["\udfff"]}), json.dumps({**said, "id": "two"})]
+    rows.write_text("\n".join(lines) + "\n")
+    assert main(by_function(rows, out)) == 0
+    if name == "out.jsonl":
+        found = [json.loads(line) for line in out.read_text().splitlines()]
+        assert found == [{**json.loads(line), "score": 1.0} for line in lines]
+    else:
+        found = pq.read_table(out).to_pylist()
+        assert found[0] == {**said, "note": "a\\ud800", "id": "1", "more": ["\\udfff"], "score": 1.0}
+        assert found[1] == {**said, "note": None, "id": '"two"', "more": None, "score": 1.0}
+    assert sorted(file.name for file in tmp_path.iterdir()) == [name, "rows.jsonl"]
+
+
+def test_scoring_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": "2", "answer": "2"}])
+    line = by_function(rows, tmp_path / "out.jsonl")
+    line[2] = str(tmp_path / "reward.py")
+    Path(line[2]).write_text("def reward_func(queries, prompts, labels):\n    raise ValueError('no')\n")
+    assert main(line) == 6
+    assert sorted(file.name for file in tmp_path.iterdir() if file.is_file()) == ["reward.py", "rows.jsonl"]
+
+
+def test_a_model_that_is_not_there_is_told_as_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": "2"}])
+    assert main(["score", "./nowhere", str(rows), str(tmp_path / "out.jsonl")]) == 5
+    assert main(["chat", "--model.model-name-or-path", "./nowhere"]) == 5
+    assert capsys.readouterr().err.count("nowhere") >= 2
+
+
+def test_the_help_of_score_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {option} " in told for option in (*OPTIONS, *SWITCHES))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from hone.datasets.labelled import TokenRow
 from hone.launch import offline_groups
 from hone.launch.cli import main
 from hone.launch.observe.run_directory import read_metrics
-from hone.launch.reference import Memory
+from hone.launch.reference import Memory, key
+from hone.learner.config import DeepSpeedConfig
 from tests.golden.offline_curves import words
 from tests.launch.conftest import write_rows
 from tests.launch.test_offline_runs import steps_of
@@ -179,3 +180,16 @@ def test_a_run_over_many_rows_goes_on_as_if_it_had_never_stopped(
     assert questions == known and (len(known) >= 6) == (name != "sft")  # all that is drawn was asked for by the first run
     weights = [sorted((tmp_path / run / "model").glob("*.safetensors")) for run in ("whole", "again")]
     assert weights[0] and [file.read_bytes() for file in weights[0]] == [file.read_bytes() for file in weights[1]]
+
+
+def test_answers_of_another_model_or_number_format_are_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"12345678")
+
+    def name(dtype: str = "fp32") -> str:
+        return key("rows", model=str(tmp_path), ds=DeepSpeedConfig(param_dtype=dtype))
+
+    first = name()
+    assert name() == first and name("bf16") != first
+    (tmp_path / "model.safetensors").write_bytes(b"123456789")  # trained on, in place
+    assert name() != first

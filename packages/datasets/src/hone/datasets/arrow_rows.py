@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hone.datasets import cache
-from hone.datasets.errors import DataError, did_you_mean
+from hone.datasets.errors import DataError, did_you_mean, shown
 from hone.datasets.lazy import Lazy
 from hone.datasets.records import Row, Source
 
@@ -75,14 +75,30 @@ def read_saved(path: str, folder: Path, *, max_samples: int) -> Source:
 
 
 def saved_splits(folder: Path) -> dict[str, Path]:
-    """The splits of a saved dataset, each with its folder; nothing where the folder is no saved dataset."""
+    """The splits of a saved dataset, each with its folder; nothing where the folder is no saved dataset. Raises DataError."""
     if (folder / "dataset_dict.json").is_file():
-        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        names = _noted(folder / "dataset_dict.json").get("splits")
+        if not isinstance(names, list) or not names:
+            raise _damaged(folder / "dataset_dict.json", f"its splits are {shown(names)}, no list of names")
         return {str(name): folder / str(name) for name in names}
     if (folder / "state.json").is_file():
-        split = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("_split")
-        return {str(split or "train"): folder}
+        return {str(_noted(folder / "state.json").get("_split") or "train"): folder}
     return {}
+
+
+def _noted(file: Path) -> dict[str, object]:
+    """What `save_to_disk` has written beside the rows."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+    if not isinstance(found, dict):
+        raise _damaged(file, f"it holds {shown(found)}, no object")
+    return found
+
+
+def _damaged(file: Path, reason: str) -> DataError:
+    return DataError(f"{file} is damaged ({reason}); copy the whole folder again, or save the dataset again")
 
 
 def _arrow(path: str, files: Sequence[Path], max_samples: int) -> Source:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hone.datasets.config import DataConfig, Templates
 from hone.datasets.errors import BadRow, DataError, bad_rows_error, shown
 from hone.datasets.records import Message, PromptRow, PromptSet
-from hone.datasets.templates import template_kwargs, use_template
+from hone.datasets.templates import template_errors, template_kwargs, use_template
 
 if TYPE_CHECKING:
     import transformers
@@ -115,13 +115,11 @@ def _apply(
     *,
     name: str,
 ) -> str | BadRow:
-    from jinja2.exceptions import TemplateError
-
     # The annotation of apply_chat_template knows text values only; templates take any (tool calls are lists).
     messages = cast("list[dict[str, str]]", [dict(message) for message in _as_messages(row.prompt)])
     try:
         text = renderer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given)
-    except (TemplateError, TypeError, ValueError) as error:
+    except template_errors() as error:
         return BadRow(
             what=f"the chat template of {name!r} fails",
             remedy="mend the rows, or put a chat_template.jinja that takes them beside the tokenizer",

@@ -16,7 +16,7 @@ from hone.datasets.errors import BadRow, TokenizerError, shown
 from hone.datasets.labelled import Exchange, Sampled, TokenRow
 from hone.datasets.offline_config import LabelledData
 from hone.datasets.records import Message
-from hone.datasets.templates import template_kwargs, use_template
+from hone.datasets.templates import template_errors, template_kwargs, use_template
 from hone.datasets.together import Text, Work, together
 from hone.datasets.tokenizer import unknown_id
 
@@ -78,7 +78,7 @@ class Encoder:
             if self._tagged:
                 return self._by_tags(messages, len(prompt), line)
             return (yield from self._by_prefixes(messages, len(prompt), line))
-        except _template_errors() as error:
+        except template_errors() as error:
             return BadRow(
                 what=f"the chat template of {self._tokenizer.name_or_path!r} fails",
                 remedy="mend the rows, or put a chat_template.jinja that takes them beside the tokenizer",
@@ -274,12 +274,6 @@ def _row(ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> TokenRow:
 
 def _messages(side: str | Sequence[Message], role: str) -> tuple[Message, ...]:
     return ({"role": role, "content": side},) if isinstance(side, str) else tuple(side)
-
-
-def _template_errors() -> tuple[type[Exception], ...]:
-    from jinja2.exceptions import TemplateError
-
-    return (TemplateError, TypeError, ValueError)
 
 
 def filled(documents: Iterator[tuple[str, int, list[int]]], max_len: int) -> Iterator[tuple[str, int, tuple[TokenRow, ...]]]:

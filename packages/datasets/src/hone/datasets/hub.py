@@ -5,12 +5,11 @@ one commit, and that commit is part of the name in every message and in the run.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hone.datasets.errors import DataError
-from hone.datasets.splits import split_files, unknown_split
+from hone.datasets.splits import card_of, split_files, unknown_split
 
 NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 CARD = "README.md"
@@ -33,7 +32,7 @@ def hub_name(text: str) -> HubName | None:
 
 def download(name: HubName, split: str, *, flag: str, split_flag: str) -> tuple[str, list[Path]]:
     """A split's files, and the dataset's name with its commit. Raises DataError: not there, gated, no network, unknown split."""
-    from huggingface_hub import HfApi, hf_hub_download, metadata_load
+    from huggingface_hub import HfApi, hf_hub_download
 
     shown = f"hub dataset {name.repository!r}"
     with _explained(name, flag):
@@ -45,7 +44,7 @@ def download(name: HubName, split: str, *, flag: str, split_flag: str) -> tuple[
         with _explained(name, flag):
             return Path(hf_hub_download(name.repository, file, repo_type="dataset", revision=info.sha))
 
-    card: Mapping[str, object] = (metadata_load(fetch(CARD)) or {}) if CARD in siblings else {}
+    card = card_of(fetch(CARD), shown=shown) if CARD in siblings else {}
     splits = split_files(siblings, card, config=name.config, shown=shown)
     if split not in splits:
         raise unknown_split(split, list(splits), shown=shown, flag=split_flag)

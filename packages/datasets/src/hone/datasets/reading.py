@@ -14,7 +14,7 @@ from hone.datasets.hub import HubName, download, hub_name
 from hone.datasets.lazy import Joined, Span
 from hone.datasets.records import Source
 from hone.datasets.sources import FLAG, SUFFIXES, read_file
-from hone.datasets.splits import Split, read_split, split_files, unknown_split
+from hone.datasets.splits import Split, card_of, read_split, split_files, unknown_split
 from hone.datasets.tasks import reasoning
 
 ALL = 10**15
@@ -135,9 +135,7 @@ def _folder(name: str, path: Path, part: Split, needed: int, *, flag: str) -> tu
     inside = [str(file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
     if not any(file.endswith(SUFFIXES) for file in inside):
         return (read_file(name, max_samples=needed, flag=flag),)  # which says what a directory without data files is told
-    from huggingface_hub import metadata_load
-
-    card = (metadata_load(path / "README.md") or {}) if "README.md" in inside else {}
+    card = card_of(path / "README.md", shown=name) if "README.md" in inside else {}
     files = split_files(inside, card, config=None, shown=name)
     if part.name not in files:
         raise unknown_split(part.name, list(files), shown=name, flag=part.flag)

@@ -4,8 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
 from hone.datasets.errors import DataError, did_you_mean
+from hone.datasets.errors import shown as quoted
 from hone.datasets.sources import SUFFIXES
 
 # Words that name a split within a file's name; https://huggingface.co/docs/hub/datasets-file-names-and-splits
@@ -85,6 +87,18 @@ def unknown_split(asked: str, names: Sequence[str], *, shown: str, flag: str) ->
     return DataError(f"{flag} {asked!r}: {shown} has no such split, but {there}; name one{did_you_mean(asked, names)}")
 
 
+def card_of(file: Path, *, shown: str) -> Mapping[str, object]:
+    """What stands at the head of a dataset's README.md, between lines of three dashes. Raises DataError for what is no YAML."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        return metadata_load(file) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        where = " ".join(str(error).split())
+        raise DataError(f"{shown}: its card (README.md) is no YAML at its head: {where}; mend those lines, or take them out") from error
+
+
 def _from_card(configs: list[object], data: Sequence[str], *, config: str | None, shown: str) -> dict[str, list[str]]:
     named = {str(entry.get("config_name", "default")): entry for entry in configs if isinstance(entry, Mapping)}
     chosen = config
@@ -96,6 +110,8 @@ def _from_card(configs: list[object], data: Sequence[str], *, config: str | None
         raise DataError(f"{shown} has the configurations {', '.join(map(repr, named))}, {asked}; name one: OWNER/NAME:CONFIGURATION")
     files = named[chosen].get("data_files", named[chosen].get("data_dir"))
     entries = files if isinstance(files, list) and files and isinstance(files[0], Mapping) else [{"split": "train", "path": files or "*"}]
+    if wrong := [entry for entry in entries if not (isinstance(entry, Mapping) and {"split", "path"} <= entry.keys())]:
+        raise DataError(f"{shown}: its card (README.md) has {quoted(wrong[0])} among its data files; write a split and a path for each")
     found: dict[str, list[str]] = {}
     for entry in entries:
         patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]

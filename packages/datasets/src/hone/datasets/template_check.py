@@ -13,6 +13,7 @@ from hone.datasets.exchanges import TAGS, Encoder
 from hone.datasets.labelled import Exchange, TokenRow
 from hone.datasets.offline_config import SFTData
 from hone.datasets.records import Message
+from hone.datasets.templates import template_errors
 
 if TYPE_CHECKING:
     import transformers
@@ -39,8 +40,6 @@ class Check:
 
 def checks(tokenizer: "transformers.PreTrainedTokenizerBase", config: SFTData) -> Iterator[Check]:
     """Every check of the template that the configuration gives this tokenizer. Raises TokenizerError where there is none."""
-    from jinja2.exceptions import TemplateError
-
     encoder = Encoder(tokenizer, config)
     sample = _Sample(tokenizer, encoder)
     yield Check(name="template", bad=False, told=_about(tokenizer))
@@ -57,8 +56,8 @@ def checks(tokenizer: "transformers.PreTrainedTokenizerBase", config: SFTData) -
         yield sample.system()
         yield sample.history()
         yield sample.thinking()
-    except TemplateError as error:
-        yield Check(name="rendering", bad=True, told=f"the template refuses a plain conversation: {error}")
+    except template_errors() as error:
+        yield Check(name="rendering", bad=True, told=f"the template refuses a plain conversation: {type(error).__name__}: {error}")
 
 
 def _about(tokenizer: "transformers.PreTrainedTokenizerBase") -> str:
@@ -125,11 +124,9 @@ class _Sample:
 
     def system(self) -> Check:
         """Whether a system message reaches the policy."""
-        from jinja2.exceptions import TemplateError
-
         try:
             kept = str(SYSTEM["content"]) in self._render((SYSTEM, *TALK))
-        except TemplateError as error:
+        except template_errors() as error:
             return Check(name="system message", bad=False, told=f"refused: {error}")
         return Check(name="system message", bad=not kept, told="rendered" if kept else "dropped without a word")
 

@@ -104,6 +104,13 @@ def template_kwargs(config: Templates) -> dict[str, object]:
     return values
 
 
+def template_errors() -> tuple[type[Exception], ...]:
+    """What rendering may raise: Jinja's own, and whatever a template's expressions do ({{ 1 / 0 }})."""
+    from jinja2.exceptions import TemplateError
+
+    return (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
 def use_template(tokenizer: "transformers.PreTrainedTokenizerBase", config: Templates) -> None:
     """Give the tokenizer the template that the configuration names; raises TokenizerError where one is wanted and there is none."""
     if config.tokenizer_chat_template is not None:

@@ -52,6 +52,11 @@ def tool(name: str) -> None:
     console, entry = Console(highlight=False), TOOLS[name]
     console.print(f"[bold]launch {name}[/]: {entry.summary}\n", soft_wrap=True)
     console.print(Text(entry.story))
+    if entry.options:
+        console.print("\n[cyan]options[/]")
+        widest = max(len(option) for option, _ in entry.options)
+        for option, meaning in entry.options:
+            console.print(Text(f"  {option:<{widest}}  {meaning}"), soft_wrap=True)
     console.print("\n[cyan]examples[/]")
     for example in entry.examples:
         console.print(Text(f"  {example}"), soft_wrap=True)

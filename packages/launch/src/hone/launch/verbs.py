@@ -11,6 +11,8 @@ class Verb:
     summary: str
     story: str
     examples: tuple[str, ...]
+    options: tuple[tuple[str, str], ...] = ()
+    """Of a command whose options are no settings of a configuration: each with its meaning."""
 
 
 # Broken where a shell goes on reading, so that it can be pasted from a narrow terminal.
@@ -287,13 +289,25 @@ TOOLS = {
         section="checkpoints",
         summary="a reward model, or a function, over a file",
         story=(
-            "Writes every row of a JSON-lines file with its score. MODEL is a reward model's directory; prompts and answers are read and "
+            "Writes every row of a file with its score, as JSON lines, or as Parquet where OUT ends in .parquet. MODEL is a reward "
+            "model's directory; prompts and answers are read and "
             "rendered as `launch rm` does it. --function judges with a reward file instead: reward_func(queries, prompts, labels)."
         ),
         examples=(
             "launch score runs/rm-20260101-120000/model answers.jsonl scored.jsonl --normalize",
             "launch score MODEL pairs.jsonl scored.jsonl --answer-key chosen --apply-chat-template",
             "launch score --function examples/reward.py examples/sums.jsonl scored.jsonl --label-key answer",
+        ),
+        options=(
+            ("--input-key NAME", "column of the prompts [default: one of the usual names]"),
+            ("--answer-key NAME", "column of the answers [default: one of the usual names]"),
+            ("--label-key NAME", "column that --function is given as labels [default: none]"),
+            ("--apply-chat-template", "render prompts and answers with the tokenizer's chat template"),
+            ("--normalize", "scores less the mean and by the deviation in the model's configuration"),
+            ("--max-len N", "longest row [tokens, at least 1, default 2048]; a longer answer is cut"),
+            ("--batch-size N", "rows read at once [at least 1, default 64]"),
+            ("--param-dtype FORMAT", "fp32, bf16 or fp16: number format of the model's weights [default fp32]"),
+            ("--function FILE.py", "judge with this reward function, in place of MODEL"),
         ),
     ),
     "template": Verb(

@@ -76,6 +76,12 @@ class Adapted:
     """What a checkpoint must agree on besides names and shapes."""
 
 
+Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"]
+"""What PEFT calls a language model, a reward model (or critic), a process model."""
+MODEL_TYPE = "model_type"
+"""In the metadata of an adapter's file: the architecture of the model it belongs to, by transformers' name."""
+
+
 @runtime_checkable
 class Adaptable(Protocol):
     """The part of a model that is looked at here."""
@@ -86,7 +92,7 @@ class Adaptable(Protocol):
         """Every parameter, by the model's own name."""
         ...
 
-    def adaptable(self) -> tuple[nn.Module, str | None, Literal["CAUSAL_LM", "SEQ_CLS"]]:
+    def adaptable(self) -> tuple[nn.Module, str | None, Task]:
         """The transformer below; the name of a head that trains with the adapters; PEFT's name of the task."""
         ...
 
@@ -157,8 +163,8 @@ def _frozen(names: Sequence[str], patterns: Sequence[str], *, trained: Collectio
     return frozenset(names) - left
 
 
-def save_adapter(directory: Path, adapted: Adapted, tensors: Mapping[str, Tensor], *, base: str) -> None:
-    """Writes `tensors` (named as `adapter_of`) as PEFT does; `base` is the model they belong to."""
+def save_adapter(directory: Path, adapted: Adapted, tensors: Mapping[str, Tensor], *, base: str, model_type: str) -> None:
+    """Writes `tensors` (named as `adapter_of`) as PEFT does; `base` is the model they belong to, `model_type` its architecture."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -167,7 +173,7 @@ def save_adapter(directory: Path, adapted: Adapted, tensors: Mapping[str, Tensor
     config.modules_to_save = adapted.head and [adapted.head]
     config.save_pretrained(directory)
     named = {peft_name(name): tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt", MODEL_TYPE: model_type})
 
 
 def peft_name(name: str) -> str:

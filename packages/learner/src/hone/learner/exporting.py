@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hone.learner.adapters import adapter_of, save_adapter
 from hone.learner.engines.protocol import Engine
-from hone.learner.model_files import copy_tokenizer
+from hone.learner.model_files import copy_tokenizer, model_type
 
 
 def write(engine: Engine, directory: Path, *, source: Path, rank: int, average: bool) -> None:
@@ -19,4 +19,4 @@ def write(engine: Engine, directory: Path, *, source: Path, rank: int, average: 
     if engine.module.adapted.config is not None:
         tensors = {name: tensor.cpu().clone() for name, tensor in engine.weights(adapter_of(engine.module)) if rank == 0}
         if rank == 0:
-            save_adapter(directory / "adapter", engine.module.adapted, tensors, base=str(source))
+            save_adapter(directory / "adapter", engine.module.adapted, tensors, base=str(source), model_type=model_type(source))

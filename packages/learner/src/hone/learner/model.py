@@ -8,7 +8,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from hone.learner.adapters import PLAIN, Adaptation, Adapted, adapt
+from hone.learner.adapters import PLAIN, Adaptation, Adapted, Task, adapt
 from hone.learner.attention.varlen import row_arguments
 from hone.learner.context import Piece
 from hone.learner.errors import ModelError
@@ -83,7 +83,7 @@ class PolicyModel(nn.Module):
         """The weights to hand out, as the checkpoint has them, adapters merged."""
         return layers(self.named_weights(), adapted(self.causal_lm), self.causal_lm)
 
-    def adaptable(self) -> tuple[PreTrainedModel, None, Literal["CAUSAL_LM"]]:
+    def adaptable(self) -> tuple[PreTrainedModel, None, Task]:
         """See `Adaptable`."""
         return self.causal_lm, None, "CAUSAL_LM"
 
@@ -128,9 +128,10 @@ class CriticModel(nn.Module):
         """The weights to hand out, as the checkpoint has them, adapters merged."""
         return layers(self.named_weights(), {self._prefixed(name): layer for name, layer in adapted(self).items()}, self.backbone)
 
-    def adaptable(self) -> tuple[PreTrainedModel, str, Literal["SEQ_CLS"]]:
+    def adaptable(self) -> tuple[PreTrainedModel, str, Task]:
         """See `Adaptable`."""
-        return self.backbone, self.prefixes["value_head"], "SEQ_CLS"
+        task: Task = "TOKEN_CLS" if self.value_head.architecture == "ForTokenClassification" else "SEQ_CLS"
+        return self.backbone, self.prefixes["value_head"], task
 
     def _prefixed(self, name: str) -> str:
         part, _, rest = name.partition(".")

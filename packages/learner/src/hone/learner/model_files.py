@@ -75,6 +75,11 @@ def head_name(directory: Path, prefix: str) -> str:
     return stored if isinstance(stored, str) else prefix
 
 
+def model_type(directory: Path) -> str:
+    """The architecture of the model in `directory`, by transformers' name ("llama"), as its configuration says."""
+    return str(json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type"))
+
+
 def _text_settings(directory: str) -> dict[str, object]:
     settings = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     return settings.get("text_config", settings)

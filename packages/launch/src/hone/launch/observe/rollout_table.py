@@ -45,5 +45,13 @@ def write_rollouts(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _cell(name: str, value: Any) -> Any:
     if name == "label":
         return json.dumps(value, default=str)
-    # Parquet holds UTF-8 only; text from a JSON file may hold a lone surrogate, which is no character.
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+    return storable(value)
+
+
+def storable(value: Any) -> Any:
+    """The value as Parquet holds it, in UTF-8: text from a JSON file may hold a lone surrogate, which is no character, and is escaped."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [storable(one) for one in value]
+    return {name: storable(one) for name, one in value.items()} if isinstance(value, dict) else value

@@ -36,8 +36,13 @@ class Best:
         shutil.rmtree(partial, ignore_errors=True)
         export(partial)
         (partial / MARK).write_text(json.dumps(self.state()), encoding="utf-8")
-        shutil.rmtree(self._directory, ignore_errors=True)
+        # The one before stands beside it until the new one has its name, so that at no moment there is none.
+        before = self._directory.with_name(f"{self._directory.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
+        if self._directory.exists():
+            self._directory.rename(before)
         partial.rename(self._directory)
+        shutil.rmtree(before, ignore_errors=True)
 
     def state(self) -> dict[str, Any] | None:
         """For a checkpoint."""

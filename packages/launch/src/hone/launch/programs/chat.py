@@ -8,11 +8,10 @@ from datetime import datetime
 from pathlib import Path
 
 import transformers
-from jinja2 import TemplateError
 from rich.console import Console
 
 from hone.datasets.config import DataConfig
-from hone.datasets.templates import template_kwargs, use_template
+from hone.datasets.templates import template_errors, template_kwargs, use_template
 from hone.datasets.tokenizer import load_tokenizer
 from hone.launch.answering import model_of
 from hone.launch.chat.engines import Asked, ChatEngine, InThisProcess, Served
@@ -25,6 +24,7 @@ from hone.launch.plan import stop_ids, vocabulary
 from hone.launch.processes import Descendants
 from hone.launch.schema import from_text, settings
 from hone.learner.errors import ModelError
+from hone.learner.model_files import check_model
 from hone.learner.roles import DTYPES
 
 HELP = {
@@ -42,6 +42,7 @@ def run(config: ChatConfig, sources: Mapping[str, str]) -> int:
     """Talk until there is nothing more to answer; returns the exit code. Raises ModelError, TokenizerError, DataError and EngineError."""
     screen, console = Screen(), Console(stderr=True, highlight=False)
     model = model_of(config, console)
+    check_model(model)
     tokenizer = load_tokenizer(model)
     vocabulary({"policy": model}, tokenizer)
     data = config.data
@@ -123,7 +124,7 @@ class Chat:
     def _answer(self, text: str) -> None:
         try:
             tokens = self._talk.ask(text)
-        except (TemplateError, TypeError, ValueError) as error:
+        except template_errors() as error:
             self._screen.note(f"the chat template refuses this conversation: {error}; /reset or /system none may help", "yellow")
             return
         room = self._longest - len(tokens)

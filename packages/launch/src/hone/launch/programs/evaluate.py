@@ -25,7 +25,7 @@ REPORT = "eval.json"
 
 def run(config: EvalConfig, sources: Mapping[str, str]) -> int:
     """Measure; returns the exit code. Raises DataError, ModelError, RewardError and EngineError."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     everything = asked(config, console)
     n = 1 if config.rollout.temperature == 0 else config.rollout.n_samples_per_prompt
     k = ks(config.eval.k, n)
@@ -88,7 +88,7 @@ def _table(found: Mapping[str, Any], k: list[int]) -> Table:
     for name in ("prompts", *(f"pass@{each} [%]" for each in k), "reward", "tokens", "cut [%]"):
         table.add_column(name, justify="right")
     for name, own in {**found["sources"], "all": found["whole"]}.items():
-        passes = [f"{100 * own[f'pass@{each}']:.1f} ± {100 * own[f'pass@{each}_stderr']:.1f}" for each in k]
+        passes = [f"{100 * own[f'pass@{each}']:.1f} \N{PLUS-MINUS SIGN} {100 * own[f'pass@{each}_stderr']:.1f}" for each in k]
         ends = (f"{own['reward_mean']:.3f}", f"{own['tokens_mean']:.1f}", f"{100 * own['truncated_share']:.1f}")
         table.add_row(name, str(own["prompts"]), *passes, *ends)
     return table

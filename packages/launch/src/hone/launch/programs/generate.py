@@ -17,7 +17,7 @@ from hone.rollout.executor import Group
 
 def run(config: GenerateConfig, sources: Mapping[str, str]) -> int:
     """Write every response; returns the exit code. Raises DataError, ModelError, RewardError and EngineError."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     everything = asked(config, console)
     prompts, path = everything.prompts, Path(config.out).expanduser()
     greedy = config.rollout.temperature == 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 
 from hone.launch.errors import INTERRUPTED, PREEMPTED, exit_code
 from hone.launch.loop_config import ConditionalSFTConfig, LoopConfig
@@ -61,7 +62,7 @@ def run(config: LoopConfig, sources: Mapping[str, str]) -> int:
         directory, state = RunDirectory(path=place), read(place, config)
         state.check()
         directory.append_event("resumed", finished=len(state.finished))
-        console.print(f"going on in {place} with {len(state.finished)} stages finished", soft_wrap=True)
+        console.print(f"going on in {escape(str(place))} with {len(state.finished)} stages finished", soft_wrap=True)
     with held(directory.path):
         return Loop(config, directory, state, console).carry_out()
 
@@ -183,7 +184,8 @@ class Loop:
             self._console.print(table.table(self._config, finished))
         if whole:
             self._console.print(
-                f"\n[bold green]finished[/]  model [bold]{self._directory.model}[/]  report {path / REPORT}", soft_wrap=True
+                f"\n[bold green]finished[/]  model [bold]{escape(str(self._directory.model))}[/]  report {escape(str(path / REPORT))}",
+                soft_wrap=True,
             )
         else:
-            self._console.print(f"\n[bold yellow]{outcome}[/]  go on with  [cyan]{again}[/]", soft_wrap=True)
+            self._console.print(f"\n[bold yellow]{outcome}[/]  go on with  [cyan]{escape(again)}[/]", soft_wrap=True)

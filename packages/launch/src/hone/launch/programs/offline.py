@@ -27,6 +27,7 @@ from hone.launch.plan import in_full
 from hone.launch.programs.best import Best
 from hone.launch.programs.conduct import Stage, began, built_in, conduct
 from hone.launch.programs.keeping import Keeper
+from hone.launch.programs.learnt import check_learnt
 from hone.launch.saving import EVENTS, METRICS, STATE, Checkpoints, LoopState, Resumed, check_start, place_asked, take_up
 from hone.launch.toml import to_toml
 
@@ -110,6 +111,8 @@ class Session:
                 if self._done > self._first:
                     self._keeper.rescue(parts, step=self._done + 1)
                 raise
+            if outcome == "finished":
+                check_learnt(self._directory, {MODEL: "train/skipped"})
             self._export(parts, self._directory.model)
             if self._config.train.enable_ema:
                 self._keeper.export(parts, self._directory.path / "model_ema", average=True)

@@ -30,6 +30,7 @@ from hone.launch.plan import in_full, make_plan, models_of
 from hone.launch.processes import prepare_environment
 from hone.launch.programs.conduct import Stage, began, built_in, conduct
 from hone.launch.programs.keeping import Keeper
+from hone.launch.programs.learnt import check_learnt
 from hone.launch.programs.rolling import ENDED, put_back, rolling, texts
 from hone.launch.prompts import PromptData, prepare
 from hone.launch.rollout_rows import rows
@@ -149,6 +150,8 @@ class Session:
                 if self._done > self._first:
                     self._keeper.rescue(parts, step=self._done + 1)
                 raise
+            if outcome == "finished":
+                check_learnt(self._directory, {"policy": "train/actor_skipped", "critic": "train/critic_skipped"})
             self._keeper.export(parts, self._directory.model)
             if self._config.train.enable_ema:
                 self._keeper.export(parts, self._directory.path / "model_ema", average=True)

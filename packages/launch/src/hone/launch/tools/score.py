@@ -3,14 +3,16 @@
 import asyncio
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from hone.datasets.errors import BadRow, DataError, bad_rows_error
 from hone.datasets.labelled import ExchangeRow, LabelledSet, TokenRow
 from hone.datasets.offline_config import DemonstrationData
 from hone.datasets.records import Source
 from hone.launch.errors import Problem, UsageError
+from hone.launch.observe.files import replaced
 from hone.launch.tools.words import new_place, read
 
 USAGE = (
@@ -40,6 +42,10 @@ def run(words: Sequence[str]) -> int:
     size = _number(asked, "--batch-size", 64)
     from hone.datasets.layouts import exchange_rows
     from hone.datasets.reading import open_one
+    from hone.learner.model_files import check_model
+
+    if not by_function:
+        check_model(asked["MODEL"])
 
     source = open_one(asked["ROWS"], flag="ROWS")
     try:
@@ -51,16 +57,39 @@ def run(words: Sequence[str]) -> int:
         raise DataError(text) from error
     score = _by_function if by_function else _by_model
     written, total = 0, 0.0
-    partial = Path(f"{asked['OUT']}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as out:
+    place = Path(asked["OUT"])
+    place.parent.mkdir(parents=True, exist_ok=True)
+    scored: list[Any] = []
+    with replaced(place) as out:
         for scores in score(asked, config, source, rows, size):
-            for place, value in enumerate(scores, start=written):
-                out.write(json.dumps({**source.rows[place].columns, "score": value}, ensure_ascii=False, default=str) + "\n")
+            for row, value in enumerate(scores, start=written):
+                text = json.dumps({**source.rows[row].columns, "score": value}, ensure_ascii=False, default=str)
+                if place.suffix == ".parquet":
+                    scored.append(json.loads(text))
+                else:  # half a surrogate pair, which UTF-8 cannot hold, is written as JSON's escape
+                    out.write(text.encode("utf-8", "backslashreplace") + b"\n")
             written, total = written + len(scores), total + math.fsum(scores)
-    partial.replace(asked["OUT"])
+        if place.suffix == ".parquet":
+            _write_parquet(scored, out)
     print(f"{written} rows with their scores are in {asked['OUT']}, mean {total / written:.4f}")
     return 0
+
+
+def _write_parquet(rows: Sequence[Mapping[str, Any]], out: BinaryIO) -> None:
+    """The rows as Parquet. A column whose values are of several types is their JSON text."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    from hone.launch.observe.rollout_table import storable
+
+    columns: dict[str, pa.Array] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [storable(row.get(name)) for row in rows]
+        try:
+            columns[name] = pa.array(values)
+        except pa.ArrowException:  # half of them are texts and half of them numbers, say
+            columns[name] = pa.array([None if value is None else json.dumps(value) for value in values])
+    pyarrow.parquet.write_table(pa.table(columns), out, compression="zstd")
 
 
 def _number(asked: dict[str, str], name: str, default: int) -> int:
