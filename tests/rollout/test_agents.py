@@ -178,6 +178,11 @@ def test_an_instance_that_cannot_be_made_and_an_environment_that_is_none(tmp_pat
     agent = load(written(tmp_path, "class AgentInstance:\n    def __init__(self, size): ...\n    def step(self, states): ...\n"))
     with pytest.raises(EnvironmentFailure, match="one is made for each episode, without arguments"):
         agent.make()
+    agent = load(written(tmp_path, "def make_env():\n    raise OSError('no licence server')\n"))
+    with pytest.raises(
+        EnvironmentFailure, match=r"make_env in .*agent.py raised OSError: no licence server; it is called for each episode"
+    ):
+        agent.make()
     agent = load(written(tmp_path, "def make_env():\n    return 3\n"))
     with pytest.raises(EnvironmentFailure, match="returned int, which lacks reset, step, close; return hone"):
         agent.make()
