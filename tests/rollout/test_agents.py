@@ -1,6 +1,7 @@
 """Agent files and adapters: OpenRLHF's dictionaries, Gymnasium's tuples, and what a file without either is told."""
 
 import asyncio
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from hone.rollout.agents.gymnasium import GymnasiumEnv
 from hone.rollout.agents.loading import check_agent_file, load
 from hone.rollout.agents.openrlhf import OpenRLHFEnv
-from hone.rollout.env import Action, Env, Turn
+from hone.rollout.env import Action, Env, Turn, checked_turn
 from hone.rollout.errors import EnvironmentFailure
 from tests.rollout.test_executor import ids, prompt
 from tests.rollout.test_multi_turn import collect, counting, multi_turn
@@ -136,6 +137,19 @@ def test_a_gymnasium_environment_of_text() -> None:
     assert environment.closed
     with pytest.raises(EnvironmentFailure, match=r"observed 7 \(int\); only text"):
         env._shown(7)
+
+
+def test_a_figure_of_gymnasiums_info_that_is_not_finite_is_left_out_and_counted_and_a_reward_is_refused() -> None:
+    class Odd(Guess):
+        def step(self, action: str) -> tuple[object, float, bool, bool, dict[str, Any]]:
+            observation, reward, terminated, truncated, _ = super().step(action)
+            return observation, reward, terminated, truncated, {"return": math.nan, "length": 2, "best": math.inf}
+
+    ((sample,),) = (group.samples for group in collect(multi_turn(counting(), lambda: GymnasiumEnv(Odd())), [prompt("Q")]))
+    assert sample.extra_logs == {"length": 2.0, "info_not_finite": 4.0, "turns": 2.0}
+    turn = Turn(terminated=True, reward=math.nan)
+    with pytest.raises(EnvironmentFailure, match="gave the reward nan, not a finite number"):
+        checked_turn(turn, where="it", prompt_id="p")
 
 
 def test_gymnasium_gives_up_as_truncated() -> None:
