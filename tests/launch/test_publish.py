@@ -15,7 +15,7 @@ from hone.launch.ahead import LoopThread
 from hone.launch.cli import main
 from hone.launch.local import ServedHere
 from hone.launch.publish import Publisher
-from hone.rollout.errors import EngineError, EngineLost
+from hone.rollout.errors import EngineError, EngineLost, StaleWeights
 from hone.rollout.fleet import Fleet, Limits
 from hone.rollout.types import Completion, Request
 from hone.rollout.weight_sync.source import FingerprintedSource
@@ -169,6 +169,21 @@ def test_an_engine_that_dies_in_an_update_is_replaced_and_all_are_updated_anew()
     assert learner.connections == [["engine-0", "engine-1"], ["engine-0"], ["engine-0", "engine-1"]]
 
 
+def test_a_second_engine_that_stayed_behind_is_found() -> None:
+    class Behind(Learner):
+        def send(self) -> dict[str, str]:
+            if self.weight == 2.0:
+                self.engines = self.engines[:1]
+            return super().send()
+
+    learner = Behind()
+    with publishing(learner, [Served("engine-0"), Served("engine-1")], []) as (publisher, _):
+        publisher(1)
+        learner.weight = 2.0
+        with pytest.raises(StaleWeights, match="engine-1"):
+            publisher(2)
+
+
 def test_a_replacement_that_does_not_answer_like_the_policy_never_serves() -> None:
     class Deaf(Served):
         async def prompt_logp(self, tokens: Sequence[int], images: object = ()) -> list[float]:
@@ -237,10 +252,14 @@ def test_while_the_learner_is_at_work_no_engine_is_brought_up() -> None:
     async def begin() -> asyncio.Task[None]:
         return asyncio.ensure_future(publisher.bring_up(fresh))
 
+    async def as_far_as_it_gets(task: asyncio.Task[None]) -> None:
+        await asyncio.wait([task], timeout=0.3)
+
     publisher.hold()
     task = runner.run(begin())
     learner.weight = 1.5
-    assert fresh.label == -1
+    runner.run(as_far_as_it_gets(task))  # without the hold it would be over
+    assert (fresh.label, fresh.received, fresh.said, task.done()) == (-1, 0.0, [], False)
     learner.weight = 2.0
     publisher(2)  # frees it
 

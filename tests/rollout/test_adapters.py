@@ -20,6 +20,7 @@ import pytest
 import textarena
 from aiohttp import web
 
+from hone.rollout.agents import trl
 from hone.rollout.agents.adapting import adapted
 from hone.rollout.agents.calling import FunctionAgent
 from hone.rollout.agents.gymnasium import GymnasiumEnv
@@ -335,6 +336,17 @@ def test_2_a_trl_environment_is_played_with_its_tools(tmp_path: Path) -> None:
     assert "<tool_response>2</tool_response><tool_response>4</tool_response>" in sample.response_text
     assert (sample.reward, sample.extra_logs["tool_calls"], sample.extra_logs["tool_failures"]) == (1.0, 2.0, 0.0)
     assert sample.earlier == () and not sample.trajectory.truncated
+
+
+def test_what_reset_says_is_a_further_part_of_a_message_of_parts() -> None:
+    class Board:
+        def reset(self, **row: object) -> str:
+            return "board"
+
+    parts = [{"type": "text", "text": "Play."}]
+    row = {"prompt": [{"role": "user", "content": parts}], "label": None, "seed": 1, "columns": {}}
+    (message,) = asyncio.run(trl._begun(Board(), row))
+    assert message["content"] == [*parts, {"type": "text", "text": "board"}] and len(parts) == 1
 
 
 def test_3_a_tool_that_fails_and_a_call_that_is_no_json_are_told_to_the_policy(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Agent files and adapters: OpenRLHF's dictionaries, Gymnasium's tuples, and what a file without either is told."""
 
 import asyncio
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from hone.rollout.agents.gymnasium import GymnasiumEnv
 from hone.rollout.agents.loading import check_agent_file, load
 from hone.rollout.agents.openrlhf import OpenRLHFEnv
-from hone.rollout.env import Action, Env, Turn
+from hone.rollout.env import Action, Env, Turn, checked_turn
 from hone.rollout.errors import EnvironmentFailure
 from tests.rollout.test_executor import ids, prompt
 from tests.rollout.test_multi_turn import collect, counting, multi_turn
@@ -138,6 +139,19 @@ def test_a_gymnasium_environment_of_text() -> None:
         env._shown(7)
 
 
+def test_a_figure_of_gymnasiums_info_that_is_not_finite_is_left_out_and_counted_and_a_reward_is_refused() -> None:
+    class Odd(Guess):
+        def step(self, action: str) -> tuple[object, float, bool, bool, dict[str, Any]]:
+            observation, reward, terminated, truncated, _ = super().step(action)
+            return observation, reward, terminated, truncated, {"return": math.nan, "length": 2, "best": math.inf}
+
+    ((sample,),) = (group.samples for group in collect(multi_turn(counting(), lambda: GymnasiumEnv(Odd())), [prompt("Q")]))
+    assert sample.extra_logs == {"length": 2.0, "info_not_finite": 4.0, "turns": 2.0}
+    turn = Turn(terminated=True, reward=math.nan)
+    with pytest.raises(EnvironmentFailure, match="gave the reward nan, not a finite number"):
+        checked_turn(turn, where="it", prompt_id="p")
+
+
 def test_gymnasium_gives_up_as_truncated() -> None:
     env = GymnasiumEnv(Guess())
     asyncio.run(env.reset("Q", None, seed=2**63))
@@ -177,6 +191,11 @@ def test_a_file_without_an_environment_is_refused(tmp_path: Path, content: str, 
 def test_an_instance_that_cannot_be_made_and_an_environment_that_is_none(tmp_path: Path) -> None:
     agent = load(written(tmp_path, "class AgentInstance:\n    def __init__(self, size): ...\n    def step(self, states): ...\n"))
     with pytest.raises(EnvironmentFailure, match="one is made for each episode, without arguments"):
+        agent.make()
+    agent = load(written(tmp_path, "def make_env():\n    raise OSError('no licence server')\n"))
+    with pytest.raises(
+        EnvironmentFailure, match=r"make_env in .*agent.py raised OSError: no licence server; it is called for each episode"
+    ):
         agent.make()
     agent = load(written(tmp_path, "def make_env():\n    return 3\n"))
     with pytest.raises(EnvironmentFailure, match="returned int, which lacks reset, step, close; return hone"):

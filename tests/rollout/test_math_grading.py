@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hone.rollout.errors import RewardError
-from hone.rollout.rewards.answers import final_answer, number, same
+from hone.rollout.rewards.answers import final_answer, last_boxed, last_tagged, number, same
 from hone.rollout.rewards.function import check_reward_file, load
 from hone.rollout.rewards.gsm8k import grade
 from hone.rollout.rewards.pool import RewardPool
@@ -225,3 +227,34 @@ def test_the_built_in_rewards_run_in_the_pool(name: str) -> None:
 def test_what_is_not_installed_is_named() -> None:
     with pytest.raises(RewardError, match=r"builtin:math needs math-verify, .* install hone-rollout\[math\], or use builtin:gsm8k"):
         load("builtin:math")
+
+
+def _slow_boxed(text: str) -> str | None:
+    """As it is defined: from each mark on, the last first, braces are counted."""
+    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{|\\fbox\s*\{", text)]):
+        depth = 1
+        for position in range(start, len(text)):
+            if text[position] in "{}" and text[position - 1] != "\\":
+                depth += 1 if text[position] == "{" else -1
+                if depth == 0:
+                    return text[start:position]
+    return None
+
+
+def _slow_tagged(text: str) -> str | None:
+    found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE)
+    return found[-1] if found else None
+
+
+@given(st.lists(st.sampled_from(["{", "}", "\\", "\\boxed{", "\\fbox {", "\\boxed", "<answer>", "</Answer>", "a", "\n", " "]), max_size=24))
+def test_marks_are_found_where_their_definitions_find_them(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    assert last_boxed(text) == _slow_boxed(text)
+    assert last_tagged(text) == _slow_tagged(text)
+
+
+def test_marks_that_are_never_closed_cost_once_through_the_text() -> None:
+    # By their definitions each costs a pass of its own: 10^10 steps and more.
+    many = 200_000
+    assert last_boxed("\\boxed{" * many) is None and last_boxed("\\boxed{1}" + "\\boxed{" * many) == "1"
+    assert last_tagged("<answer>" * many) is None and last_tagged("<answer>1</answer>" + "<answer>" * many) == "1"

@@ -25,6 +25,7 @@ from hone.rollout.env import Action, Env, Turn
 from hone.rollout.errors import EngineError, EnvironmentFailure
 from hone.rollout.executor import Group
 from hone.rollout.multi_turn import MultiTurn
+from hone.rollout.tolerance import Tolerance
 from hone.rollout.types import Prompt, Request
 from tests.rollout.test_executor import END, Letters, ids, prompt
 
@@ -265,6 +266,27 @@ def test_a_failing_engine_is_named_and_environments_are_closed() -> None:
 def test_a_prompt_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt 'id-QQQ' has 3 tokens, which leaves no room for a turn in 3"):
         collect(multi_turn(counting(), lambda: Scripted([]), max_len=3), [prompt("QQQ")])
+
+
+def test_a_beginning_longer_than_the_window_is_the_environments_failure_which_costs_its_group_alone() -> None:
+    env = Scripted([], begin=lambda text: text + 4 * ".")
+    told = (
+        r"environment Scripted began with 5 tokens, which leaves no room for a turn in 5 \(raise data.max-len if it may\), on prompt 'id-Q'"
+    )
+    with pytest.raises(EnvironmentFailure, match=told):
+        collect(multi_turn(counting(), lambda: env, max_len=5), [prompt("Q")])
+    assert env.closed == 1
+    dropped: list[str] = []
+    tolerance = Tolerance(drops=(EnvironmentFailure,), in_a_row=2, dropped=lambda prompt, reason: dropped.append(prompt.text))
+    turns = [Turn(terminated=True, reward=1.0)]
+    executor = multi_turn(
+        counting(),
+        lambda: Scripted(turns, begin=lambda text: text if text == "R" else text + 4 * "."),
+        max_len=5,
+        tolerance=tolerance,
+    )
+    assert [group.prompt.text for group in collect(executor, [prompt("Q"), prompt("R")])] == ["R"]
+    assert dropped == ["Q"]
 
 
 def test_a_greedy_episode_is_greedy_in_every_turn() -> None:

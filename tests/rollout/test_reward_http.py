@@ -266,12 +266,58 @@ def test_a_server_that_is_away_for_ever_ends_the_run(server: Server) -> None:
 
 
 def test_nobody_at_the_url_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_FIRST_ANSWER_S", 0.5)
+    monkeypatch.setattr(http, "_FIRST_CONTACT_S", 0.5)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
         message = failure(f"http://127.0.0.1:{taken.getsockname()[1]}/get_reward", retry_s=1000.0)
     assert "could not be reached" in message
     assert "refused" in message.lower()
+    assert "or check its URL, and start it before the run" in message and "--reward.retry-s" not in message
+
+
+@pytest.mark.parametrize("first", [None, (503, {}, b"loading")], ids=["slow", "loading its model"])
+def test_a_first_answer_may_take_as_long_as_any(first: Answer | None, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_FIRST_CONTACT_S", 0.1)
+    begun = time.monotonic()
+
+    def say(asked: Asked) -> Answer:
+        if first is not None and time.monotonic() - begun < 0.6:
+            return first
+        time.sleep(0.6 if first is None else 0.0)
+        return scores(asked)
+
+    server.say = say
+    with closing(client(server.url)) as reward:
+        assert judge(reward) == expected(1)
+        assert (reward.counts.retries == 0) == (first is None)
+
+
+def test_too_slow_an_answer_names_what_bounds_it(server: Server) -> None:
+    go_on = threading.Event()
+
+    def say(asked: Asked) -> Answer:
+        go_on.wait(20)
+        return scores(asked)
+
+    server.say = say
+    message = failure(server.url, timeout_s=0.2, retry_s=0.5)
+    assert "did not answer within" in message and "or raise --reward.timeout-s and --reward.retry-s" in message
+    go_on.set()
+
+
+def test_a_connection_that_is_never_made_is_told_as_one(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_FIRST_CONTACT_S", 0.1)
+    monkeypatch.setattr(http, "_CONNECT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        # Connections beyond the backlog are neither taken nor refused.
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        message = failure(f"http://127.0.0.1:{full.getsockname()[1]}/get_reward", retry_s=1000.0)
+        for one in waiting:
+            one.close()
+    assert "could not be reached (no connection within 0.2 s)" in message and "check its URL" in message
 
 
 HTML = b"<!DOCTYPE html><html><body>It works!</body></html>"

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,27 @@ def test_weights_that_do_not_fit_are_named_and_the_version_stays() -> None:
     with pytest.raises(StaleWeights, match=r"holds 'model.norm.weight' as \(32,\) but was sent \(31,\)"):
         engine.load_weights([("model.norm.weight", torch.zeros(31))], version=3)
     assert engine.version == 2
+
+
+def test_an_update_that_broke_off_is_never_sampled_from() -> None:
+    engine, learner = TransformersEngine(model(), eos_ids=[3], version=2), model(seed=1)
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "model.embed_tokens.weight", learner.get_input_embeddings().weight
+        raise ConnectionResetError("the learner is gone")
+
+    asked = [request(PROMPTS[0], seed=1)]
+    before = generate(engine, asked)
+    with pytest.raises(ConnectionResetError):
+        engine.load_weights(broken(), version=3)
+    for answer in (engine.generate(asked), engine.prompt_logp([5, 6, 7])):
+        with pytest.raises(
+            StaleWeights, match=r"transformers refuses to (sample|answer): an update .* was begun and not finished; send all"
+        ):
+            asyncio.run(answer)
+    engine.load_weights(learner.named_parameters(), version=3)
+    (after,) = generate(engine, asked)
+    assert set(after.version) == {3} and after.logp != before[0].logp
 
 
 SAMPLERS: list[dict[str, Any]] = [

@@ -8,7 +8,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from hone.rollout.errors import EnvironmentFailure
 
@@ -47,6 +47,15 @@ class Observation:
 
     text: str
     images: Sequence[object] = ()
+
+
+@runtime_checkable
+class Scalar(Protocol):
+    """A tensor or an array of one element, or a NumPy scalar."""
+
+    def item(self) -> Any:
+        """The element as a Python number."""
+        ...
 
 
 @runtime_checkable

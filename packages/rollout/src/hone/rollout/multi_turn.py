@@ -139,6 +139,9 @@ class MultiTurn:
                 episode.read(prompt.tokens, prompt.images)
             else:
                 episode.read(*self._seen(first.text, first.images, prompt, start=0))
+                if len(episode.tokens) >= self.max_len:
+                    what = f"began with {len(episode.tokens)} tokens, which leaves no room for a turn in {self.max_len}"
+                    raise self._failure(f"{what} (raise data.max-len if it may)", prompt)
             while await self._turn(episode, env, self._request(episode, prompt, step, sample), prompt):
                 pass
         finally:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from hone.rollout.agents.blocking import called
+from hone.rollout.env import Scalar
 from hone.rollout.errors import EnvironmentFailure
 
 MODEL = "policy"
@@ -158,7 +159,7 @@ def _of_turns(value: object) -> tuple[float, ...]:
 
 
 def _number(value: Any, name: str) -> float:
-    plain = value.item() if hasattr(value, "item") else value
+    plain = value.item() if isinstance(value, Scalar) else value
     if not isinstance(plain, numbers.Real) or not math.isfinite(plain):
         raise EnvironmentFailure(f"gave the {name} {value!r:.200}, not a finite number; return a number, or an object with reward")
     return float(plain)

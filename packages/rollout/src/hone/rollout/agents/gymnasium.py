@@ -3,6 +3,7 @@
 `reset(seed=) -> (observation, info)`, `step(action) -> (observation, reward, terminated, truncated, info)`, `close()`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,12 @@ class GymnasiumEnv:
 
     The first text is the prompt with the first observation through `render`, and each later observation is rendered the same:
     `render` writes the chat template's markup around it. The action is what the policy wrote, without special tokens and outer
-    spaces. Figures in `info` (numbers by name) are logged.
+    spaces. Figures in `info` (numbers by name) are logged; one that is not finite says nothing of the reward: it is left out, and
+    `info_not_finite` counts those of the episode. A reward that is not finite is the environment's failure.
     """
 
     def __init__(self, environment: Any, *, render: Callable[[str], str] = lambda observation: observation) -> None:
-        self._environment, self._render = environment, render
+        self._environment, self._render, self._left_out = environment, render, 0
 
     async def reset(self, prompt: str, label: object, *, seed: int) -> str:
         """The prompt, then the first observation."""
@@ -30,12 +32,15 @@ class GymnasiumEnv:
     async def step(self, action: Action) -> Turn:
         """The environment's answer. With both flags set, as single-turn environments do, it has terminated."""
         observation, reward, terminated, truncated, info = await called(self._environment.step, action.text.strip())
+        figures = {name: float(value) for name, value in info.items() if isinstance(value, int | float)}
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        self._left_out += len(figures) - len(finite)
         return Turn(
             terminated=bool(terminated),
             truncated=bool(truncated) and not terminated,
             feedback="" if terminated or truncated else self._shown(observation),
             reward=float(reward),
-            extra_logs={name: float(value) for name, value in info.items() if isinstance(value, int | float)},
+            extra_logs={**finite, **({"info_not_finite": float(self._left_out)} if self._left_out else {})},
         )
 
     async def close(self) -> None:

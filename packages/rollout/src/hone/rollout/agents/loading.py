@@ -104,7 +104,13 @@ def _instance(instance: Callable[[], Any], path: Path) -> Env:
 
 
 def _made(make: Callable[[], object], path: Path) -> Env:
-    return adapted(make(), where=f"make_env in {path}")
+    try:
+        made = make()
+    except Exception as error:
+        raise EnvironmentFailure(
+            f"make_env in {path} raised {type(error).__name__}: {error}; it is called for each episode, without arguments: mend it"
+        ) from error
+    return adapted(made, where=f"make_env in {path}")
 
 
 def _located(source: str) -> Path:

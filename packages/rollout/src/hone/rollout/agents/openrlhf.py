@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from hone.rollout.agents.blocking import called
-from hone.rollout.env import Action, Turn
+from hone.rollout.env import Action, Scalar, Turn
 from hone.rollout.errors import EnvironmentFailure
 
 REQUIRED = ("rewards", "environment_feedback", "done")
-OPTIONAL = ("scores", "extra_logs", "truncated", "sampling_params")
 
 
 class AgentInstanceBase(ABC):
@@ -96,5 +95,5 @@ def _turn(answer: object) -> Turn:
 
 def _number(value: Any) -> Any:
     """Tensors and arrays of one element as their number, numbers as floats; anything else as it is, for `checked_turn` to judge."""
-    plain = value.item() if hasattr(value, "item") else value
+    plain = value.item() if isinstance(value, Scalar) else value
     return float(plain) if isinstance(plain, numbers.Real) else plain

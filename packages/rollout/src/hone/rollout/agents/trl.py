@@ -87,7 +87,10 @@ async def _begun(environment: Any, row: Mapping[str, Any]) -> list[dict[str, Any
     observation = await called(environment.reset, **given)
     if observation is not None and not isinstance(observation, str):
         raise EnvironmentFailure(f"returned {observation!r:.200} ({type(observation).__name__}) from reset; only text can be shown")
-    messages[-1]["content"] += observation or ""
+    if observation:
+        said = messages[-1]["content"]
+        part = {"type": "text", "text": observation}
+        messages[-1]["content"] = [*said, part] if isinstance(said, list) else said + observation
     return messages
 
 

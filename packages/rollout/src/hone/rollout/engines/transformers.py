@@ -49,6 +49,7 @@ class TransformersEngine:
         self._max_rows = max_rows
         self._image_processor = image_processor
         self._tokenizer = tokenizer
+        self._half_loaded = False
         # Decoding runs in threads; weights must not change under it.
         self._lock = threading.Lock()
 
@@ -74,14 +75,16 @@ class TransformersEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         """Copy every parameter from `weights`, by name, and serve them as `version`; StaleWeights names what does not fit.
 
-        Of tied parameters one name is enough. On an error the version stays as it was, though some weights may be new. Names are
-        the model's own, or its checkpoint's where transformers fuses weights as it reads them (experts of a mixture).
+        Of tied parameters one name is enough. On an error the version stays as it was, some weights may be new, and nothing is
+        answered until all have been loaded. Names are the model's own, or its checkpoint's where transformers fuses weights as it
+        reads them (experts of a mixture).
         """
         if self._fuses():
             weights = self._fused(weights, version=version)
         held = self._model.state_dict()
         loaded: set[int] = set()
         with self._lock, torch.no_grad():
+            self._half_loaded = True
             for name, value in weights:
                 target = held.get(name)
                 if target is None:
@@ -99,7 +102,7 @@ class TransformersEngine:
                     f"engine {self.name} was not sent {len(missing)} of its parameters for version {version} ({', '.join(missing[:3])}"
                     f"{', ...' if len(missing) > 3 else ''}), which stay at version {self.version}; send all of them"
                 )
-            self.version = version
+            self.version, self._half_loaded = version, False
 
     def held(self) -> dict[str, Tensor]:
         """Every weight by the name it has in the model's checkpoint; tied ones under each of their names."""
@@ -167,8 +170,15 @@ class TransformersEngine:
         completions: list[Completion] = []
         for start in range(0, len(requests), self._max_rows):
             with self._lock:
+                self._refuse_half_loaded("sample")
                 completions += self._decode(requests[start : start + self._max_rows], stop)
         return completions
+
+    def _refuse_half_loaded(self, what: str) -> None:
+        if self._half_loaded:
+            raise StaleWeights(
+                f"engine {self.name} refuses to {what}: an update of its weights was begun and not finished; send all weights again"
+            )
 
     @torch.no_grad()
     def _decode(self, requests: Sequence[Request], stop: threading.Event) -> list[Completion]:
@@ -272,6 +282,7 @@ class TransformersEngine:
         ids = torch.tensor([list(tokens)], device=next(self._model.parameters()).device)
         positions, shown = self._seen(ids, torch.ones_like(ids), [images])
         with self._lock:
+            self._refuse_half_loaded("answer")
             logits = self._model(input_ids=ids, position_ids=positions, use_cache=False, **shown).logits[0, :-1]
         return torch.log_softmax(logits.float(), dim=-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
 

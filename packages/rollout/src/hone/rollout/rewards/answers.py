@@ -11,7 +11,9 @@ LONGEST = 400
 """A longer answer [characters] is no answer: it would cost more to read than it can be worth."""
 
 _MARKED = re.compile(r"####[ \t]*([^\n]+)")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{")
+_BRACE = re.compile(r"(?<!\\)[{}]")
 _SAID = re.compile(r"\b(?:final|the) answer[ \t]*(?:is|:)[ \t]*:?[ \t]*([^\n]+)", re.IGNORECASE)
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
@@ -45,28 +47,37 @@ def final_answer(text: str) -> str | None:
     """The final answer a text gives, as it is written; None if it marks none. The last mark counts, boxed before others."""
     if (boxed := last_boxed(text)) is not None:
         return boxed.strip()
-    for pattern in (_MARKED, _TAGGED, _SAID):
-        if found := pattern.findall(text):
-            return found[-1].strip()
-    return None
+    if marked := _MARKED.findall(text):
+        return marked[-1].strip()
+    if (tagged := last_tagged(text)) is not None:
+        return tagged.strip()
+    said = _SAID.findall(text)
+    return said[-1].strip() if said else None
 
 
 def last_tagged(text: str) -> str | None:
     """What the last <answer> tags hold; None if there are none."""
-    found = _TAGGED.findall(text)
-    return found[-1] if found else None
+    found, start = None, None
+    for tag in _TAG.finditer(text):  # once through the text, however many tags are never closed
+        if tag[1] and start is not None:
+            found, start = text[start : tag.start()], None
+        elif not tag[1] and start is None:
+            start = tag.end()
+    return found
 
 
 def last_boxed(text: str) -> str | None:
     r"""What the last closed \boxed{...} or \fbox{...} holds, braces balanced; None if there is none."""
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{|\\fbox\s*\{", text)]):
-        depth = 1
-        for position in range(start, len(text)):
-            character = text[position]
-            if character in "{}" and text[position - 1] != "\\":
-                depth += 1 if character == "{" else -1
-                if depth == 0:
-                    return text[start:position]
+    boxes = {match.end() for match in _BOX.finditer(text)}
+    closed: list[int] = []
+    # Backwards, each opening brace takes the nearest closing one that is left: once through the text, whatever is never closed.
+    for brace in reversed(list(_BRACE.finditer(text)) if boxes else []):
+        if brace[0] == "}":
+            closed.append(brace.start())
+        elif closed:
+            end = closed.pop()
+            if brace.end() in boxes:
+                return text[brace.end() : end]
     return None
 
 

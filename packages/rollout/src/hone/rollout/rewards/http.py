@@ -33,8 +33,9 @@ TOKEN = "HONE_REWARD_TOKEN"
 LARGEST_ANSWER = 16 * 2**20
 """A longer answer is cut off and refused [bytes]."""
 
-# A server that has never answered is more likely misspelt than away for a while: it is given this long [s].
-_FIRST_ANSWER_S = 10.0
+# A server that nobody ever reached is more likely misspelt than away for a while: it is given this long to be there [s]. One that
+# is there and slow, or still loading its model, has all the time of a request.
+_FIRST_CONTACT_S = 10.0
 _CONNECT_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 15.0
 _OVERLOADED = frozenset({408, 429})
@@ -49,11 +50,13 @@ _HINTS = {
 
 
 class _Again(Exception):
-    """An attempt failed in a way that another may not; `after_s` is the pause the server asked for."""
+    """An attempt failed in a way that another may not; `after_s` is the pause the server asked for, `reached` False where no
+    connection was made, and `mend` what helps beside a server that runs.
+    """
 
-    def __init__(self, what: str, after_s: float | None = None) -> None:
+    def __init__(self, what: str, after_s: float | None = None, *, reached: bool = True, mend: str = "raise --reward.retry-s") -> None:
         super().__init__(what)
-        self.after_s = after_s
+        self.after_s, self.reached, self.mend = after_s, reached, mend
 
 
 @dataclass(kw_only=True)
@@ -65,7 +68,7 @@ class _Server:
     gate: asyncio.Semaphore
     in_flight: int = 0
     resting_until: float = 0.0
-    answered: bool = False
+    reached: bool = False
 
 
 @dataclass(kw_only=True)
@@ -164,27 +167,25 @@ class HttpReward:
                 async with server.gate:
                     # Waiting for its turn is not the server's fault: the clock starts with the first attempt.
                     begun = time.monotonic() if begun is None else begun
-                    deadline = begun + self._patience_s()
-                    allowed_s = max(min(self.timeout_s, deadline - time.monotonic()), 0.05)
+                    allowed_s = max(min(self.timeout_s, begun + self.retry_s - time.monotonic()), 0.05)
                     answer = await self._attempt(server, body, request_id, allowed_s)
                 return judgements(answer, items, server=server.shown)
             except _Again as failure:
                 attempt += 1
+                server.reached |= failure.reached
                 pause_s = self._pause_s(server, attempt, failure)
-                deadline = (begun or 0.0) + self._patience_s()
-                if time.monotonic() + pause_s >= deadline:
+                strange = not any(one.reached for one in self._servers)
+                if time.monotonic() + pause_s >= (begun or 0.0) + (min(self.retry_s, _FIRST_CONTACT_S) if strange else self.retry_s):
+                    mend = "check its URL, and start it before the run" if strange else failure.mend
                     raise RewardError(
                         f"reward server {server.shown} {failure} for prompt {items[0].prompt_id!r}; {attempt} attempts in "
-                        f"{time.monotonic() - (begun or 0.0):.1f} s. See that it runs and answers, or raise --reward.retry-s; "
+                        f"{time.monotonic() - (begun or 0.0):.1f} s. See that it runs and answers, or {mend}; "
                         "a reward that fails stops the run, it is never counted as zero"
                     ) from failure
                 self.counts.retries += 1
             finally:
                 server.in_flight -= 1
             await asyncio.sleep(pause_s)
-
-    def _patience_s(self) -> float:
-        return self.retry_s if any(one.answered for one in self._servers) else min(self.retry_s, _FIRST_ANSWER_S)
 
     def _pause_s(self, server: _Server, attempt: int, failure: _Again) -> float:
         """Seconds until the next attempt: growing, random so that many requests do not come back at once; 0 if another server is well."""
@@ -201,13 +202,16 @@ class HttpReward:
                 self.counts.requests += 1
                 headers = {**self._headers, "X-Request-Id": request_id}
                 async with self._session.post(server.url, data=body, headers=headers, allow_redirects=False) as response:
+                    server.reached = True
                     return await self._read(server, response)
+        except aiohttp.ConnectionTimeoutError as error:  # a TimeoutError, too
+            raise _Again(f"could not be reached (no connection within {_CONNECT_S:g} s)", reached=False) from error
         except TimeoutError as error:
-            raise _Again(f"did not answer within {timeout_s:.3g} s") from error
+            raise _Again(f"did not answer within {timeout_s:.3g} s", mend="raise --reward.timeout-s and --reward.retry-s") from error
         except aiohttp.ClientConnectorError as error:
             number = error.os_error.errno
             reason = os.strerror(number) if number and number > 0 else _excerpt(str(error.os_error))
-            raise _Again(f"could not be reached ({reason})") from error
+            raise _Again(f"could not be reached ({reason})", reached=False) from error
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError) as error:
             reason = _excerpt(f"{type(error).__name__}: {error}")
             raise _Again(f"could not be reached ({reason})") from error
@@ -240,7 +244,6 @@ class HttpReward:
             kind = "a web page" if re.match(r"\s*<(!doctype|html)", text, re.IGNORECASE) else "no JSON"
             what = f"reward server {server.shown} answered with {kind} ({_excerpt(text)})"
             raise RewardError(f'{what}; expected {{"rewards": [...]}}: check the URL\'s path') from error
-        server.answered = True
         return found
 
     def _without_token(self, text: str) -> str:
