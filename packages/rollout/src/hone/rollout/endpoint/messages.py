@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from hone.rollout.endpoint.content import Shown, content_of
 from hone.rollout.endpoint.errors import Refused
+from hone.rollout.endpoint.json_text import read_json
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 Likeness = Literal["exact", "respelled"]
@@ -101,7 +102,7 @@ def likeness(ours: Message, theirs: Message) -> Likeness | None:
 
 
 def _message(given: object, where: str) -> Message:
-    if not isinstance(given, Mapping) or given.get("role") not in ROLES:
+    if not isinstance(given, Mapping) or not isinstance(given.get("role"), str) or given["role"] not in ROLES:
         role = given.get("role") if isinstance(given, Mapping) else given
         raise Refused(f"{where} has the role {role!r:.80}; known are {', '.join(ROLES)}", param=where)
     role = ROLES[str(given["role"])]
@@ -139,6 +140,6 @@ def _call(given: object, where: str) -> ToolCall:
 def _parsed(arguments: str) -> object:
     """The object that JSON text spells, or the text where it spells none."""
     try:
-        return json.loads(arguments)
+        return read_json(arguments)
     except ValueError:
         return arguments

@@ -20,6 +20,7 @@ from aiohttp import web
 from hone.rollout.agents.calling import MODEL
 from hone.rollout.endpoint import anthropic_wire, openai_wire
 from hone.rollout.endpoint.errors import Refused
+from hone.rollout.endpoint.json_text import read_json
 from hone.rollout.endpoint.openai_wire import Form, Reply
 from hone.rollout.endpoint.rendering import Renderer
 from hone.rollout.endpoint.session import Asked, Session
@@ -238,7 +239,7 @@ class Server:
                 code="request_too_large",
             ) from error
         try:
-            body = json.loads(raw)
+            body = read_json(raw)
         except ValueError as error:
             raise Refused(f"the body is no JSON: {error}") from error
         if not isinstance(body, dict):
