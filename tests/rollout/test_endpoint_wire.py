@@ -4,7 +4,10 @@ Locks sentences 8, 10, 17, 22 and 23 of test_agent_semantics.py, and what each w
 """
 
 import asyncio
+import dataclasses
+import gc
 import json
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -126,13 +129,32 @@ def test_17_sessions_do_not_meet_and_a_closed_one_says_so() -> None:
                     200
                 ] * 2
             assert [len(talk.session.tree.nodes) for talk in talks] == [2, 2]
-            stolen = Open(session=two.session, base_url=two.base_url, key=one.key)
+            stolen = dataclasses.replace(two, key=one.key)
             status, headers, answer = await posted(stolen, {"messages": [user("q")]})
             assert (status, headers["x-should-retry"], json.loads(answer)["error"]["code"]) == (401, "false", "invalid_api_key")
             await server.close(one)
             status, headers, answer = await posted(one, {"messages": [user("q")]})
             assert (status, headers["x-should-retry"], json.loads(answer)["error"]["code"]) == (410, "false", "session_closed")
             assert (await posted(two, {"messages": [user("q")]}, path="/messages"))[0] == 400
+
+    asyncio.run(run())
+
+
+def test_17_of_a_closed_session_nothing_is_kept_but_its_key() -> None:
+    async def run() -> None:
+        talk = Talk([f"a{END}"])
+        kept = weakref.ref(talk.session)
+        async with serving(talk.renderer) as server:
+            session = server.open(talk.session)
+            assert (await posted(session, {"messages": [user("q")]}))[0] == 200
+            await server.close(session)
+            told = dataclasses.replace(session, session=Talk([]).session, calls={})
+            del talk, session
+            gc.collect()
+            assert kept() is None
+            assert (await posted(told, {"messages": [user("q")]}))[0] == 410
+            status, _, answer = await posted(dataclasses.replace(told, key="another"), {"messages": [user("q")]})
+            assert (status, json.loads(answer)["error"]["code"]) == (401, "invalid_api_key")
 
     asyncio.run(run())
 

@@ -51,7 +51,7 @@ class Open:
     session: Session
     base_url: str
     key: str
-    closed: bool = False
+    name: str
     calls: dict[str, _Call] = field(default_factory=dict)
 
 
@@ -90,23 +90,26 @@ MESSAGES = _Wire(
 
 
 class Server:
-    """The sessions that are open; `serving` starts one."""
+    """The sessions that are open, and of those that were the keys only: a run has millions. `serving` starts one."""
 
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
         self._sessions: dict[str, Open] = {}
+        self._closed: dict[str, str] = {}
         self._address = ""
 
     def open(self, session: Session) -> Open:
         """Give a session its path and its key."""
         name = secrets.token_hex(16)
-        opened = Open(session=session, base_url=f"{self._address}/s/{name}/v1", key=f"hone-{secrets.token_urlsafe(24)}")
+        key = f"hone-{secrets.token_urlsafe(24)}"
+        opened = Open(session=session, base_url=f"{self._address}/s/{name}/v1", key=key, name=name)
         self._sessions[name] = opened
         return opened
 
     async def close(self, opened: Open) -> None:
         """Answer no more of it: what is in flight is aborted, what comes later is told that the session is closed."""
-        opened.closed = True
+        self._closed[opened.name] = opened.key
+        self._sessions.pop(opened.name, None)
         tasks = [call.task for call in opened.calls.values()]
         for task in tasks:
             task.cancel()
@@ -219,17 +222,19 @@ class Server:
 
     def _session(self, request: web.Request) -> Open:
         """The open session a request belongs to. Raises Refused; a wrong key is told no more than a wrong path."""
-        opened = self._sessions.get(request.match_info["session"])
+        name = request.match_info["session"]
+        opened = self._sessions.get(name)
+        key = self._closed.get(name) if opened is None else opened.key
         given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip() or request.headers.get("x-api-key", "")
-        if opened is None or not hmac.compare_digest(given.encode(), opened.key.encode()):
+        if key is None or not hmac.compare_digest(given.encode(errors="replace"), key.encode()):
             raise Refused("no session has this path and key", status=401, code="invalid_api_key")
-        if opened.closed:
+        if opened is None:
             raise Refused("the session is closed: its episode has ended", status=410, code="session_closed")
         return opened
 
     async def _asked(self, request: web.Request) -> tuple[Open, Mapping[str, Any], str]:
         """(the session, the body, a digest of path and body)."""
-        opened = self._session(request)
+        self._session(request)
         try:
             raw = await request.read()
         except web.HTTPRequestEntityTooLarge as error:
@@ -238,6 +243,7 @@ class Server:
                 status=413,
                 code="request_too_large",
             ) from error
+        opened = self._session(request)  # it may have been closed while the body came
         try:
             body = read_json(raw)
         except ValueError as error:
