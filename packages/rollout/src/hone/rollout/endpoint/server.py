@@ -46,13 +46,13 @@ class _Call:
 
 @dataclass(kw_only=True)
 class Open:
-    """A session at the server: where its agent finds it, and what it has asked."""
+    """A session at the server: where its agent finds it, and what it has asked, by digest and `Idempotency-Key`."""
 
     session: Session
     base_url: str
     key: str
     name: str
-    calls: dict[str, _Call] = field(default_factory=dict)
+    calls: dict[tuple[str, str | None], _Call] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +147,9 @@ class Server:
             nodes = await opened.session.answer(asked)
             return Reply(name=wire.prefix + digest[:8] + f"{nodes[0].index:08x}", created=int(time.time()), nodes=nodes)
 
-        again = request.headers.get("x-stainless-retry-count", "0") != "0" or "Idempotency-Key" in request.headers
-        async with self._shared(opened, digest, draw, again=again) as task:
+        key = request.headers.get("Idempotency-Key")
+        again = request.headers.get("x-stainless-retry-count", "0") != "0" or key is not None
+        async with self._shared(opened, (digest, key), draw, again=again) as task:
             if form.stream:
                 response, reply = await self._streamed(request, wire, form, task)
             else:
@@ -162,13 +163,15 @@ class Server:
         return response
 
     @asynccontextmanager
-    async def _shared(self, opened: Open, digest: str, draw: Callable[[], Any], *, again: bool) -> AsyncIterator["asyncio.Task[Reply]"]:
+    async def _shared(
+        self, opened: Open, which: tuple[str, str | None], draw: Callable[[], Any], *, again: bool
+    ) -> AsyncIterator["asyncio.Task[Reply]"]:
         """The task that answers this body: a new one, unless a client asks again for what it has not read."""
-        call = opened.calls.get(digest)
+        call = opened.calls.get(which)
         failed = call is not None and call.task.done() and (call.task.cancelled() or call.task.exception() is not None)
         orphaned = call is not None and not call.waiting and not call.task.done()
         if call is None or failed or not (again or orphaned):
-            call = opened.calls[digest] = _Call(task=asyncio.ensure_future(draw()))
+            call = opened.calls[which] = _Call(task=asyncio.ensure_future(draw()))
         call.waiting += 1
         try:
             yield call.task
