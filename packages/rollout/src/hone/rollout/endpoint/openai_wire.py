@@ -64,7 +64,7 @@ def read_chat(body: Mapping[str, Any]) -> tuple[Asked, Form]:
         messages=read_messages(body.get("messages")),
         tools=_tools(body.get("tools")),
         reads_calls=choice != "none",
-        options=_mapping(body, "chat_template_kwargs"),
+        options=_template_options(body),
         limit=_positive(body, "max_completion_tokens") or _positive(body, "max_tokens"),
         stops=_stops(body.get("stop")),
         stop_ids=_stop_ids(body.get("stop_token_ids")),
@@ -226,9 +226,20 @@ def _refuse_unserved(body: Mapping[str, Any]) -> None:
     shape = _mapping(body, "response_format").get("type", "text")
     if shape != "text":
         raise Refused(f"response_format {shape!r} is not served: the policy is not held to a grammar", param="response_format")
-    for name in ("functions", "function_call", "logit_bias", "audio", "prediction", "structured_outputs", "guided_json", "guided_regex"):
+    for name in (
+        *("functions", "function_call", "logit_bias", "audio", "prediction", "structured_outputs", "guided_json", "guided_regex"),
+        "chat_template",
+    ):
         if body.get(name):
             raise Refused(f"{name} is not served", param=name)
+
+
+def _template_options(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the chat template is told beside the messages. Another template is refused: the sampler contract has the hash of the run's."""
+    options = _mapping(body, "chat_template_kwargs")
+    if "chat_template" in options:
+        raise Refused("chat_template is not served: the run's own is recorded with every sample", param="chat_template_kwargs")
+    return options
 
 
 def _choices(body: Mapping[str, Any]) -> int:
