@@ -95,7 +95,7 @@ def likeness(ours: Message, theirs: Message) -> Likeness | None:
         return None
     for mine, other in zip(ours.tool_calls, theirs.tool_calls, strict=True):
         known = mine.id is None or other.id is None or mine.id == other.id
-        if not known or mine.name != other.name or _parsed(mine.arguments) != _parsed(other.arguments):
+        if not known or mine.name != other.name or _canonical(mine.arguments) != _canonical(other.arguments):
             return None
     letter = ours.content == theirs.content and [c.arguments for c in ours.tool_calls] == [c.arguments for c in theirs.tool_calls]
     return "exact" if letter else "respelled"
@@ -143,3 +143,23 @@ def _parsed(arguments: str) -> object:
         return read_json(arguments)
     except ValueError:
         return arguments
+
+
+def _canonical(arguments: str) -> tuple[bool, str]:
+    """(whether it is JSON, the one spelling of what it says): numbers as any language writes them, so that 1.0 is 1, and true is not."""
+    try:
+        return True, json.dumps(_plain_numbers(read_json(arguments)), sort_keys=True)
+    except ValueError:
+        return False, arguments
+
+
+def _plain_numbers(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain_numbers(inner) for key, inner in value.items()}
+        case list():
+            return [_plain_numbers(inner) for inner in value]
+        case float() if value.is_integer():
+            return int(value)
+        case _:
+            return value
