@@ -9,8 +9,12 @@ import aiohttp
 import pytest
 
 from hone.rollout.agents.calling import FunctionAgent
+from hone.rollout.endpoint import server as server_module
 from hone.rollout.endpoint.errors import Refused
+from hone.rollout.endpoint.messages import likeness
 from hone.rollout.endpoint.openai_wire import read_chat, read_completion
+from hone.rollout.endpoint.rendering import reply_with
+from hone.rollout.endpoint.server import serving
 from hone.rollout.endpoint.tool_calls import PARSERS
 from hone.rollout.engines.scripted import ScriptedEngine
 from hone.rollout.errors import EngineError, EnvironmentFailure
@@ -118,3 +122,71 @@ def test_a_request_that_is_refused_costs_a_group_where_failures_do() -> None:
     )
     assert asyncio.run(of_agent.collect([question()], step=1)) == []
     assert len(dropped) == 1 and dropped[0].startswith("failed: agent agent.py raised ClientResponseError: 400")
+
+
+@pytest.mark.parametrize("more", [{"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, {"chat_template": "{{ 1 }}"}])
+def test_another_template_than_the_contracts_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(Refused, match="chat_template is not served"):
+        read_chat({"messages": [user("q")], **more})
+
+
+@pytest.mark.parametrize(
+    ("theirs", "alike"),
+    [
+        ('{"b": 1.0, "a": [true, 2]}', "respelled"),
+        ('{"a": [true, 2], "b": 1e0}', "respelled"),
+        ('{"a": [1, 2], "b": 1}', None),
+        ('{"a": [true, 2], "b": true}', None),
+        ('{"a": [true, 2], "b": "1"}', None),
+    ],
+)
+def test_arguments_are_alike_where_their_json_is(theirs: str, alike: str | None) -> None:
+    assert likeness(reply_with("", ("add", '{"a": [true, 2], "b": 1}')), reply_with("", ("add", theirs))) == alike
+
+
+def test_a_text_is_not_the_json_that_spells_it() -> None:
+    assert likeness(reply_with("", ("add", "one")), reply_with("", ("add", '"one"'))) is None
+
+
+def test_comments_keep_a_stream_open_while_a_reply_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_BEFORE_STREAM_S", 0.01)
+    monkeypatch.setattr(server_module, "_KEEPALIVE_S", 0.01)
+
+    async def run() -> None:
+        talk = Talk([f"ok{END}"])
+        read, generate = asyncio.Event(), talk.engine.generate
+
+        async def held(requests: Any) -> Any:
+            await read.wait()
+            return await generate(requests)
+
+        talk.engine.generate = held  # type: ignore[method-assign]
+        async with serving(talk.renderer) as server:
+            session = server.open(talk.session)
+            body, headers = {"messages": [user("q")], "stream": True}, {"x-api-key": session.key}
+            url = session.base_url + "/chat/completions"
+            async with aiohttp.ClientSession() as client, client.post(url, json=body, headers=headers) as answer:
+                assert [await answer.content.readline() for _ in range(6)] == [b": keepalive\n", b"\n"] * 3
+                read.set()
+                assert (await answer.content.read()).endswith(b"data: [DONE]\n\n")
+
+    asyncio.run(asyncio.wait_for(run(), timeout=60))
+
+
+def test_the_log_tells_how_calls_were_placed() -> None:
+    async def agent(base_url: str, api_key: str, model: str, row: dict[str, Any]) -> float:
+        async with aiohttp.ClientSession(headers={"x-api-key": api_key}) as client:
+
+            async def ask(*said: dict[str, Any]) -> dict[str, Any]:
+                async with client.post(base_url + "/chat/completions", json={"messages": list(said)}) as answer:
+                    return (await answer.json())["choices"][0]["message"]
+
+            first = await ask(user("q"))
+            await ask(user("q"))
+            await ask(user("q"), assistant(first["content"]), user("r"))
+        return 1.0
+
+    (group,) = asyncio.run(calling(FunctionAgent(function=agent, where="agent"), *[f"ok{END}"] * 3).collect([question()], step=1))
+    logs = {name.removeprefix("endpoint/"): value for name, value in group.samples[0].extra_logs.items()}
+    assert (logs["calls"], logs["calls_root"], logs["calls_resample"], logs["calls_append"], logs["calls_rerender"]) == (3, 1, 1, 1, 0)
+    assert logs["request_errors"] == 0
