@@ -4,7 +4,10 @@ Locks sentences 8, 10, 17, 22 and 23 of test_agent_semantics.py, and what each w
 """
 
 import asyncio
+import dataclasses
+import gc
 import json
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -116,6 +119,18 @@ def test_10_a_retry_is_answered_with_what_was_drawn() -> None:
     assert len(talk.engine.calls) == 2
 
 
+def test_10_a_retry_has_the_idempotency_key_of_what_it_retries() -> None:
+    async def work(chat: Any, _: Any, session: Open) -> None:
+        body = {"messages": [user("q")]}
+        first, second = [await posted(session, body, Idempotency_Key=key) for key in ("one", "two")]
+        assert await asyncio.gather(*(posted(session, body, Idempotency_Key=key) for key in ("one", "two"))) == [first, second]
+        assert first[0] == 200 and first[2] != second[2]
+
+    talk = Talk([f"a{END}", f"b{END}"])
+    through(talk, work)
+    assert len(talk.engine.calls) == 2
+
+
 def test_17_sessions_do_not_meet_and_a_closed_one_says_so() -> None:
     async def run() -> None:
         talks = [Talk([f"a{END}", f"b{END}"]) for _ in range(2)]
@@ -126,13 +141,32 @@ def test_17_sessions_do_not_meet_and_a_closed_one_says_so() -> None:
                     200
                 ] * 2
             assert [len(talk.session.tree.nodes) for talk in talks] == [2, 2]
-            stolen = Open(session=two.session, base_url=two.base_url, key=one.key)
+            stolen = dataclasses.replace(two, key=one.key)
             status, headers, answer = await posted(stolen, {"messages": [user("q")]})
             assert (status, headers["x-should-retry"], json.loads(answer)["error"]["code"]) == (401, "false", "invalid_api_key")
             await server.close(one)
             status, headers, answer = await posted(one, {"messages": [user("q")]})
             assert (status, headers["x-should-retry"], json.loads(answer)["error"]["code"]) == (410, "false", "session_closed")
             assert (await posted(two, {"messages": [user("q")]}, path="/messages"))[0] == 400
+
+    asyncio.run(run())
+
+
+def test_17_of_a_closed_session_nothing_is_kept_but_its_key() -> None:
+    async def run() -> None:
+        talk = Talk([f"a{END}"])
+        kept = weakref.ref(talk.session)
+        async with serving(talk.renderer) as server:
+            session = server.open(talk.session)
+            assert (await posted(session, {"messages": [user("q")]}))[0] == 200
+            await server.close(session)
+            told = dataclasses.replace(session, session=Talk([]).session, calls={})
+            del talk, session
+            gc.collect()
+            assert kept() is None
+            assert (await posted(told, {"messages": [user("q")]}))[0] == 410
+            status, _, answer = await posted(dataclasses.replace(told, key="another"), {"messages": [user("q")]})
+            assert (status, json.loads(answer)["error"]["code"]) == (401, "invalid_api_key")
 
     asyncio.run(run())
 
@@ -275,6 +309,9 @@ def test_a_call_that_cannot_be_read_stays_text_and_is_counted() -> None:
         ({}, "messages must be a list with at least one message"),
         ({"messages": [{"role": "pilot"}]}, r"messages\[0\] has the role 'pilot'"),
         ({"top_logprobs": 3}, "only the sampled token's log-probability is known"),
+        ({"top_logprobs": "abc"}, "top_logprobs is 'abc'; it must be a whole number of at least 0"),
+        ({"messages": [{"role": ["user"]}]}, r"messages\[0\] has the role \['user'\]"),
+        ({"metadata": json.loads("[" * 300 + "]" * 300)}, "the body is no JSON: it is nested more than 100 levels deep"),
         ({"tool_choice": "required"}, "a call cannot be forced; use auto or none"),
         ({"response_format": {"type": "json_schema"}}, "the policy is not held to a grammar"),
         ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number of at least 1"),
@@ -297,6 +334,33 @@ def test_what_is_not_served_is_refused_in_words(body: dict[str, Any], message: s
     talk = Talk([])
     through(talk, work)
     assert not talk.engine.calls
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/completions", {"prompt": "q", "logprobs": "x"}, "logprobs is 'x'; it must be a whole number of at least 0"),
+        ("/v1/messages", {"messages": [user("q")], "max_tokens": 5, "tools": {"name": "add"}}, "tools must be a list"),
+    ],
+)
+def test_what_is_malformed_on_other_wires_is_refused_in_words(path: str, body: dict[str, Any], message: str) -> None:
+    async def work(chat: Any, _: Any, session: Open) -> None:
+        status, _, answer = await posted(session, body, path=path)
+        assert status == 400 and message in json.loads(answer)["error"]["message"]
+
+    talk = Talk([])
+    through(talk, work)
+    assert not talk.engine.calls
+
+
+def test_a_body_nested_beyond_pythons_stack_is_refused() -> None:
+    async def work(chat: Any, _: Any, session: Open) -> None:
+        headers = {"Authorization": f"Bearer {session.key}"}
+        raw = b"[" * 100_000 + b"]" * 100_000
+        async with aiohttp.ClientSession(headers=headers) as client, client.post(f"{session.base_url}/completions", data=raw) as answer:
+            assert answer.status == 400 and "nested too deeply" in (await answer.json())["error"]["message"]
+
+    through(Talk([]), work)
 
 
 def test_budget_and_context_are_refused_with_their_codes() -> None:

@@ -132,8 +132,10 @@ def _told(block: Mapping[str, Any], where: str) -> list[Any]:
 
 
 def _tools(given: object) -> tuple[Mapping[str, Any], ...]:
+    if given is not None and not isinstance(given, list):
+        raise Refused("tools must be a list", param="tools")
     tools: list[Mapping[str, Any]] = []
-    for index, tool in enumerate(given if isinstance(given, list) else []):
+    for index, tool in enumerate(given or []):
         if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str) or not isinstance(tool.get("input_schema"), Mapping):
             raise Refused(f"tools[{index}] has no name and input_schema; tools that the server runs are not served", param="tools")
         function = {"name": tool["name"], "description": tool.get("description") or "", "parameters": tool["input_schema"]}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from hone.rollout.endpoint.content import Shown, content_of
 from hone.rollout.endpoint.errors import Refused
+from hone.rollout.endpoint.json_text import read_json
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 Likeness = Literal["exact", "respelled"]
@@ -94,14 +95,14 @@ def likeness(ours: Message, theirs: Message) -> Likeness | None:
         return None
     for mine, other in zip(ours.tool_calls, theirs.tool_calls, strict=True):
         known = mine.id is None or other.id is None or mine.id == other.id
-        if not known or mine.name != other.name or _parsed(mine.arguments) != _parsed(other.arguments):
+        if not known or mine.name != other.name or _canonical(mine.arguments) != _canonical(other.arguments):
             return None
     letter = ours.content == theirs.content and [c.arguments for c in ours.tool_calls] == [c.arguments for c in theirs.tool_calls]
     return "exact" if letter else "respelled"
 
 
 def _message(given: object, where: str) -> Message:
-    if not isinstance(given, Mapping) or given.get("role") not in ROLES:
+    if not isinstance(given, Mapping) or not isinstance(given.get("role"), str) or given["role"] not in ROLES:
         role = given.get("role") if isinstance(given, Mapping) else given
         raise Refused(f"{where} has the role {role!r:.80}; known are {', '.join(ROLES)}", param=where)
     role = ROLES[str(given["role"])]
@@ -139,6 +140,26 @@ def _call(given: object, where: str) -> ToolCall:
 def _parsed(arguments: str) -> object:
     """The object that JSON text spells, or the text where it spells none."""
     try:
-        return json.loads(arguments)
+        return read_json(arguments)
     except ValueError:
         return arguments
+
+
+def _canonical(arguments: str) -> tuple[bool, str]:
+    """(whether it is JSON, the one spelling of what it says): numbers as any language writes them, so that 1.0 is 1, and true is not."""
+    try:
+        return True, json.dumps(_plain_numbers(read_json(arguments)), sort_keys=True)
+    except ValueError:
+        return False, arguments
+
+
+def _plain_numbers(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain_numbers(inner) for key, inner in value.items()}
+        case list():
+            return [_plain_numbers(inner) for inner in value]
+        case float() if value.is_integer():
+            return int(value)
+        case _:
+            return value

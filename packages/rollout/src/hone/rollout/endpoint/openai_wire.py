@@ -53,7 +53,7 @@ class Reply:
 def read_chat(body: Mapping[str, Any]) -> tuple[Asked, Form]:
     """A chat request. Raises Refused for what is malformed, and in words for what is not served."""
     _refuse_unserved(body)
-    if int(body.get("top_logprobs") or 0) > 0:
+    if _whole(body, "top_logprobs") > 0:
         raise Refused("top_logprobs above 0 is not served: only the sampled token's log-probability is known", param="top_logprobs")
     choice = body.get("tool_choice")
     if choice not in (None, "auto", "none"):
@@ -64,7 +64,7 @@ def read_chat(body: Mapping[str, Any]) -> tuple[Asked, Form]:
         messages=read_messages(body.get("messages")),
         tools=_tools(body.get("tools")),
         reads_calls=choice != "none",
-        options=_mapping(body, "chat_template_kwargs"),
+        options=_template_options(body),
         limit=_positive(body, "max_completion_tokens") or _positive(body, "max_tokens"),
         stops=_stops(body.get("stop")),
         stop_ids=_stop_ids(body.get("stop_token_ids")),
@@ -80,7 +80,7 @@ def read_completion(body: Mapping[str, Any]) -> tuple[Asked, Form]:
     for name, without in (("echo", False), ("suffix", None), ("best_of", 1)):
         if body.get(name) not in (None, without):
             raise Refused(f"{name} is not served", param=name)
-    if (logprobs := body.get("logprobs")) is not None and int(logprobs) > 1:
+    if _whole(body, "logprobs") > 1:
         raise Refused("logprobs above 1 is not served: only the sampled token's log-probability is known", param="logprobs")
     prompt: Any = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
@@ -96,7 +96,7 @@ def read_completion(body: Mapping[str, Any]) -> tuple[Asked, Form]:
         n=_choices(body),
         requested={name: body[name] for name in _RECORDED if body.get(name) is not None},
     )
-    return asked, _form(body, logprobs=logprobs is not None)
+    return asked, _form(body, logprobs=body.get("logprobs") is not None)
 
 
 def chat_body(reply: Reply, form: Form, renderer: Renderer) -> dict[str, Any]:
@@ -226,9 +226,20 @@ def _refuse_unserved(body: Mapping[str, Any]) -> None:
     shape = _mapping(body, "response_format").get("type", "text")
     if shape != "text":
         raise Refused(f"response_format {shape!r} is not served: the policy is not held to a grammar", param="response_format")
-    for name in ("functions", "function_call", "logit_bias", "audio", "prediction", "structured_outputs", "guided_json", "guided_regex"):
+    for name in (
+        *("functions", "function_call", "logit_bias", "audio", "prediction", "structured_outputs", "guided_json", "guided_regex"),
+        "chat_template",
+    ):
         if body.get(name):
             raise Refused(f"{name} is not served", param=name)
+
+
+def _template_options(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the chat template is told beside the messages. Another template is refused: the sampler contract has the hash of the run's."""
+    options = _mapping(body, "chat_template_kwargs")
+    if "chat_template" in options:
+        raise Refused("chat_template is not served: the run's own is recorded with every sample", param="chat_template_kwargs")
+    return options
 
 
 def _choices(body: Mapping[str, Any]) -> int:
@@ -243,6 +254,13 @@ def _positive(body: Mapping[str, Any], name: str) -> int | None:
     if value is not None and (not isinstance(value, int) or value < 1):
         raise Refused(f"{name} is {value!r:.40}; it must be a whole number of at least 1", param=name)
     return value
+
+
+def _whole(body: Mapping[str, Any], name: str) -> int:
+    value = body.get(name)
+    if value is not None and (not isinstance(value, int) or value < 0):
+        raise Refused(f"{name} is {value!r:.40}; it must be a whole number of at least 0", param=name)
+    return value or 0
 
 
 def _mapping(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ reply's closing token is what the policy has to read next. Whether that equals t
 conversations is tried out at the start (`templates.py`), for templates differ and some look far back.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -35,6 +36,10 @@ class ChatTokenizer(Protocol):
         """The ids of the text."""
         ...
 
+    def get_vocab(self) -> dict[str, int]:
+        """The id of every token."""
+        ...
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any:
         """The text of the ids."""
         ...
@@ -60,8 +65,6 @@ class Renderer:
 
     def text(self, messages: Sequence[Message], tools: Tools, options: Mapping[str, Any], *, prompting: bool = True) -> str:
         """The rendered conversation, up to where the policy begins to write. Raises Refused with the template's own words."""
-        from jinja2.exceptions import TemplateError
-
         try:
             rendered = self.tokenizer.apply_chat_template(
                 [message.plain() for message in messages],
@@ -69,8 +72,9 @@ class Renderer:
                 tokenize=False,
                 **{**options, "add_generation_prompt": prompting},
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise Refused(f"the chat template refuses these messages: {error}", code="template_error", param="messages") from error
+        except Exception as error:  # a template is a program: what it does with what it was given may end in any error
+            what = str(error) or type(error).__name__
+            raise Refused(f"the chat template refuses these messages: {what}", code="template_error", param="messages") from error
         return str(rendered)
 
     def whole(self, messages: Sequence[Message], tools: Tools, options: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
@@ -114,9 +118,15 @@ class Renderer:
         """Ids of what follows, its closing token included: tokenised alone, some tokenizers would begin a text with a space."""
         return Tail(ids=self.ids(text), text=text)
 
-    def ids(self, text: str) -> tuple[int, ...]:
-        """Ids of rendered text: the template wrote the special tokens itself."""
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+    def ids(self, text: str, *, special: bool = False) -> tuple[int, ...]:
+        """Ids of rendered text: the template wrote the `special` tokens itself. Raises Refused for what is no Unicode."""
+        refuse_broken(text)
+        return tuple(self.tokenizer.encode(text, add_special_tokens=special))
+
+    @functools.cached_property
+    def last_id(self) -> int:
+        """The largest id of the vocabulary."""
+        return max(self.tokenizer.get_vocab().values())
 
     def decoded(self, ids: Sequence[int], *, behind: Sequence[int] = ()) -> str:
         """Text of ids with special tokens, as it reads behind others: alone, some tokenizers drop a leading space."""
@@ -125,6 +135,14 @@ class Renderer:
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def refuse_broken(text: str) -> None:
+    """Raises Refused for text that no tokenizer takes: JSON can spell half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"a text has half of a surrogate pair ({text[error.start]!a}), which is no character") from error
 
 
 def _stand_in(reply: Message) -> Message:

@@ -31,6 +31,9 @@ from hone.rollout.sampling import contract_of, seed_of
 from hone.rollout.tolerance import Tolerance, kept
 from hone.rollout.types import Engine, Prompt
 
+_COUNTED = ("calls_root", "calls_append", "calls_rerender", "calls_resample", "respelled", "tool_parse_errors", "request_errors")
+"""What the tree counts of an episode, by its name in the log."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
@@ -290,12 +293,13 @@ def _trajectory(
 
 
 def _figures(session: Session, segments: Sequence[Segment], ledger: Ledger) -> dict[str, float]:
-    """What the log tells of an episode at the endpoint: calls, segments, ids that were not trained on, oddities of the agent."""
+    """What the log tells of an episode at the endpoint: calls and how they were placed, segments, ids that were not trained on, oddities
+    of the agent.
+    """
     counts = session.tree.counts
     return {
         "endpoint/calls": float(len(session.tree.nodes)),
         "endpoint/segments": float(len(segments)),
         "endpoint/ids_not_trained": float(ledger.sampled - ledger.trained),
-        "endpoint/tool_parse_errors": float(counts["tool_parse_errors"]),
-        "endpoint/respelled": float(counts["respelled"]),
+        **{f"endpoint/{name}": float(counts[name]) for name in _COUNTED},
     }

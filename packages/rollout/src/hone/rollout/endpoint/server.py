@@ -20,6 +20,7 @@ from aiohttp import web
 from hone.rollout.agents.calling import MODEL
 from hone.rollout.endpoint import anthropic_wire, openai_wire
 from hone.rollout.endpoint.errors import Refused
+from hone.rollout.endpoint.json_text import read_json
 from hone.rollout.endpoint.openai_wire import Form, Reply
 from hone.rollout.endpoint.rendering import Renderer
 from hone.rollout.endpoint.session import Asked, Session
@@ -45,13 +46,13 @@ class _Call:
 
 @dataclass(kw_only=True)
 class Open:
-    """A session at the server: where its agent finds it, and what it has asked."""
+    """A session at the server: where its agent finds it, and what it has asked, by digest and `Idempotency-Key`."""
 
     session: Session
     base_url: str
     key: str
-    closed: bool = False
-    calls: dict[str, _Call] = field(default_factory=dict)
+    name: str
+    calls: dict[tuple[str, str | None], _Call] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,23 +90,26 @@ MESSAGES = _Wire(
 
 
 class Server:
-    """The sessions that are open; `serving` starts one."""
+    """The sessions that are open, and of those that were the keys only: a run has millions. `serving` starts one."""
 
     def __init__(self, renderer: Renderer) -> None:
         self._renderer = renderer
         self._sessions: dict[str, Open] = {}
+        self._closed: dict[str, str] = {}
         self._address = ""
 
     def open(self, session: Session) -> Open:
         """Give a session its path and its key."""
         name = secrets.token_hex(16)
-        opened = Open(session=session, base_url=f"{self._address}/s/{name}/v1", key=f"hone-{secrets.token_urlsafe(24)}")
+        key = f"hone-{secrets.token_urlsafe(24)}"
+        opened = Open(session=session, base_url=f"{self._address}/s/{name}/v1", key=key, name=name)
         self._sessions[name] = opened
         return opened
 
     async def close(self, opened: Open) -> None:
         """Answer no more of it: what is in flight is aborted, what comes later is told that the session is closed."""
-        opened.closed = True
+        self._closed[opened.name] = opened.key
+        self._sessions.pop(opened.name, None)
         tasks = [call.task for call in opened.calls.values()]
         for task in tasks:
             task.cancel()
@@ -143,8 +147,9 @@ class Server:
             nodes = await opened.session.answer(asked)
             return Reply(name=wire.prefix + digest[:8] + f"{nodes[0].index:08x}", created=int(time.time()), nodes=nodes)
 
-        again = request.headers.get("x-stainless-retry-count", "0") != "0" or "Idempotency-Key" in request.headers
-        async with self._shared(opened, digest, draw, again=again) as task:
+        key = request.headers.get("Idempotency-Key")
+        again = request.headers.get("x-stainless-retry-count", "0") != "0" or key is not None
+        async with self._shared(opened, (digest, key), draw, again=again) as task:
             if form.stream:
                 response, reply = await self._streamed(request, wire, form, task)
             else:
@@ -158,13 +163,15 @@ class Server:
         return response
 
     @asynccontextmanager
-    async def _shared(self, opened: Open, digest: str, draw: Callable[[], Any], *, again: bool) -> AsyncIterator["asyncio.Task[Reply]"]:
+    async def _shared(
+        self, opened: Open, which: tuple[str, str | None], draw: Callable[[], Any], *, again: bool
+    ) -> AsyncIterator["asyncio.Task[Reply]"]:
         """The task that answers this body: a new one, unless a client asks again for what it has not read."""
-        call = opened.calls.get(digest)
+        call = opened.calls.get(which)
         failed = call is not None and call.task.done() and (call.task.cancelled() or call.task.exception() is not None)
         orphaned = call is not None and not call.waiting and not call.task.done()
         if call is None or failed or not (again or orphaned):
-            call = opened.calls[digest] = _Call(task=asyncio.ensure_future(draw()))
+            call = opened.calls[which] = _Call(task=asyncio.ensure_future(draw()))
         call.waiting += 1
         try:
             yield call.task
@@ -218,17 +225,19 @@ class Server:
 
     def _session(self, request: web.Request) -> Open:
         """The open session a request belongs to. Raises Refused; a wrong key is told no more than a wrong path."""
-        opened = self._sessions.get(request.match_info["session"])
+        name = request.match_info["session"]
+        opened = self._sessions.get(name)
+        key = self._closed.get(name) if opened is None else opened.key
         given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip() or request.headers.get("x-api-key", "")
-        if opened is None or not hmac.compare_digest(given.encode(), opened.key.encode()):
+        if key is None or not hmac.compare_digest(given.encode(errors="replace"), key.encode()):
             raise Refused("no session has this path and key", status=401, code="invalid_api_key")
-        if opened.closed:
+        if opened is None:
             raise Refused("the session is closed: its episode has ended", status=410, code="session_closed")
         return opened
 
     async def _asked(self, request: web.Request) -> tuple[Open, Mapping[str, Any], str]:
         """(the session, the body, a digest of path and body)."""
-        opened = self._session(request)
+        self._session(request)
         try:
             raw = await request.read()
         except web.HTTPRequestEntityTooLarge as error:
@@ -237,8 +246,9 @@ class Server:
                 status=413,
                 code="request_too_large",
             ) from error
+        opened = self._session(request)  # it may have been closed while the body came
         try:
-            body = json.loads(raw)
+            body = read_json(raw)
         except ValueError as error:
             raise Refused(f"the body is no JSON: {error}") from error
         if not isinstance(body, dict):

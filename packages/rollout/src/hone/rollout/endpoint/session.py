@@ -5,7 +5,8 @@ import bisect
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,11 @@ from hone.algos.batch import SamplerContract
 from hone.rollout.calls import draw
 from hone.rollout.endpoint.errors import Refused
 from hone.rollout.endpoint.messages import Message, ToolCall
-from hone.rollout.endpoint.rendering import Renderer, Tools
+from hone.rollout.endpoint.rendering import Renderer, Tools, refuse_broken
 from hone.rollout.endpoint.templates import Served
 from hone.rollout.endpoint.tool_calls import PARSERS
 from hone.rollout.endpoint.tree import History, Node, Place, Tree
+from hone.rollout.errors import EngineError
 from hone.rollout.pictures import Placeholders
 from hone.rollout.sampling import seed_of
 from hone.rollout.types import Completion, Engine, Request
@@ -57,7 +59,7 @@ class Session:
 
     An engine that `stops_at_text` is told which texts end the client's replies; what any other drew behind them is cut off.
     `refused` is the code of the last request that was out of budget or context, if no reply was given since; `failure` is set
-    when the engine (or this code) failed, with `error`.
+    when the engine failed, with `error`: what becomes of the agent's and the policy's text is never the engine's failure.
     """
 
     def __init__(
@@ -90,22 +92,21 @@ class Session:
 
     def placed(self, asked: Asked) -> Place:
         """Where the request belongs. Raises Refused."""
-        if asked.prompt is not None:
-            return self.tree.place_text(asked.prompt)
-        return self.tree.place(asked.messages, asked.tools, asked.options)
+        with self._unserved():
+            for stop in asked.stops:
+                refuse_broken(stop)
+            self._check_ids(asked.stop_ids, "stop_token_ids")
+            if asked.prompt is None:
+                place = self.tree.place(asked.messages, asked.tools, asked.options)
+            else:
+                self._check_ids(() if isinstance(asked.prompt, str) else asked.prompt, "prompt")
+                place = self.tree.place_text(asked.prompt)
+        if not place.prompt:
+            raise Refused("the prompt has no tokens; say something", param="prompt" if asked.prompt is not None else "messages")
+        return place
 
     async def answer(self, asked: Asked) -> list[Node]:
-        """Draw `asked.n` replies and enter them into the tree. Raises Refused; a failure that is not the agent's ends the session."""
-        try:
-            return await self._answered(asked)
-        except Refused:
-            raise
-        except Exception as error:
-            self.error = error
-            self.failure.set()
-            raise Refused(f"the engine failed: {error}", status=500, code="engine_dead") from error
-
-    async def _answered(self, asked: Asked) -> list[Node]:
+        """Draw `asked.n` replies and enter them into the tree. Raises Refused; a failure of the engine ends the session."""
         if self._calls + asked.n > self._budget.calls:
             self._refuse(f"the episode has used its {self._budget.calls} calls (rollout.max-turns)", "budget_exhausted")
         place = self.placed(asked)
@@ -117,11 +118,44 @@ class Session:
             )
         self._calls += asked.n
         limit = min(self._budget.new_tokens, room, asked.limit or room)
-        requests = [self._request(asked, place, limit) for _ in range(asked.n)]
-        drawn = await draw(self._engine, requests, of=[self.prompt_id], timeout_s=self._budget.timeout_s)
-        nodes = [self._entered(asked, place, request, completion) for request, completion in zip(requests, drawn, strict=True)]
+        with self._unserved():
+            requests = [self._request(asked, place, limit) for _ in range(asked.n)]
+        drawn = await self._drawn_of(requests)
+        with self._unserved():
+            nodes = [self._entered(asked, place, request, completion) for request, completion in zip(requests, drawn, strict=True)]
         self.refused = ""
         return nodes
+
+    async def _drawn_of(self, requests: Sequence[Request]) -> list[Completion]:
+        """What the engine draws; only its failures end the session, as an EngineError."""
+        try:
+            return await draw(self._engine, requests, of=[self.prompt_id], timeout_s=self._budget.timeout_s)
+        except Exception as error:
+            self.error = error
+            if not isinstance(error, EngineError):
+                what = f"{type(error).__name__} on prompt {self.prompt_id!r}: {error}"
+                self.error = EngineError(f"engine {self._engine.name} raised {what}")
+                self.error.__cause__ = error
+            self.failure.set()
+            raise Refused(f"the engine failed: {self.error}", status=500, code="engine_dead") from error
+
+    @contextmanager
+    def _unserved(self) -> Iterator[None]:
+        """What the text of an agent or of the policy brings to an error is refused, with the error, and counted."""
+        try:
+            yield
+        except Refused:
+            raise
+        except Exception as error:
+            self.tree.counts["request_errors"] += 1
+            raise Refused(f"the request cannot be served: {type(error).__name__}: {error}", code="request_error") from error
+
+    def _check_ids(self, ids: Sequence[int], name: str) -> None:
+        """Refuse ids that no token has; a model may have drawn ids beyond its tokenizer's, and these may come back."""
+        if beyond := {one for one in ids if one > self._renderer.last_id}:
+            beyond -= {one for node in self.tree.nodes for one in node.output}
+        if beyond:
+            raise Refused(f"{name} has the id {max(beyond)}; the vocabulary ends at {self._renderer.last_id}", param=name)
 
     def _request(self, asked: Asked, place: Place, limit: int) -> Request:
         run_seed, step, sample = self._origin
@@ -180,7 +214,7 @@ class Session:
         reasoning, content = _thoughts(text, begun=self._renderer.decoded(request.tokens[-4:]).rstrip().endswith("<think>"))
         calls: tuple[ToolCall, ...] = ()
         if asked.tools and asked.reads_calls and self._served is not None and self._served.dialect:
-            schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in asked.tools}
+            schemas = {tool["function"]["name"]: _schema(tool["function"]) for tool in asked.tools}
             parsed = PARSERS[self._served.dialect](content, schemas)
             self.tree.counts["tool_parse_errors"] += parsed.errors
             if not (cut and parsed.errors):
@@ -194,6 +228,13 @@ class Session:
     def _refuse(self, message: str, code: str) -> None:
         self.refused = code
         raise Refused(message, code=code)
+
+
+def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """What the schema of a tool says of its parameters, where it says it in the form of one."""
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    return {"properties": properties if isinstance(properties, Mapping) else {}}
 
 
 def _thoughts(text: str, *, begun: bool) -> tuple[str | None, str]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hone.rollout.endpoint.json_text import read_json
+
 _HERMES = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _XML = re.compile(r"<tool_call>\s*<function=([^>\n]+)>(.*?)</function>\s*(?:</tool_call>|\Z)", re.DOTALL)
 _XML_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
@@ -147,7 +149,7 @@ def _named_call(name: str, body: str) -> tuple[str, str] | None:
 
 def _json(body: str) -> object:
     try:
-        return json.loads(body)
+        return read_json(body)
     except ValueError:
         return None
 
@@ -162,11 +164,11 @@ def _call_of(call: object, key: str) -> tuple[str, str] | None:
     return call["name"], json.dumps(call.get(key, {}), ensure_ascii=False)
 
 
-def _typed(value: str, schema: Mapping[str, Any]) -> object:
-    if schema.get("type", "string") == "string":
+def _typed(value: str, schema: object) -> object:
+    if not isinstance(schema, Mapping) or schema.get("type", "string") == "string":
         return value
     try:
-        return json.loads(value)
+        return read_json(value)
     except ValueError:
         return value
 

@@ -167,7 +167,7 @@ class Tree:
             return replace(self._by_ids(ids, reason=""), text=self._renderer.decoded(ids), key="text")
         said = [node for node in self.nodes if node.place.text is not None and prompt.startswith(node.place.text + node.text)]
         if not said:
-            ids = tuple(self._renderer.tokenizer.encode(prompt, add_special_tokens=True))
+            ids = self._renderer.ids(prompt, special=True)
             return Place(parent=None, prompt=ids, how="root", reason=self._why_root("text"), text=prompt, key="text")
         parent = max(said, key=lambda node: (len(node.place.text or "") + len(node.text), node.index))
         rest = prompt[len(parent.place.text or "") + len(parent.text) :]
