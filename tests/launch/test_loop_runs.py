@@ -1,5 +1,6 @@
 """Whole loops in this process: what is written, what is learnt from, and that a run that stopped anywhere is the run that never did."""
 
+import asyncio
 import json
 import shutil
 import time
@@ -16,6 +17,7 @@ from hone.launch.loops import select
 from hone.launch.loops.state import State, fingerprint
 from hone.launch.observe.run_directory import read_events, read_metrics
 from hone.launch.scoring import RewardModel
+from hone.rollout.rewards.result import RewardItem
 from tests.golden.offline_curves import words
 from tests.launch.conftest import write_reward
 from tests.launch.running import started
@@ -243,7 +245,8 @@ def test_a_reward_model_judges_what_was_sampled(hone_cache: Path, tmp_path: Path
     assert main([*line, "--reward.model-name-or-path", judge]) == 0
     scored = read(run / "iteration_1" / "scored.jsonl")
     model = RewardModel(judge, dtype="fp32", max_len=64, normalize=False, batch_size=8)
-    expected = model.scores([row["prompt"] + row["sampled"] for row in scored])
+    items = [RewardItem(prompt_id="", query=row["prompt"] + row["sampled"], prompt=row["prompt"], label=None) for row in scored]
+    expected = [one.reward for one in asyncio.run(model.judge(items))]
     assert [row["reward"] for row in scored] == pytest.approx(expected, abs=1e-5)
     assert len({row["reward"] for row in scored}) > 3
 

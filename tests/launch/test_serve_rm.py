@@ -66,14 +66,19 @@ def ask(url: str, body: object, **headers: str) -> tuple[int, dict[str, list[flo
 
 def test_scores_are_those_of_plain_transformers(reward_model: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["How many legs?", "12<|im_end|>", "a", "How many legs have 3 cats? 12 legs, of course."]
+    # As in training, whatever is scored has an end, and nothing behind it.
+    ended = [text.removesuffix("<|im_end|>") + "<|im_end|>" for text in texts]
     plain = AutoModelForSequenceClassification.from_pretrained(reward_model)
     with torch.no_grad():
-        expected = [float(plain(torch.tensor([tokenizer.encode(text)])).logits) for text in texts]
+        expected = [float(plain(torch.tensor([tokenizer.encode(text)])).logits) for text in ended]
     words = ["--model.model-name-or-path", str(reward_model), "--model.param-dtype", "fp32"]
     with served(*words) as (url, process):
         status, answer = ask(url, {"query": texts, "prompts": ["", "", "", ""], "labels": [None] * 4})
         assert status == 200 and answer["rewards"] == pytest.approx(expected, abs=1e-5) and answer["scores"] == answer["rewards"]
-        assert ask(url, {"query": texts[0]})[1]["rewards"] == pytest.approx(expected[:1], abs=1e-5)
+        assert ask(url, {"query": texts[1] + "\n"})[1]["rewards"] == pytest.approx(expected[1:2], abs=1e-5)
+        for body in ({"query": ["a", "\ud800"]}, {"query": "a", "prompts": "\udfff"}):
+            status, refused = ask(url, body)
+            assert status == 422 and "half of a surrogate pair" in str(refused)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "answered 2 requests, 5 rows" in out

@@ -78,11 +78,19 @@ def read(body: object) -> list[RewardItem]:
     for name, column in (("query", queries), ("prompts", columns[1])):
         if not all(isinstance(one, str) for one in column):
             raise ValueError(f'a value in "{name}" is not text')
+        for place, one in enumerate(column):
+            if not _is_unicode(str(one)):
+                raise ValueError(f'value {place} in "{name}" has half of a surrogate pair, which is no character')
     rows = zip(*columns, strict=True)
     return [
         RewardItem(prompt_id=f"row {number}", query=str(query), prompt=str(prompt), label=label)
         for number, (query, prompt, label) in enumerate(rows)
     ]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether every character is one: JSON may write half of a surrogate pair, which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def written(judged: Sequence[Judgement]) -> dict[str, Any]:

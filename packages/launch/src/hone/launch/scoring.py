@@ -27,7 +27,7 @@ class RewardModel:
         self._tokenizer = load_tokenizer(str(path))
         kind = transformers.AutoModelForSequenceClassification
         model, found = kind.from_pretrained(path, dtype=DTYPES[dtype], output_loading_info=True)
-        if not hasattr(model, "score") or any(name.startswith("score.") for name in found["missing_keys"]):
+        if "score" not in dict(model.named_children()) or any(name.startswith("score.") for name in found["missing_keys"]):
             raise ModelError(f"{directory} has no trained head `score`, so it is no reward model; name one that `launch rm` has written")
         if model.config.num_labels != 1:
             raise ModelError(f"{directory} has {model.config.num_labels} labels, and a reward model has one; name another model")
@@ -37,16 +37,19 @@ class RewardModel:
         self._model: Any = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self._mean, self._std = (float(mean), float(std)) if normalize and mean is not None and std else (0.0, 1.0)
         self._max_len, self._batch_size = max_len, batch_size
-        self._waiting: asyncio.Queue[tuple[str, asyncio.Future[float]]] = asyncio.Queue()
+        self._ends = frozenset(self._tokenizer.all_special_ids)
+        self._waiting: asyncio.Queue[tuple[list[int], asyncio.Future[float]]] = asyncio.Queue()
         self._reader: asyncio.Task[None] | None = None
 
     async def judge(self, items: Sequence[RewardItem]) -> list[Judgement]:
         """The score of each item's query as its reward."""
         if self._reader is None:
             self._reader = asyncio.ensure_future(self._read())
+        # Tokenised before any waits with other requests: what is wrong with a text is told to its own request alone.
+        texts = [self._ids(item.query) for item in items]
         futures = [asyncio.get_running_loop().create_future() for _ in items]
-        for item, future in zip(items, futures, strict=True):
-            self._waiting.put_nowait((item.query, future))
+        for ids, future in zip(texts, futures, strict=True):
+            self._waiting.put_nowait((ids, future))
         scores = await asyncio.gather(*futures)
         return [Judgement(reward=score, score=score, extra_logs={}) for score in scores]
 
@@ -61,21 +64,19 @@ class RewardModel:
             batch = [await self._waiting.get()]
             while len(batch) < self._batch_size and not self._waiting.empty():
                 batch.append(self._waiting.get_nowait())
-            try:
-                scores = await asyncio.to_thread(self.scores, [text for text, _ in batch])
-            except Exception as error:  # each of those who wait is told; the next batch may do better
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), score in zip(batch, scores, strict=True):
-                if not future.done():
-                    future.set_result(score)
+            reading = asyncio.to_thread(self.scores, [ids for ids, _ in batch])
+            (found,) = await asyncio.gather(reading, return_exceptions=True)
+            for place, (_, future) in enumerate(batch):
+                if future.done():  # whoever asked has gone away
+                    continue
+                if isinstance(found, BaseException):  # memory that ran out, say: all that were read together are told
+                    future.set_exception(found)
+                else:
+                    future.set_result(found[place])
 
     @torch.no_grad()
-    def scores(self, texts: Sequence[str]) -> list[float]:
-        """The score of each text; of one beyond `max_len` tokens the end is read."""
-        ids = [self._ids(text) for text in texts]
+    def scores(self, ids: Sequence[Sequence[int]]) -> list[float]:
+        """The score of each text, tokenised."""
         lengths = torch.tensor([len(one) for one in ids])
         width = int(lengths.max())
         tokens = torch.tensor([[*one, *[0] * (width - len(one))] for one in ids])
@@ -87,6 +88,14 @@ class RewardModel:
         return [(score - self._mean) / self._std for score in self._model.score(last).float().squeeze(-1).tolist()]
 
     def _ids(self, text: str) -> list[int]:
+        """Ending with an end token, as every row that it was trained on; of a text beyond `max_len` tokens the end is read.
+
+        One is put behind a text without it, as OpenRLHF's server does; what a chat template puts behind it, a line break, is left out.
+        """
         begins = self._tokenizer.bos_token
-        ids = self._tokenizer.encode(text, add_special_tokens=not (begins and text.startswith(str(begins))))
-        return ids[-self._max_len :] or [int(str(self._tokenizer.eos_token_id))]
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=not (begins and text.startswith(str(begins))))
+        said = len(ids)
+        while said and not str(self._tokenizer.decode(ids[said - 1])).strip():
+            said -= 1
+        ended = said and ids[said - 1] in self._ends
+        return (ids[:said] if ended else [*ids, int(str(self._tokenizer.eos_token_id))])[-self._max_len :]
