@@ -52,6 +52,11 @@ class Loss:
 class Corrected(Protocol):
     """How samples count that another program, or an older policy, has drawn."""
 
+    @property
+    def level(self) -> str:
+        """What shares one correction: "sequence", or else a token; the figures of its effective sample size count those."""
+        ...
+
     def factor(self, batch: Batch) -> Float[Tensor, " T"] | None:
         """What every advantage of a whole rollout is multiplied by; None where nothing is corrected."""
         ...

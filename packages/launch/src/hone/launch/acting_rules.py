@@ -68,8 +68,8 @@ def sampler(resolved: Resolved, _: int) -> Iterator[Problem]:
     try:
         sampler_of(rollout)
     except (ValueError, OSError) as error:
-        at, _, told = str(error).partition(": ") if isinstance(error, ValueError) else ("structured_outputs", "", str(error))
-        what, _, mend = told.partition("; ")
+        at, _colon, told = str(error).partition(": ") if isinstance(error, ValueError) else ("structured_outputs", "", str(error))
+        what, _semicolon, mend = told.partition("; ")
         names = [f"rollout.{one}" for one in ([at] if at in ("stop", "stop_token_ids") else grammars(rollout))]
         yield Problem(what=what, mend=mend or "name a file that can be read", settings=tuple(names))
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -108,6 +109,7 @@ def write_untrained(recipe: BuiltinModel, directory: Path) -> None:
 
     tokenizer = arithmetic.build_tokenizer()
     torch.manual_seed(recipe.seed)
+    ends: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -119,9 +121,7 @@ def write_untrained(recipe: BuiltinModel, directory: Path) -> None:
             head_dim=recipe.hidden_size // recipe.heads,
             max_position_embeddings=recipe.max_position_embeddings,
             tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
+            **ends,
         )
     )
     model.save_pretrained(directory)

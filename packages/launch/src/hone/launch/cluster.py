@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import logging
 import os
 import shutil
 import warnings
@@ -21,12 +22,12 @@ from hone.launch.observe.progress import READY
 from hone.launch.offline_groups import OfflinePlan
 from hone.launch.parts import Assembly, Plan
 from hone.launch.placement import PlacedGroup, groups
-from hone.launch.publish import Publisher, Tag
+from hone.launch.publish import Publisher, Served, Tag
 from hone.launch.remote import LearnerRank, RankLost, RemoteEngine, RemoteGroup
 from hone.launch.transport import Transport, transport
 from hone.learner.roles import RoleSpec
 from hone.rollout.engines.vllm import VLLMEngine
-from hone.rollout.fleet import Fleet, Limits
+from hone.rollout.fleet import Fleet, Limits, Supervised
 from hone.rollout.sampling import reads_text
 from hone.rollout.weight_sync.verify import tolerance
 
@@ -86,8 +87,8 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
     async def rest() -> None:
         await asyncio.gather(*(engine.sleep(level) for engine in cast(list[RemoteEngine], await fleet.settled())))
 
-    async def replace(lost: RemoteEngine) -> RemoteEngine:
-        await asyncio.to_thread(lost.kill)
+    async def replace(lost: Supervised) -> Supervised:
+        await asyncio.to_thread(cast(RemoteEngine, lost).kill)
         index = int(lost.name.removeprefix("engine-"))
         fresh = _engine(plan, index, way=way, gpus=gpus, shared=shared)
         try:
@@ -103,7 +104,7 @@ def _connected(plan: Plan, gpus: int) -> Assembly:
     )
     fleet = Fleet(engines, replace=replace, limits=limits, event=plan.on_event)
     publisher = Publisher(
-        served=lambda: fleet,
+        served=lambda: cast(Served, fleet),
         policy=policy,
         send=partial(policy.send, timeout_s=way.timeout_s),
         connect=partial(policy.connect, way),
@@ -173,7 +174,7 @@ def start(scratch: Path) -> int:
     # The launcher reports usage to nobody, and neither do the libraries it starts.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return int(ray.cluster_resources().get("GPU", 0))
     # The addresses of gloo's and vLLM's own sockets; the workers inherit them.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -209,7 +210,7 @@ def _init(**settings: Any) -> None:
 
 def stop(logs: Path, scratch: Path) -> None:
     """End Ray; of a Ray of our own keep what the workers printed in the run directory."""
-    session = Path(ray._private.worker._global_node.get_session_dir_path())  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess] - Ray names it nowhere else
+    session = Path(ray._private.worker._global_node.get_session_dir_path())  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess, reportPrivateImportUsage] - Ray names it nowhere else
     ray.shutdown()
     if session.parent.resolve() != scratch.resolve():
         return
@@ -245,7 +246,7 @@ def _engine(plan: Plan, index: int, *, way: Transport, gpus: int, shared: Placem
         max_concurrency=4096,
         **_options(shared, index * config.vllm.devices, gpus=share * config.vllm.devices),
     )
-    handle = actor.remote(
+    handle: Any = actor.remote(
         model=plan.models["policy"],
         name=name,
         config=config.vllm,
@@ -266,7 +267,7 @@ def learner_ranks(
     """The processes of a group, loading their models; `shares` says whether engines live on the same devices."""
     share = 0.0 if bundles is None else SHARED_DEVICE if shares else 1.0
     threads = plan.config.run.threads or _threads(group.ranks)
-    ranks = [
+    ranks: list[Any] = [
         ray.remote(LearnerRank)
         .options(
             **_options(bundles, rank, gpus=share), runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}}

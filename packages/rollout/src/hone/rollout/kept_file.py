@@ -106,7 +106,8 @@ def _sample(sample: Sample, segments: list[Trajectory], pictures: list[bytes]) -
 def _segment(told: dict[str, Any], arrays: Mapping[str, np.ndarray], bounds: np.ndarray, pictures: Sequence[bytes]) -> Trajectory:
     place = told.pop("place")
     span = slice(int(bounds[place]), int(bounds[place + 1]))
-    contract = SamplerContract(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.pop("contract").items()})
+    settings: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.pop("contract").items()}
+    contract = SamplerContract(**settings)
     attached = tuple(Attachment(start=one["start"], count=one["count"], data=pictures[one["picture"]]) for one in told.pop("attached"))
     tensors: dict[str, Any] = {name: torch.from_numpy(arrays[name][span].copy()) for name in PER_TOKEN}
     return Trajectory(contract=contract, attached=attached, **told, **tensors)

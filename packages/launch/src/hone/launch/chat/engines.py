@@ -51,7 +51,7 @@ class InThisProcess:
     """A transformers model, a token at a time."""
 
     def __init__(self, model: str, *, dtype: torch.dtype, eos_ids: Collection[int]) -> None:
-        kind = transformers.AutoModelForCausalLM
+        kind: Any = transformers.AutoModelForCausalLM
         self._model: Any = kind.from_pretrained(resolve(model), dtype=dtype).eval().to("cuda" if visible_gpus() else "cpu")
         self._eos_ids = frozenset(eos_ids)
 

@@ -89,9 +89,10 @@ class Loop:
 
     def _stages(self) -> int:
         last = self._config.train.iterations
-        wanted = [(iteration, stage) for iteration in range(1, last + 1) for stage in LEARNING] + [(last, "export")]
-        # What the next iteration would begin with: with more of them the run goes on from here.
-        wanted += [(last + 1, stage) for stage in LEARNING[:2]] if self._config.train.measure_last else []
+        wanted: list[tuple[int, Stage]] = [(iteration, stage) for iteration in range(1, last + 1) for stage in LEARNING]
+        wanted.append((last, "export"))
+        if self._config.train.measure_last:  # what the next iteration would begin with: with more of them the run goes on from here
+            wanted.extend((last + 1, stage) for stage in LEARNING[:2])
         for iteration, stage in wanted:
             if self._state.get(iteration, stage) is None and (code := self._stage(iteration, stage)) != 0:
                 return code

@@ -94,6 +94,7 @@ def _read(text: str) -> tuple[Any, ...]:
     if excessive(text):
         return ()
     try:
-        return tuple(parse(f"\\boxed{{{text}}}", extraction_config=_CONFIGS, parsing_timeout=_patience_s(), raise_on_error=True))
+        limits: dict[str, Any] = {"parsing_timeout": _patience_s()}  # None is no limit, whatever its annotation says
+        return tuple(parse(f"\\boxed{{{text}}}", extraction_config=_CONFIGS, raise_on_error=True, **limits))
     except (Exception, TimeoutException):
         return ()
