@@ -287,8 +287,9 @@ def test_the_file_gives_back_what_it_was_given() -> None:
 
     one, two = group_of(prompt_of(0), version=3, samples=2), group_of(prompt_of(1), version=4)
     picture = Attachment(start=0, count=2, data=b"picture")
-    part = replace(two.samples[0].trajectory, attached=(picture,), segment=1)
-    two = replace(two, samples=(replace(two.samples[0], trajectory=part, earlier=(two.samples[0].trajectory,)),), greedy=one.samples[0])
+    part = replace(two.samples[0].trajectory, attached=(picture,), segment=1, truncated=True)
+    scored = replace(two.samples[0], trajectory=part, earlier=(two.samples[0].trajectory,), score=0.25)
+    two = replace(two, samples=(scored,), greedy=replace(one.samples[0], label=two.prompt.label))
     prompts = {f"p{number}": prompt_of(number) for number in range(3)}
     found = kept_file.from_bytes(
         kept_file.to_bytes(Kept(groups=[one, two], prompts=[prompt_of(2)])), lambda wanted: {name: prompts[name] for name in wanted}
@@ -296,15 +297,14 @@ def test_the_file_gives_back_what_it_was_given() -> None:
     assert [prompt.prompt_id for prompt in found.prompts] == ["p2"]
     for known, back in zip([one, two], found.groups, strict=True):
         assert back.prompt == known.prompt and (back.greedy is None) == (known.greedy is None)
-        for before, after in zip(known.samples, back.samples, strict=True):
-            assert (before.reward, before.extra_logs, before.label, before.response_text) == (
-                after.reward,
-                after.extra_logs,
-                after.label,
-                after.response_text,
-            )
+        pairs = [*zip(known.samples, back.samples, strict=True), *([(known.greedy, back.greedy)] if known.greedy else [])]
+        for before, after in pairs:
+            assert before is not None and after is not None
+            for told in ("reward", "score", "extra_logs", "label", "prompt_text", "response_text", "cached_tokens"):
+                assert getattr(before, told) == getattr(after, told), told
             for segment, other in zip(before.segments, after.segments, strict=True):
-                assert segment.contract == other.contract and segment.attached == other.attached and segment.segment == other.segment
+                for told in ("contract", "attached", "segment", "truncated", "score"):
+                    assert getattr(segment, told) == getattr(other, told), told
                 for name in kept_file.PER_TOKEN:
                     assert (
                         torch.equal(getattr(segment, name), getattr(other, name))
