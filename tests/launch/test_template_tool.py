@@ -1,5 +1,6 @@
 """`launch template check`: what it prints, how it ends, and what it refuses."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,16 +9,20 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from hone.launch.cli import main
+from tests.launch.conftest import CHATML
 
 
 def test_a_sound_template_ends_with_0_and_a_faulty_one_with_3(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.save_pretrained(tmp_path)
     assert main(["template", "check", str(tmp_path), "--data.tokenizer-chat-template", "chatml"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 9 and all(line.startswith("ok ") for line in told)
-    # The fixture's own template asks for an answer whether it is asked to or not.
+    # Asks for no answer, whether it is asked to or not.
+    tokenizer.chat_template = CHATML.split("{% if add_generation_prompt %}")[0]
+    tokenizer.save_pretrained(tmp_path)
     assert main(["template", "check", str(tmp_path)]) == 3
     assert any(line.startswith("BAD  prefix") or line.startswith("BAD  mask") for line in capsys.readouterr().out.splitlines())
 
