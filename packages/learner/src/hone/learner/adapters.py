@@ -79,7 +79,8 @@ class Adapted:
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"]
 """What PEFT calls a language model, a reward model (or critic), a process model."""
 MODEL_TYPE = "model_type"
-"""In the metadata of an adapter's file: the architecture of the model it belongs to, by transformers' name."""
+"""In `auto_mapping` of an adapter's configuration, which PEFT reads only where no task is named: the architecture of its model, by
+transformers' name. Not in the metadata of the file: safetensors writes several of those in any order, and exports are equal to the bit."""
 
 
 @runtime_checkable
@@ -171,9 +172,9 @@ def save_adapter(directory: Path, adapted: Adapted, tensors: Mapping[str, Tensor
     config = copy.copy(adapted.config)
     config.base_model_name_or_path, config.inference_mode = base, True
     config.modules_to_save = adapted.head and [adapted.head]
-    config.save_pretrained(directory)
+    config.save_pretrained(str(directory), auto_mapping_dict={MODEL_TYPE: model_type})
     named = {peft_name(name): tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt", MODEL_TYPE: model_type})
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def peft_name(name: str) -> str:

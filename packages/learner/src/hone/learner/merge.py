@@ -40,8 +40,8 @@ def merge(model: str, adapter: Path, out: Path, *, dtype: torch.dtype | None = N
     if task not in TASKS:
         raise ModelError(f"{adapter} is an adapter for {task}; {', '.join(TASKS)} can be merged")
     source = resolve(model)
-    metadata, labels = _weights(adapter)
-    trained_on = metadata.get(MODEL_TYPE) or _base_type(config)
+    labels = _labels(adapter)
+    trained_on = (config.get("auto_mapping") or {}).get(MODEL_TYPE) or _base_type(config)
     if trained_on is not None and trained_on != model_type(source):
         raise ModelError(
             f"{adapter} was trained on a model of the architecture {trained_on} ({config.get('base_model_name_or_path')}), and {model} is "
@@ -61,15 +61,15 @@ def merge(model: str, adapter: Path, out: Path, *, dtype: torch.dtype | None = N
     return task
 
 
-def _weights(adapter: Path) -> tuple[dict[str, str], int | None]:
-    """What an adapter's file says of itself, and the labels of the head in it, if there is one."""
+def _labels(adapter: Path) -> int | None:
+    """How many labels the head in an adapter's file has; none where it has no head."""
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(f"{adapter} has no adapter_model.safetensors; copy the adapter's weights there, saved as safetensors")
     try:
         with safe_open(file, framework="pt") as opened:
             heads = [name for name in opened.keys() if name.endswith(HEAD)]  # noqa: SIM118 - it is no dict
-            return opened.metadata() or {}, opened.get_slice(heads[0]).get_shape()[0] if heads else None
+            return opened.get_slice(heads[0]).get_shape()[0] if heads else None
     except SafetensorError as error:
         raise ModelError(f"{file} is damaged ({error}); copy it again from where the adapter came from") from error
 
