@@ -10,8 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -46,8 +44,8 @@ def test_a_merged_adapter_is_the_model_that_the_run_wrote(name: str, auto: type,
     for weight, tensor in written.items():
         torch.testing.assert_close(merged[weight], tensor, atol=1e-6, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
-    with safe_open(run / "model" / "adapter" / "adapter_model.safetensors", framework="pt") as opened:
-        assert opened.metadata()["model_type"] == AutoConfig.from_pretrained(out).model_type
+    adapter = peft.PeftConfig.from_pretrained(str(run / "model" / "adapter"))
+    assert adapter.auto_mapping == {"model_type": AutoConfig.from_pretrained(out).model_type}
     assert main(["merge-lora", str(tmp_path / "model"), str(run / "model" / "adapter"), str(out)]) == 2
 
 
@@ -58,9 +56,8 @@ def test_an_adapter_does_not_go_into_another_architecture_of_the_same_shapes(
     right, other = (save_model(tmp_path / kind, tokenizer, kind=kind, tied=True) for kind in ("llama", "qwen3"))
     adapter = tmp_path / "adapter"
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(right), peft.LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(adapter)
-    if moved:  # its own file tells, as every adapter's that is written here
-        tensors = load_file(adapter / "adapter_model.safetensors")
-        save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt", "model_type": "llama"})
+    if moved:  # its own configuration tells, as every adapter's that is written here
+        peft.PeftConfig.from_pretrained(str(adapter)).save_pretrained(str(adapter), auto_mapping_dict={"model_type": "llama"})
         right.rename(tmp_path / "elsewhere")
     assert main(["merge-lora", str(other), str(adapter), str(tmp_path / "out")]) == 5
     said = capsys.readouterr().err
